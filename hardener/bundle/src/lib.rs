@@ -1,1 +1,34 @@
+//! What the hardener writes for one kernel image, and what the signer attests and the installer maps.
+//!
+//! A bundle is a directory:
+//!
+//! | file | holds |
+//! |---|---|
+//! | `manifest.json` | [`Manifest`]: the kernel, the cave, the variants, and the digest of every other file |
+//! | `text.bin` | the kernel's text as in the image file, before relocation: `[text.start, text.end)` |
+//! | `model.postcard` | [`RunTimeModel`]: every edit that the kernel itself may make to that text |
+//! | `symbols.postcard` | [`Symbols`]: text symbols by address |
+//! | `cave.elf` | thunks and tables at their link addresses; read it with `objdump -d` |
+//! | `VARIANT.edits` | [`Edits`]: the slots that a variant replaces |
+//! | `statement.dsse.json` | the signer's envelope; not part of what it signs |
+//!
+//! Addresses are link-time ones: the installer adds the guest's KASLR slide. Everything a slot edit holds is relative,
+//! so edits need no relocation; the cave lists its own.
+//!
+//! This crate trusts no input: a bundle that is read has every digest, range and order checked, or is refused whole.
 #![forbid(unsafe_code)]
+
+mod addr;
+mod edits;
+mod io;
+mod manifest;
+mod model;
+
+pub use addr::{LinkVa, TextOff, VaRange};
+pub use edits::{Edit, Edits, SlotKind};
+pub use io::{Bundle, ENVELOPE, MANIFEST, ReadError, WriteError};
+pub use manifest::{
+    Cave, FileRef, Kernel, Manifest, Mitigation, PassSummary, Reloc, RelocKind, SCHEMA, Table,
+    TableKind, Text, Variant,
+};
+pub use model::{Form, RunTimeModel, Site, SiteKind, Symbol, Symbols};

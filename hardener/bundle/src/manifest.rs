@@ -1,0 +1,195 @@
+//! The manifest: what a bundle is for and what is in it, in JSON that an auditor can read.
+
+use crate::{LinkVa, VaRange};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The only schema that this version reads and writes.
+pub const SCHEMA: &str = "penumbra.bundle/v1";
+
+/// `manifest.json`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// Program and version that wrote the bundle.
+    pub generator: String,
+    /// The kernel that the bundle is for.
+    pub kernel: Kernel,
+    /// The kernel's text as in the file.
+    pub text: Text,
+    /// The [`crate::RunTimeModel`].
+    pub model: FileRef,
+    /// The [`crate::Symbols`].
+    pub symbols: FileRef,
+    /// Thunks and tables, shared by all variants.
+    pub cave: Cave,
+    /// The variants; `stock` first, without edits.
+    pub variants: Vec<Variant>,
+    /// Byte offsets of structure members, from the image's BTF: `task_struct.mm` to 0x8b0 and the like.
+    pub layout: BTreeMap<String, u32>,
+    /// Data symbols that the installer needs: `init_task`, `poking_mm`, `poking_addr` and the like.
+    pub data: BTreeMap<String, LinkVa>,
+}
+
+/// Names one kernel build.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    /// The GNU build-id note's payload, in hexadecimal.
+    pub build_id: String,
+    /// `uname -r`.
+    pub release: String,
+    /// The `linux_banner`.
+    pub banner: String,
+    /// SHA-256 of the image file that was read (`vmlinuz` or `vmlinux`), in hexadecimal.
+    pub image_sha256: String,
+    /// Where the notes stand in the running kernel's memory, build-id among them.
+    pub notes: VaRange,
+    /// What LSTAR holds, less the slide: the address of `entry_SYSCALL_64`.
+    pub syscall_entry: LinkVa,
+}
+
+/// The text that is read, explained and mapped.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Text {
+    /// First byte; page-aligned.
+    pub start: LinkVa,
+    /// First byte after; page-aligned.
+    pub end: LinkVa,
+    /// Its bytes in the image file.
+    pub file: FileRef,
+}
+
+impl Text {
+    /// The text as a range.
+    pub fn range(&self) -> VaRange {
+        VaRange {
+            start: self.start,
+            end: self.end,
+        }
+    }
+}
+
+/// A file of the bundle.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileRef {
+    /// Its name: one path component.
+    pub name: String,
+    /// Its SHA-256, in hexadecimal.
+    pub sha256: String,
+}
+
+/// Filler bytes inside the text that no code uses, and what the bundle puts there.
+///
+/// `cave.elf` is an `ET_EXEC` ELF file whose loadable sections (`.thunks`, executable; `.tables`) lie inside the range
+/// and whose symbol table names every thunk and table.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cave {
+    /// The filler that may be used: every byte of it is `filler` in the file.
+    pub range: VaRange,
+    /// The filler byte (INT3 in Linux).
+    pub filler: u8,
+    /// `cave.elf`.
+    pub file: FileRef,
+    /// Absolute addresses inside thunks and tables. Sorted.
+    pub relocs: Vec<Reloc>,
+    /// Where a thunk ends by returning: 5 bytes each, `jmp __x86_return_thunk` as a return site has it in the file. The
+    /// installer writes there what the kernel chose for its own return sites at boot. Sorted.
+    pub return_tails: Vec<LinkVa>,
+    /// The tables, by address.
+    pub tables: Vec<Table>,
+}
+
+/// An absolute address in the cave.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reloc {
+    /// Where it stands.
+    pub at: LinkVa,
+    /// How the slide enters.
+    pub kind: RelocKind,
+}
+
+/// How an absolute address is relocated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RelocKind {
+    /// 32-bit sign-extended; the slide is added.
+    Abs32,
+    /// 32-bit zero-based per-cpu offset relative to the instruction pointer; the slide is subtracted.
+    Inverse32,
+    /// 64-bit; the slide is added.
+    Abs64,
+}
+
+/// A set of addresses, encoded for thunks.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Table {
+    /// Its symbol in `cave.elf`.
+    pub name: String,
+    /// What it is.
+    pub kind: TableKind,
+    /// Where it lies in the cave.
+    pub range: VaRange,
+    /// The addresses that it speaks about; all others are outside the set or let through, as the thunk says.
+    pub covers: VaRange,
+    /// Addresses in the set.
+    pub count: u64,
+}
+
+/// How a set of addresses is encoded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "encoding")]
+pub enum TableKind {
+    /// Bit `n` (of byte `n / 8`, least significant first) stands for `covers.start + n * granule`.
+    Bitmap {
+        /// Bytes of address space for each bit.
+        granule: u32,
+    },
+    /// Sorted little-endian 32-bit offsets from `covers.start`.
+    SortedOffsets,
+}
+
+/// One variant of the text.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Variant {
+    /// Its name, as policies use it.
+    pub name: String,
+    /// The passes that made it, in order.
+    pub passes: Vec<PassSummary>,
+    /// Speculation mitigations that the variant leaves out: Xen then issues a branch-predictor barrier on entry.
+    pub drops: Vec<Mitigation>,
+    /// The [`crate::Edits`].
+    pub edits: FileRef,
+    /// How many slots it edits.
+    pub edit_count: u64,
+}
+
+/// What one pass did in a variant.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PassSummary {
+    /// The pass's name, as in the design.
+    pub name: String,
+    /// Slots that it edited.
+    pub edited: u64,
+    /// Slots of its kind that it left alone, by reason.
+    pub left: BTreeMap<String, u64>,
+}
+
+/// A speculation mitigation that a variant can leave out.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mitigation {
+    /// Indirect branches through thunks (Spectre v2).
+    Retpoline,
+    /// Returns through thunks (Retbleed, SRSO, ITS).
+    ReturnThunk,
+}
