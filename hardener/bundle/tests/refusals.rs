@@ -1,0 +1,295 @@
+//! A small bundle is written and read back; each case breaks it in one way and names what must be said.
+
+use penumbra_bundle::{
+    Bundle, Cave, Edit, Edits, FileRef, Form, Kernel, LinkVa, Manifest, RunTimeModel, SCHEMA, Site,
+    SiteKind, SlotKind, Symbol, Symbols, Text, TextOff, VaRange, Variant, WriteError,
+};
+use std::collections::BTreeMap;
+
+const START: u64 = 0xffff_ffff_8100_0000;
+
+fn range(start: u64, end: u64) -> VaRange {
+    VaRange {
+        start: LinkVa(START + start),
+        end: LinkVa(START + end),
+    }
+}
+
+fn file(name: &str) -> FileRef {
+    FileRef {
+        name: name.to_owned(),
+        sha256: String::new(),
+    }
+}
+
+fn variant(name: &str) -> Variant {
+    Variant {
+        name: name.to_owned(),
+        passes: vec![],
+        drops: vec![],
+        edits: file(&format!("{name}.edits")),
+        edit_count: 0,
+    }
+}
+
+/// Two pages of text, one slot edited, one poke site.
+fn small() -> Bundle {
+    Bundle {
+        manifest: Manifest {
+            schema: SCHEMA.to_owned(),
+            generator: "test".to_owned(),
+            kernel: Kernel {
+                build_id: "00".repeat(20),
+                release: "6.1.0".to_owned(),
+                banner: "Linux version 6.1.0".to_owned(),
+                image_sha256: "00".repeat(32),
+                notes: range(0, 36),
+                syscall_entry: LinkVa(START),
+            },
+            text: Text {
+                start: LinkVa(START),
+                end: LinkVa(START + 0x2000),
+                file: file("text.bin"),
+            },
+            model: file("model.postcard"),
+            symbols: file("symbols.postcard"),
+            cave: Cave {
+                range: range(0x1000, 0x2000),
+                filler: 0xcc,
+                file: file("cave.elf"),
+                relocs: vec![],
+                return_tails: vec![],
+                tables: vec![],
+            },
+            variants: vec![variant("stock"), variant("hardened")],
+            layout: BTreeMap::from([("task_struct.mm".to_owned(), 0x8b0)]),
+            data: BTreeMap::from([("init_task".to_owned(), LinkVa(START))]),
+        },
+        text: vec![0xcc; 0x2000],
+        model: RunTimeModel {
+            sites: vec![Site {
+                at: TextOff(0x10),
+                len: 5,
+                kind: SiteKind::Return,
+                forms: vec![Form::JumpReturnThunk],
+            }],
+            ..RunTimeModel::default()
+        },
+        symbols: Symbols(vec![Symbol {
+            at: TextOff(0),
+            name: "_stext".to_owned(),
+        }]),
+        cave: b"\x7fELF".to_vec(),
+        edits: vec![
+            Edits::default(),
+            Edits(vec![Edit {
+                at: TextOff(0x10),
+                slot: SlotKind::Return,
+                bytes: vec![0xe9, 0, 0, 0, 0],
+            }]),
+        ],
+    }
+}
+
+fn refusal(files: &BTreeMap<String, Vec<u8>>) -> String {
+    match Bundle::from_files(files) {
+        Ok(_) => "accepted".to_owned(),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bundle");
+    let mut bundle = small();
+    bundle.write_dir(&path, false).unwrap();
+    let read = Bundle::read_dir(&path).unwrap();
+    assert_eq!(read.manifest, bundle.manifest);
+    assert_eq!(read.text, bundle.text);
+    assert_eq!(read.model, bundle.model);
+    assert_eq!(read.symbols, bundle.symbols);
+    assert_eq!(read.edits, bundle.edits);
+    assert_eq!(read.manifest.variants[1].edit_count, 1);
+    assert_eq!(read.symbols.lookup(TextOff(9)), Some(("_stext", 9)));
+}
+
+#[test]
+fn an_existing_directory_is_replaced_only_when_it_is_a_bundle_and_forced() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bundle");
+    let mut bundle = small();
+    std::fs::create_dir(&path).unwrap();
+    std::fs::write(path.join("diary.txt"), "mine").unwrap();
+    assert!(matches!(
+        bundle.write_dir(&path, false),
+        Err(WriteError::Exists(_))
+    ));
+    assert!(matches!(
+        bundle.write_dir(&path, true),
+        Err(WriteError::NotABundle(_))
+    ));
+    assert!(path.join("diary.txt").exists());
+    std::fs::remove_dir_all(&path).unwrap();
+    bundle.write_dir(&path, false).unwrap();
+    bundle.write_dir(&path, true).unwrap();
+    assert_eq!(
+        std::fs::read_dir(dir.path()).unwrap().count(),
+        1,
+        "nothing is left beside it"
+    );
+}
+
+#[test]
+fn an_edited_file_is_refused_by_its_name() {
+    for name in [
+        "text.bin",
+        "model.postcard",
+        "symbols.postcard",
+        "cave.elf",
+        "hardened.edits",
+    ] {
+        let mut files = small().seal();
+        files.get_mut(name).unwrap()[0] ^= 1;
+        let said = refusal(&files);
+        assert!(
+            said.starts_with(&format!("{name}: SHA-256 is ")),
+            "{name}: {said}"
+        );
+    }
+}
+
+#[test]
+fn a_truncated_manifest_is_refused_with_its_place() {
+    let mut files = small().seal();
+    let manifest = files.get_mut("manifest.json").unwrap();
+    manifest.truncate(manifest.len() / 2);
+    let said = refusal(&files);
+    assert!(
+        said.contains("manifest.json") && said.contains("line"),
+        "{said}"
+    );
+}
+
+/// Each case: what is broken, how, and a part of what must be said.
+#[test]
+fn a_bundle_of_the_wrong_shape_is_refused() {
+    type Break = fn(&mut Bundle);
+    let cases: &[(&str, Break, &str)] = &[
+        (
+            "text too short",
+            |b| b.text.truncate(0x1fff),
+            "8191 bytes, the text range has 8192",
+        ),
+        (
+            "text not whole pages",
+            |b| b.manifest.text.end = LinkVa(START + 0x1fff),
+            "not whole pages",
+        ),
+        (
+            "text inverted",
+            |b| b.manifest.text.end = LinkVa(START - 0x1000),
+            "not whole pages",
+        ),
+        (
+            "cave outside",
+            |b| b.manifest.cave.range = range(0x1000, 0x3000),
+            "leaves the text",
+        ),
+        (
+            "schema of tomorrow",
+            |b| b.manifest.schema = "penumbra.bundle/v2".to_owned(),
+            "this version reads",
+        ),
+        (
+            "stock with edits",
+            |b| b.edits.swap(0, 1),
+            "`stock` has edits",
+        ),
+        (
+            "no stock",
+            |b| b.manifest.variants[0].name = "base".to_owned(),
+            "not `stock`",
+        ),
+        (
+            "one name twice",
+            |b| b.manifest.variants[1].name = "stock".to_owned(),
+            "there twice",
+        ),
+        (
+            "a name that is a path",
+            |b| b.manifest.variants[1].name = "../x".to_owned(),
+            "variant name",
+        ),
+        (
+            "a file that is a path",
+            |b| b.manifest.variants[1].edits = file("../../etc/passwd"),
+            "no file name",
+        ),
+        (
+            "an edit past the end",
+            |b| b.edits[1].0[0].at = TextOff(0x1ffc),
+            "leaves the text",
+        ),
+        (
+            "an edit of four bytes",
+            |b| b.edits[1].0[0].bytes.truncate(4),
+            "4 bytes long",
+        ),
+        (
+            "edits overlapping",
+            |b| {
+                let mut next = b.edits[1].0[0].clone();
+                next.at = TextOff(0x14);
+                b.edits[1].0.push(next);
+            },
+            "overlaps",
+        ),
+        (
+            "a site past the end",
+            |b| b.model.sites[0].at = TextOff(0x1ffe),
+            "leaves the text",
+        ),
+        (
+            "a form of another length",
+            |b| {
+                b.model.sites[0].forms = vec![Form::Exact {
+                    bytes: vec![0xc3],
+                    abs32: vec![],
+                    inverse32: vec![],
+                }]
+            },
+            "another length",
+        ),
+        (
+            "functions unsorted",
+            |b| b.model.functions = vec![TextOff(2), TextOff(1)],
+            "unsorted",
+        ),
+        (
+            "a relocation past the end",
+            |b| b.model.abs32 = vec![TextOff(0x1ffd)],
+            "leaves the text",
+        ),
+        (
+            "symbols unsorted",
+            |b| {
+                b.symbols.0.insert(
+                    0,
+                    Symbol {
+                        at: TextOff(9),
+                        name: "late".to_owned(),
+                    },
+                )
+            },
+            "unsorted",
+        ),
+    ];
+    for (what, break_it, expected) in cases {
+        let mut bundle = small();
+        break_it(&mut bundle);
+        let said = refusal(&bundle.seal());
+        assert!(said.contains(expected), "{what}: {said}");
+    }
+    assert_eq!(refusal(&small().seal()), "accepted");
+}
