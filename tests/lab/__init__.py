@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The lab: the real Xen, a Debian dom0 and a Debian guest inside QEMU's TCG.
+
+Nothing here needs hardware virtualisation, a network at run time, or anything
+installed beyond what `lab.packages` installs by name.  Everything downloaded or
+built is kept under `target/lab`, so a second run only boots.
+
+    packages   Debian packages: installed, or downloaded and only unpacked
+    kernel     where the kernels' files are
+    programs   the guest's programs and the module with the planted bug
+    cpio       the initramfs archive format
+    initramfs  what dom0 and the guest find in their root file system
+    agent      commands and their results over a serial line
+    qemu       QEMU processes: started, watched, always ended
+    lab        dom0 and guest together, as the scenarios see them
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = ROOT / "target" / "lab"
+
+
+class LabError(Exception):
+    """The lab could not do what was asked; the message says what and where to look."""

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The kernels of the lab: Debian's current ones, as their packages have them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import packages
+
+# dom0's drivers for the toolstack; everything else it needs is built in.
+DOM0_MODULES = ["xen-evtchn", "xen-gntdev", "xen-gntalloc", "xen-privcmd", "xenfs"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One unpacked kernel package."""
+
+    release: str
+    package: str
+    version: str
+    tree: Path
+
+    @property
+    def vmlinuz(self):
+        return self.tree / "boot" / f"vmlinuz-{self.release}"
+
+    def module(self, name):
+        """The file of one module of the package."""
+        found = list((self.tree / "lib" / "modules" / self.release).rglob(f"{name}.ko*"))
+        if len(found) != 1:
+            raise packages.LabError(f"module {name} of {self.release}: {len(found)} files, expected one")
+        return found[0]
+
+
+def _kernel(metapackage, pattern, modules):
+    package = packages.resolve(metapackage, pattern)
+    only = ["./boot/vmlinuz-*"] + [f"./lib/modules/*/{m}.ko" for m in modules]
+    tree = packages.unpacked(package, only)
+    return Kernel(package.removeprefix("linux-image-"), package, packages.version(package), tree)
+
+
+def cloud():
+    """The guest's kernel: what Debian's cloud images run."""
+    return _kernel("linux-image-cloud-amd64", r"linux-image-[0-9].*-cloud-amd64", [])
+
+
+def amd64():
+    """dom0's kernel: the cloud kernel is built without XEN_DOM0."""
+    return _kernel("linux-image-amd64", r"linux-image-[0-9].*-amd64", DOM0_MODULES)
+
+
+def headers(kernel):
+    """The folders of headers to build a module for `kernel`: (architecture's, common, kbuild)."""
+    own = packages.unpacked(f"linux-headers-{kernel.release}")
+    common = packages.resolve(f"linux-headers-{kernel.release}", r"linux-headers-.*-common")
+    kbuild = packages.resolve(f"linux-headers-{kernel.release}", r"linux-kbuild-.*")
+    return own, packages.unpacked(common), packages.unpacked(kbuild)

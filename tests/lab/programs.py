@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The guest's programs, and the module with the planted bug.
+
+Programs are linked statically: the guest has no libraries.  The module is built
+out of tree against Debian's headers packages, which are unpacked, not installed.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from . import ROOT, TARGET, LabError, kernel, packages
+
+SOURCES = ROOT / "tests" / "guest"
+BUILT = TARGET / "guest"
+
+
+def _newer(target, sources):
+    return target.exists() and all(target.stat().st_mtime >= s.stat().st_mtime for s in sources)
+
+
+def _make(argv, **kw):
+    done = subprocess.run(list(map(str, argv)), stdin=subprocess.DEVNULL, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
+    if done.returncode != 0:
+        raise LabError(f"`{' '.join(map(str, argv))}` failed:\n{done.stdout}")
+
+
+def program(name):
+    """The static executable of tests/guest/NAME.c, built if it is older than its source."""
+    source, target = SOURCES / f"{name}.c", BUILT / name
+    headers = list(SOURCES.glob("*.h"))
+    with packages.locked("programs"):
+        if not _newer(target, [source, *headers]):
+            BUILT.mkdir(parents=True, exist_ok=True)
+            part = target.with_suffix(".part")
+            _make(["gcc", "-std=gnu17", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread",
+                   "-o", part, source])
+            part.rename(target)
+    return target
+
+
+def busybox():
+    """The static busybox of this machine."""
+    return Path("/bin/busybox") if Path("/bin/busybox").exists() else Path("/usr/bin/busybox")
+
+
+def _headers(guest):
+    """One folder of headers out of three packages, with the paths that the packages expect
+    below / rewritten to where they are."""
+    tree = TARGET / "trees" / f"headers-{guest.release}"
+    stamp = tree / ".complete"
+    if not stamp.exists():
+        shutil.rmtree(tree, ignore_errors=True)
+        for part in kernel.headers(guest):
+            shutil.copytree(part, tree, symlinks=True, dirs_exist_ok=True)
+        makefile = tree / "usr" / "src" / f"linux-headers-{guest.release}" / "Makefile"
+        makefile.write_text(makefile.read_text().replace("/usr/src/", f"{tree}/usr/src/"))
+        stamp.write_text("")
+    return tree / "usr" / "src" / f"linux-headers-{guest.release}"
+
+
+def module():
+    """penumbra_bug.ko for the guest's kernel."""
+    source = SOURCES / "module"
+    target = BUILT / "penumbra_bug.ko"
+    sources = [p for p in source.iterdir() if p.is_file()] + list(SOURCES.glob("*.h"))
+    guest = kernel.cloud()
+    with packages.locked("programs"):
+        if not _newer(target, sources):
+            headers = _headers(guest)
+            work = BUILT / "module"
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.copytree(source, work)
+            for header in SOURCES.glob("*.h"):
+                shutil.copy(header, work)
+            env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "CFLAGS", "ARCH")}
+            _make(["make", "-C", headers, f"M={work}", "modules"], env=env)
+            shutil.copy(work / "penumbra_bug.ko", target)
+    return target

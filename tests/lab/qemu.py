@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""One QEMU process: its command line, its consoles, its monitor, its end.
+
+The process is ended by its own process id, and by the kernel if Python dies first
+(PR_SET_PDEATHSIG): no test run leaves an emulator behind.
+"""
+
+import ctypes
+import json
+import select
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from . import LabError
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _die_with_parent():
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+class SocketLine:
+    """A serial port of the machine as a `Line` (see agent.py)."""
+
+    def __init__(self, sock):
+        self.sock = sock
+
+    def write(self, data):
+        """Sends; an emulated port takes 16 bytes at a time, QEMU holds back the rest."""
+        self.sock.sendall(data)
+
+    def read(self, seconds):
+        """What arrives within `seconds`, or nothing."""
+        ready, _, _ = select.select([self.sock], [], [], seconds)
+        if not ready:
+            return b""
+        data = self.sock.recv(65536)
+        if not data:
+            raise LabError("QEMU ended")
+        return data
+
+
+class Machine:
+    """A running QEMU.
+
+    com1 goes to the file `console`; com2 is `self.line`.  `args` are added to the
+    common part of the command line.
+    """
+
+    def __init__(self, args, console, memory=1024, cpus=2):
+        self.console = Path(console)
+        self.console.parent.mkdir(parents=True, exist_ok=True)
+        self.console.write_bytes(b"")
+        com2, com2_far = socket.socketpair()
+        qmp, qmp_far = socket.socketpair()
+        for far in (com2_far, qmp_far):
+            far.set_inheritable(True)
+        argv = ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-no-user-config",
+                "-display", "none", "-no-reboot", "-m", str(memory), "-smp", str(cpus),
+                "-serial", f"file:{self.console}",
+                "-chardev", f"socket,id=com2,fd={com2_far.fileno()}", "-serial", "chardev:com2",
+                "-chardev", f"socket,id=qmp,fd={qmp_far.fileno()}",
+                "-mon", "chardev=qmp,mode=control", *map(str, args)]
+        self.errors = self.console.with_suffix(".qemu")
+        with open(self.errors, "wb") as errors:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+                pass_fds=(com2_far.fileno(), qmp_far.fileno()), preexec_fn=_die_with_parent)
+        com2_far.close()
+        qmp_far.close()
+        self.line = SocketLine(com2)
+        self._qmp = qmp.makefile("rw", encoding="utf-8", newline="\n")
+        self._qmp_socket = qmp
+        try:
+            self._qmp_socket.settimeout(60)
+            self._qmp.readline()
+            self.qmp("qmp_capabilities")
+        except (OSError, LabError, ValueError) as error:
+            self.close()
+            raise LabError(f"QEMU did not start: {error}; it said: {self.errors.read_text()}") from error
+
+    def qmp(self, command, **arguments):
+        """One monitor command (QEMU Machine Protocol); returns its result."""
+        self._qmp.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self._qmp.flush()
+        while True:
+            text = self._qmp.readline()
+            if not text:
+                raise LabError(f"QEMU ended during {command}: {self.errors.read_text()}")
+            reply = json.loads(text)
+            if "error" in reply:
+                raise LabError(f"QEMU refuses {command}: {reply['error']['desc']}")
+            if "return" in reply:
+                return reply["return"]
+
+    def monitor(self, line):
+        """One command of the human monitor; returns its text."""
+        return self.qmp("human-monitor-command", **{"command-line": line})
+
+    def log(self):
+        """What the first serial port has printed so far."""
+        return self.console.read_bytes().decode(errors="replace")
+
+    def wait_for(self, marker, timeout):
+        """Waits until `marker` is in the console log."""
+        deadline = time.monotonic() + timeout
+        while marker not in self.log():
+            if self.process.poll() is not None:
+                raise LabError(f"QEMU ended before `{marker}`; console: {self.console}")
+            if time.monotonic() > deadline:
+                raise LabError(f"no `{marker}` in {timeout} s; console: {self.console}")
+            time.sleep(0.1)
+
+    def wait_off(self, timeout):
+        """Waits for the machine to switch itself off; True if it did."""
+        try:
+            self.process.wait(timeout)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+
+    def close(self):
+        """Ends QEMU, whatever state it is in."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._qmp_socket.close()
+        self.line.sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
