@@ -1,0 +1,134 @@
+//! The words of HVMOP_altp2m_binding (xen-patches, public/hvm/hvm_op.h).
+
+use super::{Root, ViewId};
+
+/// What a request asks for. The numbers are the interface's.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u32)]
+pub enum Action {
+    /// Intercept CR3 writes and mirror the guest's own text pokes into every view.
+    Arm = 0,
+    /// Set the default view and let bindings take effect, if no poke was mirrored since a generation.
+    Enable = 1,
+    /// All vCPUs to the host view; drop bindings; stop intercepting.
+    Disable = 2,
+    /// Bind a root to a view.
+    Set = 3,
+    /// Unbind a root.
+    Clear = 4,
+    /// Read one binding by its index.
+    Get = 5,
+    /// Read state and counters.
+    Stats = 6,
+    /// Change the default view.
+    Default = 7,
+    /// Say that a view drops a speculation mitigation.
+    Flags = 8,
+}
+
+/// A request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Binding {
+    /// What to do.
+    pub action: Action,
+    /// The view concerned.
+    pub view: ViewId,
+    /// Flags; bit 0 of [`Action::Flags`] is "drops a speculation mitigation".
+    pub flags: u16,
+    /// The page-table root concerned.
+    pub root: Root,
+    /// Poking address, generation or index.
+    pub value: u64,
+}
+
+impl Binding {
+    /// A request with everything else zero.
+    pub fn new(action: Action) -> Binding {
+        Binding {
+            action,
+            view: ViewId::HOST,
+            flags: 0,
+            root: Root(0),
+            value: 0,
+        }
+    }
+
+    /// With a view.
+    #[must_use]
+    pub fn view(self, view: ViewId) -> Binding {
+        Binding { view, ..self }
+    }
+
+    /// With flags.
+    #[must_use]
+    pub fn flags(self, flags: u16) -> Binding {
+        Binding { flags, ..self }
+    }
+
+    /// With a root.
+    #[must_use]
+    pub fn root(self, root: Root) -> Binding {
+        Binding { root, ..self }
+    }
+
+    /// With a value.
+    #[must_use]
+    pub fn value(self, value: u64) -> Binding {
+        Binding { value, ..self }
+    }
+}
+
+/// What Xen wrote back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct BindingReply {
+    /// View.
+    pub view: ViewId,
+    /// Flags.
+    pub flags: u16,
+    /// Root.
+    pub root: Root,
+    /// Value.
+    pub value: u64,
+    /// Counters.
+    pub out: [u64; 5],
+}
+
+impl BindingReply {
+    /// Reads the reply to [`Action::Stats`].
+    pub fn stats(&self) -> Stats {
+        Stats {
+            default: self.view,
+            enabled: self.flags & 1 != 0,
+            armed: self.flags & 2 != 0,
+            bindings: self.value,
+            cr3_writes: self.out[0],
+            view_switches: self.out[1],
+            pokes_mirrored: self.out[2],
+            generation: self.out[3],
+            conflicts: self.out[4],
+        }
+    }
+}
+
+/// State and counters of a domain's binding table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize)]
+pub struct Stats {
+    /// The view of every root that is not bound.
+    pub default: ViewId,
+    /// Bindings take effect.
+    pub enabled: bool,
+    /// CR3 writes are intercepted and pokes mirrored.
+    pub armed: bool,
+    /// Number of bindings.
+    pub bindings: u64,
+    /// CR3 writes seen.
+    pub cr3_writes: u64,
+    /// CR3 writes that changed the view.
+    pub view_switches: u64,
+    /// Text pokes copied into the views.
+    pub pokes_mirrored: u64,
+    /// Counts pokes that changed a byte; [`Action::Enable`] compares it.
+    pub generation: u64,
+    /// Pokes that hit a byte which a view had changed.
+    pub conflicts: u64,
+}

@@ -1,0 +1,224 @@
+//! Xen, as the rest of the installer needs it: the [`Hypervisor`] trait and the one real provider, [`Xen`].
+//!
+//! All `unsafe` of Penumbra is in this folder: calls into libxenctrl, libxencall, libxenforeignmemory and libxenstore,
+//! and copies out of and into mapped guest frames. Everything above works on plain values and is tested against
+//! `fake::Fake`.
+
+mod binding;
+#[cfg(test)]
+pub mod fake;
+mod ffi;
+mod frames;
+mod ids;
+mod names;
+mod real;
+
+pub use binding::{Action, Binding, BindingReply, Stats};
+pub use ids::{DomId, Gfn, GuestPa, GuestVa, PAGE, Root, ViewId};
+pub use names::{list, resolve};
+pub use real::Xen;
+
+use crate::exit::{Exit, Exits};
+use thiserror::Error;
+
+/// What Xen says about a domain.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Domain {
+    /// Its id.
+    pub id: DomId,
+    /// Its UUID: tells one user of an id from the next.
+    pub uuid: String,
+    /// Highest vCPU number.
+    pub max_vcpu: u32,
+    /// Pages that it has.
+    pub pages: u64,
+    /// Pages that it may have.
+    pub max_pages: u64,
+    /// Width of its guest-physical addresses in bits.
+    pub address_bits: u8,
+    /// Runs with hardware virtualisation (PVH or HVM).
+    pub hvm: bool,
+    /// Uses hardware-assisted paging.
+    pub hap: bool,
+    /// Has shut down, crashed or is being torn down.
+    pub gone: bool,
+}
+
+/// The registers of a vCPU that the installer looks at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Vcpu {
+    /// Instruction pointer.
+    pub rip: u64,
+    /// Stack pointer.
+    pub rsp: u64,
+    /// Page-table root and flags.
+    pub cr3: u64,
+    /// Control register 4; bit 12 is five-level paging.
+    pub cr4: u64,
+    /// Where SYSCALL enters.
+    pub lstar: u64,
+    /// In user mode (SS.DPL 3).
+    pub user: bool,
+}
+
+/// How `altp2m=` stands in the domain's configuration (`HVM_PARAM_ALTP2M`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Altp2mMode {
+    /// Off.
+    Off,
+    /// Only the toolstack may use it: what Penumbra needs.
+    External,
+    /// The guest may use it too (mixed or limited).
+    Guest,
+}
+
+/// A failed request to Xen.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+pub enum XenError {
+    /// The machine does not run Xen, or this is no privileged domain.
+    #[error(
+        "{what}: {errno}; run the installer as root in dom0 with the Xen tools started (is /dev/xen/privcmd there?)"
+    )]
+    NoXen {
+        /// What was being opened.
+        what: &'static str,
+        /// What the system said.
+        errno: Errno,
+    },
+    /// Xen refused a call.
+    #[error("Xen refused {what}: {errno}")]
+    Call {
+        /// The call and its arguments, in words.
+        what: String,
+        /// Why.
+        errno: Errno,
+    },
+    /// A guest frame is not there.
+    #[error("guest frame {0} is not populated")]
+    NoFrame(Gfn),
+}
+
+impl XenError {
+    /// The error number, where there is one.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            XenError::NoXen { errno, .. } | XenError::Call { errno, .. } => Some(*errno),
+            XenError::NoFrame(_) => None,
+        }
+    }
+
+    /// Whether Xen said `errno`.
+    pub fn is(&self, errno: Errno) -> bool {
+        self.errno() == Some(errno)
+    }
+}
+
+impl Exits for XenError {
+    fn exit(&self) -> Exit {
+        match self {
+            XenError::NoXen { .. } => Exit::NoXen,
+            XenError::Call { errno, .. } if *errno == Errno::PERM || *errno == Errno::ACCES => {
+                Exit::NoXen
+            }
+            XenError::Call { .. } | XenError::NoFrame(_) => Exit::Cannot,
+        }
+    }
+}
+
+/// A Linux error number; Xen's are the same for those that it returns (xen/include/public/errno.h).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Errno(pub i32);
+
+impl Errno {
+    /// Operation not permitted.
+    pub const PERM: Errno = Errno(1);
+    /// Not there.
+    pub const NOENT: Errno = Errno(2);
+    /// No such domain.
+    pub const SRCH: Errno = Errno(3);
+    /// Try again.
+    pub const AGAIN: Errno = Errno(11);
+    /// Out of memory.
+    pub const NOMEM: Errno = Errno(12);
+    /// Access denied.
+    pub const ACCES: Errno = Errno(13);
+    /// Bad address.
+    pub const FAULT: Errno = Errno(14);
+    /// In use.
+    pub const BUSY: Errno = Errno(16);
+    /// Not armed.
+    pub const NODEV: Errno = Errno(19);
+    /// Bad argument.
+    pub const INVAL: Errno = Errno(22);
+    /// Table full.
+    pub const NOSPC: Errno = Errno(28);
+    /// No such call.
+    pub const NOSYS: Errno = Errno(38);
+    /// Call not supported.
+    pub const OPNOTSUPP: Errno = Errno(95);
+}
+
+impl std::fmt::Display for Errno {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(&std::io::Error::from_raw_os_error(self.0), f)
+    }
+}
+
+/// One domain under Xen, as the installer uses it.
+///
+/// No call pauses the domain from outside: Xen itself stops vCPUs for the moment that a context read or a binding
+/// change takes.
+pub trait Hypervisor {
+    /// What Xen says about the domain now.
+    fn domain(&self) -> Result<Domain, XenError>;
+    /// The registers of vCPU `index`.
+    fn vcpu(&self, index: u32) -> Result<Vcpu, XenError>;
+    /// Reads inside one frame of the host view: `offset + buf.len()` is at most [`PAGE`].
+    fn read(&self, gfn: Gfn, offset: usize, buf: &mut [u8]) -> Result<(), XenError>;
+    /// Writes inside one frame of the host view.
+    fn write(&self, gfn: Gfn, offset: usize, bytes: &[u8]) -> Result<(), XenError>;
+    /// Forgets mapped frames: what is read next is what the guest has there now.
+    fn refresh(&self);
+    /// The highest frame number that the domain uses.
+    fn highest_gfn(&self) -> Result<Gfn, XenError>;
+    /// Sets how many pages the domain may have.
+    fn set_max_pages(&self, pages: u64) -> Result<(), XenError>;
+    /// Gives the domain new frames at `first` and up, `count` of them, or fails; some may be there after a failure.
+    fn populate(&self, first: Gfn, count: u64) -> Result<(), XenError>;
+    /// Takes frames away; frames that are not there are passed over. Returns how many were taken.
+    fn depopulate(&self, first: Gfn, count: u64) -> Result<u64, XenError>;
+    /// How the domain's configuration has altp2m.
+    fn altp2m_mode(&self) -> Result<Altp2mMode, XenError>;
+    /// Whether altp2m is on now.
+    fn altp2m_on(&self) -> Result<bool, XenError>;
+    /// Turns altp2m on or off; off drops every view.
+    fn altp2m_set(&self, on: bool) -> Result<(), XenError>;
+    /// Makes a view equal to the host's.
+    fn create_view(&self) -> Result<ViewId, XenError>;
+    /// Removes a view that is neither the default nor bound.
+    fn destroy_view(&self, view: ViewId) -> Result<(), XenError>;
+    /// Lets `gfn` mean the frame `copy` in `view`.
+    fn remap(&self, view: ViewId, gfn: Gfn, copy: Gfn) -> Result<(), XenError>;
+    /// HVMOP_altp2m_binding.
+    fn binding(&self, request: Binding) -> Result<BindingReply, XenError>;
+
+    /// The counters and state of the binding table.
+    fn stats(&self) -> Result<Stats, XenError> {
+        self.binding(Binding::new(Action::Stats))
+            .map(|reply| reply.stats())
+    }
+
+    /// Every binding that Xen has: root, view, switches into it.
+    fn bindings(&self) -> Result<Vec<(Root, ViewId, u64)>, XenError> {
+        let mut found = Vec::new();
+        // Xen's table is bounded; so is this loop, should it not be.
+        for index in 0..u64::from(u16::MAX) {
+            match self.binding(Binding::new(Action::Get).value(index)) {
+                Ok(reply) => found.push((reply.root, reply.view, reply.out[0])),
+                Err(error) if error.is(Errno::NOENT) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    }
+}
