@@ -15,6 +15,9 @@ from . import ROOT, TARGET, LabError, kernel, packages
 SOURCES = ROOT / "tests" / "guest"
 BUILT = TARGET / "guest"
 
+# Executable: its sources.
+PROGRAMS = {"agent": ["agent.c"], "worker": ["worker.c", "attack.c"]}
+
 
 def _newer(target, sources):
     return target.exists() and all(target.stat().st_mtime >= s.stat().st_mtime for s in sources)
@@ -28,15 +31,14 @@ def _make(argv, **kw):
 
 
 def program(name):
-    """The static executable of tests/guest/NAME.c, built if it is older than its source."""
-    source, target = SOURCES / f"{name}.c", BUILT / name
-    headers = list(SOURCES.glob("*.h"))
+    """A static executable, built if it is older than its sources."""
+    sources, target = [SOURCES / file for file in PROGRAMS[name]], BUILT / name
     with packages.locked("programs"):
-        if not _newer(target, [source, *headers]):
+        if not _newer(target, [*sources, *SOURCES.glob("*.h"), *SOURCES.glob("module/*.h")]):
             BUILT.mkdir(parents=True, exist_ok=True)
             part = target.with_suffix(".part")
             _make(["gcc", "-std=gnu17", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread",
-                   "-o", part, source])
+                   "-o", part, *sources])
             part.rename(target)
     return target
 
@@ -65,7 +67,7 @@ def module():
     """penumbra_bug.ko for the guest's kernel."""
     source = SOURCES / "module"
     target = BUILT / "penumbra_bug.ko"
-    sources = [p for p in source.iterdir() if p.is_file()] + list(SOURCES.glob("*.h"))
+    sources = [p for p in source.iterdir() if p.is_file()]
     guest = kernel.cloud()
     with packages.locked("programs"):
         if not _newer(target, sources):
@@ -73,8 +75,6 @@ def module():
             work = BUILT / "module"
             shutil.rmtree(work, ignore_errors=True)
             shutil.copytree(source, work)
-            for header in SOURCES.glob("*.h"):
-                shutil.copy(header, work)
             env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "CFLAGS", "ARCH")}
             _make(["make", "-C", headers, f"M={work}", "modules"], env=env)
             shutil.copy(work / "penumbra_bug.ko", target)
