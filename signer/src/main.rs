@@ -1,1 +1,6 @@
-fn main() {}
+//! The `signer` command.
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    signer::cli::main()
+}
