@@ -177,6 +177,8 @@ pub trait Hypervisor {
     fn read(&self, gfn: Gfn, offset: usize, buf: &mut [u8]) -> Result<(), XenError>;
     /// Writes inside one frame of the host view.
     fn write(&self, gfn: Gfn, offset: usize, bytes: &[u8]) -> Result<(), XenError>;
+    /// Says which frames will be read soon, so that a provider can map them in few calls.
+    fn prefetch(&self, _frames: &[Gfn]) {}
     /// Forgets mapped frames: what is read next is what the guest has there now.
     fn refresh(&self);
     /// The highest frame number that the domain uses.

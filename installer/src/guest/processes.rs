@@ -1,0 +1,220 @@
+//! The guest's processes, from `init_task`'s list.
+
+use super::kernel::{Kernel, Slide};
+use super::layout::{self, Layout, MissingName};
+use super::memory::{GuestMemory, ReadError};
+use super::path;
+use crate::xen::{GuestVa, Root};
+use penumbra_bundle::Manifest;
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+
+/// More processes than this are not read; those not read stay on the default view.
+const MAX_PROCESSES: usize = 1 << 16;
+/// `TASK_COMM_LEN`.
+const COMM: usize = 16;
+/// `PF_KTHREAD` (include/linux/sched.h).
+const PF_KTHREAD: u32 = 0x0020_0000;
+
+/// What names one address space of one process: if any of it changes, it is another process.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Identity {
+    /// Process id.
+    pub pid: u32,
+    /// Start time, nanoseconds since boot.
+    pub start: u64,
+    /// `mm_struct`.
+    pub mm: GuestVa,
+    /// Page-table root.
+    pub root: Root,
+    /// Executable, if it can be read and its path means what it says.
+    pub exe: Option<String>,
+    /// Real and effective user id, if they can be read.
+    pub uid: Option<(u32, u32)>,
+}
+
+/// A process as the guest shows it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Process {
+    /// `task_struct` of its first thread.
+    pub task: GuestVa,
+    /// What names it.
+    pub identity: Identity,
+    /// The name it gives itself.
+    pub comm: String,
+    /// Its executable's path as its own mount namespace has it; for people, not for decisions.
+    pub shown_exe: Option<String>,
+}
+
+/// What one walk over the list found.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ProcessList {
+    /// Processes with an address space.
+    pub processes: Vec<Process>,
+    /// Kernel threads passed over.
+    pub kernel_threads: usize,
+    /// Entries that could not be read, and why the walk ended early if it did.
+    pub trouble: Vec<String>,
+}
+
+/// Reads processes of one guest. The journal keeps it, so that `ps` and `remove` need no bundle.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Reader {
+    layout: Layout,
+    init_task: GuestVa,
+    kernel: Kernel,
+}
+
+impl Reader {
+    /// Takes offsets and the list's head from the manifest.
+    pub fn new(manifest: &Manifest, kernel: Kernel) -> Result<Reader, MissingName> {
+        Ok(Reader {
+            layout: Layout::new(manifest)?,
+            init_task: layout::data(manifest, kernel.slide, "init_task")?,
+            kernel,
+        })
+    }
+
+    /// The offsets.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// The head of the list.
+    pub fn init_task(&self) -> GuestVa {
+        self.init_task
+    }
+
+    /// The slide.
+    pub fn slide(&self) -> Slide {
+        self.kernel.slide
+    }
+
+    /// Every thread-group leader's `task_struct`, `init_task` first, and what went wrong.
+    ///
+    /// The list is walked while the guest changes it. It ends at its head, at a second visit of any entry, at an
+    /// unreadable entry or at the limit.
+    pub fn leaders(&self, memory: &GuestMemory<'_>) -> (Vec<GuestVa>, Option<String>) {
+        let mut seen = HashSet::from([self.init_task]);
+        let mut found = vec![self.init_task];
+        let mut at = self.init_task;
+        while found.len() < MAX_PROCESSES {
+            let next = match memory.pointer(at.offset(self.layout.task_tasks)) {
+                Ok(next) => GuestVa(next.0.wrapping_sub(self.layout.task_tasks)),
+                Err(error) => return (found, Some(format!("the process list breaks off: {error}"))),
+            };
+            if next == self.init_task {
+                return (found, None);
+            }
+            if !seen.insert(next) {
+                return (found, Some(format!("the process list runs in a circle at {next}")));
+            }
+            found.push(next);
+            at = next;
+        }
+        (
+            found,
+            Some(format!("more than {MAX_PROCESSES} processes; the rest are not read")),
+        )
+    }
+
+    /// Reads all processes.
+    pub fn list(&self, memory: &GuestMemory<'_>) -> ProcessList {
+        let (leaders, trouble) = self.leaders(memory);
+        let mut list = ProcessList {
+            trouble: trouble.into_iter().collect(),
+            ..ProcessList::default()
+        };
+        let mut exes = Vec::new();
+        for task in leaders {
+            match self.read(memory, task) {
+                Ok(Some((process, walked))) => {
+                    list.processes.push(process);
+                    exes.push(walked);
+                }
+                Ok(None) => list.kernel_threads += 1,
+                Err(error) => list
+                    .trouble
+                    .push(format!("the process at {task} cannot be read: {error}")),
+            }
+        }
+        // The mount tree that paths are believed in is process 1's.
+        let top = list
+            .processes
+            .iter()
+            .zip(&exes)
+            .find(|(process, _)| process.identity.pid == 1)
+            .and_then(|(_, walked)| walked.as_ref().map(|walked| walked.top));
+        for (process, walked) in list.processes.iter_mut().zip(exes) {
+            process.identity.exe = walked
+                .filter(|walked| Some(walked.top) == top)
+                .map(|walked| walked.path);
+        }
+        list
+    }
+
+    /// Reads one process; `None` for a kernel thread or one without an address space (exiting). The identity's `exe` is
+    /// not set: it takes process 1 to believe a path.
+    fn read(
+        &self,
+        memory: &GuestMemory<'_>,
+        task: GuestVa,
+    ) -> Result<Option<(Process, Option<path::Walked>)>, ReadError> {
+        let layout = &self.layout;
+        let flags = memory.u32(task.offset(layout.task_flags))?;
+        let mm = memory.pointer(task.offset(layout.task_mm))?;
+        if flags & PF_KTHREAD != 0 || mm == GuestVa(0) {
+            return Ok(None);
+        }
+        let pid = memory.u32(task.offset(layout.task_pid))?;
+        let start = memory.u64(task.offset(layout.task_start_time))?;
+        let pgd = memory.pointer(mm.offset(layout.mm_pgd))?;
+        let root = Root(memory.translate(pgd)?.0);
+        let comm = memory.bytes(task.offset(layout.task_comm), COMM)?;
+        let comm = comm.split(|byte| *byte == 0).next().unwrap_or_default();
+        let uid = self.uid(memory, task).ok();
+        let walked = self.exe(memory, mm);
+        Ok(Some((
+            Process {
+                task,
+                identity: Identity {
+                    pid,
+                    start,
+                    mm,
+                    root,
+                    exe: None,
+                    uid,
+                },
+                comm: String::from_utf8_lossy(comm).into_owned(),
+                shown_exe: walked.as_ref().map(|walked| walked.path.clone()),
+            },
+            walked,
+        )))
+    }
+
+    fn uid(&self, memory: &GuestMemory<'_>, task: GuestVa) -> Result<(u32, u32), ReadError> {
+        let cred = memory.pointer(task.offset(self.layout.task_real_cred))?;
+        Ok((
+            memory.u32(cred.offset(self.layout.cred_uid))?,
+            memory.u32(cred.offset(self.layout.cred_euid))?,
+        ))
+    }
+
+    /// The executable's path, read twice: a rename under way must not make a path that never was.
+    fn exe(&self, memory: &GuestMemory<'_>, mm: GuestVa) -> Option<path::Walked> {
+        let read = || {
+            let file = memory.pointer(mm.offset(self.layout.mm_exe_file)).ok()?;
+            if file == GuestVa(0) {
+                return None;
+            }
+            path::walk(memory, &self.layout, file.offset(self.layout.file_f_path)).ok()
+        };
+        let first = read()?;
+        (read()? == first).then_some(first)
+    }
+}

@@ -1,0 +1,325 @@
+//! The journal: what was done to a domain, written before it is done.
+//!
+//! `/run/penumbra/DOMID/state.json`, beside `lock` (held while something changes the domain), `stop` (asks the watcher to
+//! end) and `pins/`. /run does not outlive dom0, and neither do its guests.
+
+use crate::exit::{Exit, Exits};
+use crate::guest::processes::Reader;
+use crate::xen::{DomId, Domain, Gfn, Root, ViewId};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// Where journals are, unless `PENUMBRA_RUN` says otherwise.
+const RUN: &str = "/run/penumbra";
+/// The only schema that this version reads and writes.
+const SCHEMA: &str = "penumbra.state/v1";
+
+/// A failed journal operation.
+#[derive(Debug, Error)]
+pub enum JournalError {
+    /// The file system said no.
+    #[error("{path}: {source}; the journal must be writable before a guest is touched")]
+    Io {
+        /// What was being used.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file does not decode.
+    #[error("{path}: {detail}; `installer remove` cleans what Xen itself knows of")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
+    /// Another installer works on the domain.
+    #[error("another installer works on this domain{0}; wait for it, or stop it with `installer remove`")]
+    Busy(String),
+    /// There is none.
+    #[error("nothing is applied to this domain; `installer apply` does it")]
+    NotApplied,
+}
+
+impl Exits for JournalError {
+    fn exit(&self) -> Exit {
+        match self {
+            JournalError::Io { source, .. }
+                if source.kind() == io::ErrorKind::PermissionDenied =>
+            {
+                Exit::NoXen
+            }
+            _ => Exit::Cannot,
+        }
+    }
+}
+
+/// How far an apply got. Each value is written before its step is taken.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// altp2m is being turned on.
+    Start,
+    /// CR3 writes are being intercepted.
+    Arm,
+    /// The cave is being written.
+    Cave,
+    /// Frames for the copies are being added.
+    Copies,
+    /// Views are being made and mapped.
+    Views,
+    /// The default view is being set.
+    Enable,
+    /// All is in place.
+    Applied,
+    /// All is being taken out.
+    Remove,
+}
+
+/// One view.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ViewState {
+    /// The variant's name.
+    pub name: String,
+    /// Xen's number, once known; 0 for stock.
+    pub view: Option<ViewId>,
+    /// Leaves out a speculation mitigation.
+    pub drops_mitigation: bool,
+    /// Text pages that it has a copy of, ascending.
+    pub pages: Vec<u32>,
+    /// The copy of the first of them; the others follow.
+    pub first_copy: Gfn,
+}
+
+/// The frames added for copies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Copies {
+    /// The first.
+    pub first: Gfn,
+    /// How many.
+    pub count: u64,
+    /// Pages that the domain might have before.
+    pub max_pages_before: u64,
+}
+
+/// The cave in the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CaveState {
+    /// Where, in the guest.
+    pub start: crate::xen::GuestVa,
+    /// How many bytes are in use.
+    pub len: u64,
+    /// What was there.
+    pub filler: u8,
+}
+
+/// What `state.json` holds.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct State {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// The domain.
+    pub domain: DomId,
+    /// Its UUID: another domain of the same id is not this one.
+    pub uuid: String,
+    /// Its name when it was applied.
+    pub name: String,
+    /// How far.
+    pub step: Step,
+    /// The bundle's directory.
+    pub bundle: PathBuf,
+    /// SHA-256 of its manifest, which names every other digest.
+    pub manifest_sha256: String,
+    /// The policy's file.
+    pub policy: PathBuf,
+    /// The kernel's release.
+    pub release: String,
+    /// The kernel's build-id.
+    pub build_id: String,
+    /// How to read the guest.
+    pub reader: Reader,
+    /// The poking address space's root.
+    pub poking_root: Root,
+    /// The default view's name.
+    pub default: String,
+    /// stock and every other view.
+    pub views: Vec<ViewState>,
+    /// Frames added.
+    pub copies: Option<Copies>,
+    /// The cave, from when it is being written.
+    pub cave: Option<CaveState>,
+    /// Process id of the installer that watches, 0 if none does.
+    pub watcher: u32,
+}
+
+impl State {
+    /// A state in which nothing was done.
+    pub fn new(domain: &Domain, name: &str, reader: Reader) -> State {
+        State {
+            schema: SCHEMA.to_owned(),
+            domain: domain.id,
+            uuid: domain.uuid.clone(),
+            name: name.to_owned(),
+            step: Step::Start,
+            bundle: PathBuf::new(),
+            manifest_sha256: String::new(),
+            policy: PathBuf::new(),
+            release: String::new(),
+            build_id: String::new(),
+            reader,
+            poking_root: Root(0),
+            default: String::new(),
+            views: Vec::new(),
+            copies: None,
+            cave: None,
+            watcher: 0,
+        }
+    }
+
+    /// Xen's number of the view called `name`.
+    pub fn view(&self, name: &str) -> Option<ViewId> {
+        let view = self.views.iter().find(|view| view.name == name)?;
+        view.view
+    }
+
+    /// The name of a view.
+    pub fn view_name(&self, id: ViewId) -> String {
+        self.views
+            .iter()
+            .find(|view| view.view == Some(id))
+            .map_or_else(|| format!("view {id}"), |view| view.name.clone())
+    }
+}
+
+/// The journal of one domain.
+#[derive(Debug)]
+pub struct Journal {
+    dir: PathBuf,
+    /// Held for the journal's life by whoever changes the domain.
+    lock: Option<File>,
+}
+
+/// The directory of all journals.
+pub fn run_dir() -> PathBuf {
+    std::env::var_os("PENUMBRA_RUN").map_or_else(|| PathBuf::from(RUN), PathBuf::from)
+}
+
+impl Journal {
+    /// The journal of `domain` under `run`, for reading.
+    pub fn reader(run: &Path, domain: DomId) -> Journal {
+        Journal {
+            dir: run.join(domain.to_string()),
+            lock: None,
+        }
+    }
+
+    /// The same, for changing the domain; fails when somebody else holds it.
+    pub fn writer(run: &Path, domain: DomId) -> Result<Journal, JournalError> {
+        let mut journal = Journal::reader(run, domain);
+        fs::create_dir_all(&journal.dir).map_err(|source| journal.io("", source))?;
+        let path = journal.dir.join("lock");
+        let lock = File::create(&path).map_err(|source| journal.io("lock", source))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {
+                journal.lock = Some(lock);
+                Ok(journal)
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let watcher = journal.load().ok().flatten().map_or(0, |state| state.watcher);
+                Err(JournalError::Busy(if watcher == 0 {
+                    String::new()
+                } else {
+                    format!(" (process {watcher} watches it)")
+                }))
+            }
+            Err(error) => Err(journal.io("lock", error.into())),
+        }
+    }
+
+    fn io(&self, name: &str, source: io::Error) -> JournalError {
+        JournalError::Io {
+            path: self.dir.join(name),
+            source,
+        }
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What it holds; `None` when nothing was done.
+    pub fn load(&self) -> Result<Option<State>, JournalError> {
+        let path = self.dir.join("state.json");
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(self.io("state.json", error)),
+        };
+        let malformed = |detail: String| JournalError::Malformed {
+            path: path.clone(),
+            detail,
+        };
+        let state: State =
+            serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
+        if state.schema != SCHEMA {
+            return Err(malformed(format!(
+                "schema `{}`, this version reads `{SCHEMA}`",
+                state.schema.escape_default()
+            )));
+        }
+        Ok(Some(state))
+    }
+
+    /// Writes it: whole or not at all, and on disk before this returns.
+    pub fn save(&self, state: &State) -> Result<(), JournalError> {
+        assert!(self.lock.is_some(), "only the holder of the lock writes");
+        let new = self.dir.join("state.json.new");
+        let write = || {
+            let mut file = File::create(&new)?;
+            file.write_all(&serde_json::to_vec(state)?)?;
+            file.sync_all()?;
+            fs::rename(&new, self.dir.join("state.json"))?;
+            File::open(&self.dir)?.sync_all()
+        };
+        write().map_err(|source| self.io("state.json", source))
+    }
+
+    /// Drops it with its pins. The lock's file stays: two holders of one name must hold one file.
+    pub fn erase(&self) -> Result<(), JournalError> {
+        for name in ["state.json", "stop"] {
+            match fs::remove_file(self.dir.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(self.io(name, error));
+                }
+                _ => {}
+            }
+        }
+        match fs::remove_dir_all(self.dir.join("pins")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.io("pins", error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks the watcher to stop.
+    pub fn ask_to_stop(&self) -> Result<(), JournalError> {
+        fs::write(self.dir.join("stop"), b"").map_err(|source| self.io("stop", source))
+    }
+
+    /// Whether somebody asked.
+    pub fn asked_to_stop(&self) -> bool {
+        self.dir.join("stop").exists()
+    }
+
+    /// Forgets that somebody asked: by the one who obeyed or came after.
+    pub fn clear_stop(&self) -> Result<(), JournalError> {
+        match fs::remove_file(self.dir.join("stop")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.io("stop", error)),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The views: built from the explained text, enabled at one moment, verified, removed.
+//!
+//! Safety rule of this folder: whatever happens, at any call, the guest either runs on its own text in the host view or on
+//! complete views that were proven equal to it up to the edits; and the journal knows enough to take everything out.
+
+pub mod apply;
+pub mod cave;
+pub mod digest;
+pub mod journal;
+pub mod pages;
+pub mod remove;
+#[cfg(test)]
+pub(crate) mod testkit;
+pub mod verify;
+
+pub use apply::{Applied, ApplyError, Request, apply};
+pub use journal::{Journal, JournalError, State};
+pub use remove::{CaveFate, RemoveError, Removed, remove};
+
+use crate::guest::explain::{self, ExplainError, Explained, ReturnForm};
+use crate::guest::text::RunningText;
+use crate::guest::{Kernel, ReadError};
+use crate::xen::Hypervisor;
+use cave::{CaveError, CaveImage};
+use penumbra_bundle::Bundle;
+use std::thread::sleep;
+use std::time::Duration;
+use thiserror::Error;
+
+/// Times that pages with something unexplained are read again: a poke under way shows as an int3 for some microseconds.
+const REREADS: u32 = 20;
+/// Time between two of these.
+const REREAD_PAUSE: Duration = Duration::from_millis(5);
+
+/// Why the running text cannot be read and explained.
+#[derive(Debug, Error)]
+pub enum TextError {
+    /// Memory cannot be read.
+    #[error("the guest's text cannot be read: {0}")]
+    Read(#[from] ReadError),
+    /// Something is not explained.
+    #[error(transparent)]
+    Explain(#[from] ExplainError),
+    /// The cave cannot be made.
+    #[error(transparent)]
+    Cave(#[from] CaveError),
+}
+
+/// The running text, explained, with the cave as this guest gets it.
+#[derive(Clone, Debug)]
+pub struct Understood {
+    /// The text as it runs.
+    pub text: RunningText,
+    /// What was learned of it.
+    pub explained: Explained,
+    /// The cave for this guest.
+    pub cave: CaveImage,
+}
+
+/// Reads the text and explains it, looking again at what a poke under way may have torn.
+pub fn understand(
+    hypervisor: &dyn Hypervisor,
+    kernel: &Kernel,
+    bundle: &Bundle,
+) -> Result<Understood, TextError> {
+    let mut text = RunningText::read(hypervisor, kernel, &bundle.manifest)?;
+    let mut tries = 0;
+    loop {
+        let result = explain_once(bundle, kernel, &text);
+        match result {
+            Ok((explained, cave)) => {
+                return Ok(Understood {
+                    text,
+                    explained,
+                    cave,
+                });
+            }
+            Err(TextError::Explain(ExplainError::Unexplained(ranges))) if tries < REREADS => {
+                tries += 1;
+                sleep(REREAD_PAUSE);
+                for range in ranges {
+                    for page in [range.page, range.page + 1] {
+                        if page < text.frames.len() {
+                            text.reread(hypervisor, page)?;
+                        }
+                    }
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn explain_once(
+    bundle: &Bundle,
+    kernel: &Kernel,
+    text: &RunningText,
+) -> Result<(Explained, CaveImage), TextError> {
+    // Retpolines off, or a text that is wholly unlike the file's, is the better message than a mixed return form.
+    let returns = explain::return_form(bundle, &text.bytes).unwrap_or(ReturnForm::Ret);
+    let cave = CaveImage::new(bundle, kernel.slide, returns)?;
+    let explained = explain::explain(
+        bundle,
+        kernel.slide,
+        &text.bytes,
+        Some((cave.at, &cave.bytes)),
+    )?;
+    Ok((explained, cave))
+}
