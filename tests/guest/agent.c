@@ -3,7 +3,9 @@
  * agent: runs commands that arrive on a terminal and answers on it.
  *
  *   agent serve TTY           serve until the terminal goes away
- *   agent tail FILE FROM MS   print FILE from byte FROM on, wait up to MS for the first byte
+ *   agent tail FILE FROM MS [MARKER]
+ *                             print FILE from byte FROM on, after a wait of up to MS for
+ *                             MARKER in it, or for the first byte
  *
  * One request is one line:
  *   RUN <id> <seconds> <base64 of a shell command>
@@ -31,7 +33,7 @@
 #include <unistd.h>
 
 #define STORE "/run/agent"
-#define PART 90 /* bytes of output in one line */
+#define PART 240 /* bytes of output in one line */
 
 static uint32_t crc32(const char *data, size_t len)
 {
@@ -144,7 +146,7 @@ static void run(const char *id, unsigned seconds, const char *command)
 
 static void answer(int tty, const char *id)
 {
-	char path[128], line[256], text[PART * 2];
+	char path[128], line[PART * 2 + 128], text[PART * 2];
 	unsigned char part[PART];
 	unsigned number = 0;
 	int rc = 125, n;
@@ -219,24 +221,26 @@ static int serve(const char *name)
 	}
 }
 
-static int tail(const char *name, off_t from, int ms)
+static int tail(const char *name, off_t from, int ms, const char *marker)
 {
-	char data[16384];
-	ssize_t n;
+	static char data[1 << 20];
+	size_t used = 0;
 	int fd = -1;
 
-	for (;; ms -= 20, poll(NULL, 0, 20)) {
+	for (;; ms -= 10, poll(NULL, 0, 10)) {
+		ssize_t n;
+
 		if (fd < 0)
 			fd = open(name, O_RDONLY);
-		if (fd >= 0 && (n = pread(fd, data, sizeof data, from)) > 0)
+		while (fd >= 0 && used < sizeof data &&
+		       (n = pread(fd, data + used, sizeof data - used, from + (off_t)used)) > 0)
+			used += (size_t)n;
+		if (ms <= 0 || used == sizeof data)
 			break;
-		if (ms <= 0)
-			return 0;
+		if (marker ? memmem(data, used, marker, strlen(marker)) != NULL : used > 0)
+			break;
 	}
-	do {
-		put(1, data, (size_t)n);
-		from += n;
-	} while ((n = pread(fd, data, sizeof data, from)) > 0);
+	put(1, data, used);
 	return 0;
 }
 
@@ -244,8 +248,8 @@ int main(int argc, char **argv)
 {
 	if (argc == 3 && strcmp(argv[1], "serve") == 0)
 		return serve(argv[2]);
-	if (argc == 5 && strcmp(argv[1], "tail") == 0)
-		return tail(argv[2], atoll(argv[3]), atoi(argv[4]));
-	fprintf(stderr, "usage: agent serve TTY | agent tail FILE FROM MS\n");
+	if ((argc == 5 || argc == 6) && strcmp(argv[1], "tail") == 0)
+		return tail(argv[2], atoll(argv[3]), atoi(argv[4]), argv[5]);
+	fprintf(stderr, "usage: agent serve TTY | agent tail FILE FROM MS [MARKER]\n");
 	return 2;
 }

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Commands and their results over a line: the near side of tests/guest/agent.c.
 
-A `Line` is anything with `write(bytes)` and `read(seconds) -> bytes`.  The far
+A `Line` is anything with `write(bytes)` and `read(seconds, marker) -> bytes`; the
+marker, a text that ends the answer, may be used to wait better.  The far
 side's answers carry checksums because a kernel may print on the same line; what
 does not arrive whole is asked for again.
 """
@@ -47,7 +48,7 @@ class Agent:
             self.line.write(f"\nPING {number}\n".encode())
             pause = time.monotonic() + 2
             while time.monotonic() < min(pause, deadline):
-                seen = (seen + self.line.read(0.5))[-65536:]
+                seen = (seen + self.line.read(0.5, f"~PONG {number}"))[-65536:]
                 if f"~PONG {number}".encode() in seen:
                     return
         raise LineLost(f"{self.name} did not come up in {timeout} s")
@@ -61,7 +62,7 @@ class Agent:
         again = time.monotonic() + 20
         parts, end, rest = {}, None, b""
         while True:
-            data = self.line.read(1.0)
+            data = self.line.read(2.0, f"~E {number} ")
             rest += data
             *lines, rest = re.split(rb"[\r\n]+", rest)
             for text in lines:
@@ -75,6 +76,8 @@ class Agent:
                 out = b"".join(base64.b64decode(parts[n]) for n in range(end[0]))
                 return Result(end[1], out.decode(errors="replace"))
             now = time.monotonic()
+            if reason := getattr(self.line, "lost", lambda: None)():
+                raise LineLost(f"{self.name} is lost ({reason}) while it runs: {command}")
             if now > deadline:
                 raise LineLost(f"{self.name} gave no answer within {timeout + 30} s to: {command}")
             if now > again or (end and not data):

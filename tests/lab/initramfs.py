@@ -130,8 +130,9 @@ def dom0(path, guest_kernel, guest_initrd, config, extra=()):
     """Writes dom0's initramfs; `extra` are (path, content, mode), executables among them
     (paths in usr/bin) get the libraries they name."""
     tools = packages.unpacked("xen-utils-4.17") / "usr/lib/xen-4.17/bin"
+    store = packages.unpacked("xenstore-utils") / "usr/bin"
     archive = _base()
-    binaries = [tools / name for name in XEN_TOOLS]
+    binaries = [tools / name for name in XEN_TOOLS] + [store / "xenstore-read"]
     for binary in binaries:
         archive.file(f"usr/sbin/{binary.name}", binary, 0o755)
     names = []

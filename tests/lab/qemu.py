@@ -34,7 +34,7 @@ class SocketLine:
         """Sends; an emulated port takes 16 bytes at a time, QEMU holds back the rest."""
         self.sock.sendall(data)
 
-    def read(self, seconds):
+    def read(self, seconds, _marker=None):
         """What arrives within `seconds`, or nothing."""
         ready, _, _ = select.select([self.sock], [], [], seconds)
         if not ready:

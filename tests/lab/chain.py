@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The chain of tools as a user runs it: build, emit, sign, apply.
+
+Only command lines and files are used here, never the tools' insides: what the demo
+and the scenarios show is what a person at a shell gets.
+"""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from . import ROOT, TARGET, LabError, kernel
+
+WORK = TARGET / "chain"
+GUEST = "guest"
+
+
+class ToolFailed(LabError):
+    """A tool ended with another exit code than expected."""
+
+
+def run(argv, expect=0, **kw):
+    """Runs a command on this machine; returns its standard output."""
+    argv = [str(a) for a in argv]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          errors="replace", **kw)
+    if done.returncode != expect:
+        raise ToolFailed(f"`{' '.join(argv)}` ended with {done.returncode}, expected {expect}\n"
+                         + done.stdout[-2000:] + done.stderr[-4000:])
+    return done.stdout
+
+
+def target_dir():
+    """Where cargo builds."""
+    return Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve()
+
+
+def tool(name):
+    """A release executable of the workspace."""
+    return target_dir() / "release" / name
+
+
+def build_tools():
+    """Builds the three tools in release mode."""
+    run(["cargo", "build", "--release", "--locked", "-p", "hardener", "-p", "signer", "-p", "installer"],
+        cwd=ROOT)
+
+
+def build_xen():
+    """Builds the patched Xen; returns the image."""
+    run([ROOT / "xen-patches" / "build"])
+    return TARGET / "xen" / "xen"
+
+
+def emit(out, vmlinuz=None):
+    """Emits a bundle for the guest's kernel and has it checked."""
+    vmlinuz = vmlinuz or kernel.cloud().vmlinuz
+    run([tool("hardener"), "emit", vmlinuz, "-o", out, "--force"])
+    return out
+
+
+def check(bundle):
+    """The checker's verdict on a bundle, against the image afresh."""
+    return run([tool("hardener"), "check", bundle, "--image", kernel.cloud().vmlinuz])
+
+
+def new_key(name):
+    """Makes a key pair; returns (secret, public) files."""
+    secret, public = Path(f"{name}.pem"), Path(f"{name}.pub.pem")
+    for old in (secret, public):
+        old.unlink(missing_ok=True)
+    secret.parent.mkdir(parents=True, exist_ok=True)
+    run([tool("signer"), "key", "new", "-o", name])
+    return secret, public
+
+
+def policy_copy(name, folder):
+    """A policy of the repository, where its envelope may be put beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(ROOT / "policies" / name, folder / name))
+
+
+def sign(path, secret):
+    """Signs a bundle or a policy."""
+    run([tool("signer"), "sign", path, "--key", secret])
+
+
+def envelope_of(path):
+    """Where the signature of a bundle or a policy lies."""
+    path = Path(path)
+    return path / "statement.dsse.json" if path.is_dir() else Path(f"{path}.dsse.json")
+
+
+def pae(payload_type, payload):
+    """DSSE's pre-authentication encoding: the bytes that are signed (DSSE protocol, v1)."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+def openssl_verifies(envelope, public, folder, damage=False):
+    """Whether plain openssl accepts the envelope's first signature.
+
+    Nothing of signer is used: the signed bytes are made here from the envelope.
+    With `damage` one bit of the payload is flipped first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.loads(Path(envelope).read_text())
+    payload = bytearray(base64.b64decode(content["payload"]))
+    if damage:
+        payload[len(payload) // 2] ^= 1
+    message, signature = folder / "pae", folder / "signature"
+    message.write_bytes(pae(content["payloadType"], bytes(payload)))
+    signature.write_bytes(base64.b64decode(content["signatures"][0]["sig"]))
+    done = subprocess.run(["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin",
+                           "-in", message, "-sigfile", signature],
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return done.returncode == 0 and "Verified Successfully" in done.stdout
+
+
+def dom0_files(bundle=None, policies=(), publics=()):
+    """What dom0 gets, as (path, content, mode): the installer, and below /p bundle, policies
+    with their envelopes, public keys."""
+    files = [("usr/bin/installer", tool("installer"), 0o755)]
+    if bundle:
+        files += [(f"p/bundle/{f.relative_to(bundle)}", f, 0o644)
+                  for f in sorted(bundle.rglob("*")) if f.is_file()]
+    for policy in policies:
+        files += [(f"p/{policy.name}", policy, 0o644),
+                  (f"p/{envelope_of(policy).name}", envelope_of(policy), 0o644)]
+    files += [(f"p/{public.name}", public, 0o644) for public in publics]
+    return files
+
+
+class Installer:
+    """`installer` in a lab's dom0."""
+
+    def __init__(self, lab, policy="payroll.toml", trust="key.pub.pem", bundle="/p/bundle"):
+        self.lab = lab
+        self.apply_args = f"{GUEST} --bundle {bundle} --policy /p/{policy} --trust /p/{trust}"
+        self.bundle = bundle
+        self.log = "/run/apply.log"
+
+    def run(self, arguments, expect=0, timeout=300):
+        """One command; returns its output (both streams)."""
+        rc, out = self.lab.dom0.run(f"installer {arguments}", timeout)
+        if rc != expect:
+            raise ToolFailed(f"`installer {arguments}` in dom0 ended with {rc}, expected {expect}:\n{out}")
+        return out
+
+    def json(self, arguments, expect=0, timeout=300):
+        """One command with --json; returns what it printed."""
+        rc, out = self.lab.dom0.run(f"installer {arguments} --json 2>/run/json.err", timeout)
+        if rc != expect:
+            err = self.lab.dom0.run("cat /run/json.err").out
+            raise ToolFailed(f"`installer {arguments} --json` in dom0 ended with {rc}, "
+                             f"expected {expect}:\n{out}{err}")
+        try:
+            return json.loads(out)
+        except ValueError as error:
+            raise ToolFailed(f"`installer {arguments} --json` printed no JSON: {out[:500]}") from error
+
+    def apply(self, timeout=300):
+        """Applies, and leaves the watcher running; returns the line `applied: ...`."""
+        self.lab.dom0.run(f"installer apply {self.apply_args} > {self.log} 2> {self.log}.err & "
+                          "echo $! > /run/apply.pid")
+        deadline = time.monotonic() + timeout
+        while True:
+            rc, out = self.lab.dom0.run(
+                f"for i in $(seq 50); do grep -m1 ^applied: {self.log} && exit 0; "
+                "kill -0 $(cat /run/apply.pid) 2>/dev/null || exit 1; usleep 100000; done; exit 2")
+            if rc == 0:
+                return out.strip()
+            if rc == 1 or time.monotonic() > deadline:
+                err = self.lab.dom0.run(f"cat {self.log} {self.log}.err").out
+                raise ToolFailed(f"`installer apply` {'ended' if rc == 1 else 'is still at it'}:\n{err}")
+
+    def stop_watching(self, timeout=60):
+        """Asks the watcher to stop; views and bindings stay."""
+        rc, out = self.lab.dom0.run("kill -TERM $(cat /run/apply.pid); for i in $(seq 300); do "
+                                    "kill -0 $(cat /run/apply.pid) 2>/dev/null || exit 0; usleep 100000; "
+                                    "done; exit 1", timeout)
+        if rc:
+            raise ToolFailed(f"the watcher does not stop on SIGTERM: {out}")
+
+    def digest(self):
+        """SHA-256 of the guest's text in the host view."""
+        return self.json(f"digest {GUEST} --bundle {self.bundle}")["sha256"]
+
+    def processes(self):
+        """The guest's processes by pid, with view and rule."""
+        return {p["pid"]: p for p in self.json(f"ps {GUEST}")["processes"]}
+
+    def status(self):
+        """What `status` says of the guest."""
+        [domain] = [d for d in self.json(f"status {GUEST}")["domains"] if d["name"] == GUEST]
+        return domain
+
+    def wait_view(self, pid, view, timeout=60):
+        """Waits until the process has the view; returns its entry."""
+        deadline = time.monotonic() + timeout
+        while True:
+            entry = self.processes().get(pid)
+            if entry and entry["view"] == view:
+                return entry
+            if time.monotonic() > deadline:
+                raise ToolFailed(f"process {pid} should be in view {view}, `installer ps` has {entry}")
+            time.sleep(0.3)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Xen, dom0 and guest together.
+
+    with Lab.boot(xen, extra=[...]) as lab:
+        lab.guest.start()
+        rc, out = lab.dom0.run("installer ps guest")
+        rc, out = lab.guest.run("id")
+
+`guest.run` goes through the guest's own console: the request is written to the
+pty that xenconsoled keeps for it in dom0, the answer is read from xenconsoled's
+log of the console, which is also where the guest's oopses and panics are seen.
+"""
+
+import re
+import time
+
+from . import TARGET, LabError, initramfs, kernel
+from .agent import Agent
+from .qemu import Machine
+
+# Physical CPUs: one for each of the guest's two, one for dom0.
+CPUS = 3
+MEMORY = 2560
+DOM0_MEMORY = 1280
+
+# TCG, with AMD SVM and nested paging.  XSAVE off: QEMU's nested SVM mixes up the
+# extended state of dom0's processes once a guest runs.
+QEMU_CPU = "max,-xsave"
+
+GUEST = "guest"
+_CONSOLE_LOG = f"/var/log/xen/console/guest-{GUEST}.log"
+
+# Lines that no healthy kernel prints.
+_TROUBLE = re.compile(
+    r"(invalid opcode|Oops|BUG:|kernel BUG|WARNING:|general protection|int3:|Kernel panic|"
+    r"unable to handle|soft lockup|ftrace bug|rcu.*stall)")
+
+
+def guest_config(vcpus, append):
+    """The guest's xl.cfg.
+
+    altp2m=external: the interface is the toolstack's, the guest cannot call it.
+    tsc_mode=native: an intercepted RDTSCP is reported as RDTSC by QEMU's SVM.
+    """
+    return f"""\
+name = "{GUEST}"
+type = "pvh"
+kernel = "/guest/vmlinuz"
+ramdisk = "/guest/initrd.gz"
+cmdline = "console=hvc0 panic=-1 agent=hvc0 {append}"
+memory = 256
+vcpus = {vcpus}
+altp2m = "external"
+tsc_mode = "native"
+on_crash = "preserve"
+on_reboot = "preserve"
+"""
+
+
+class _ConsoleLine:
+    """The guest's console, through dom0.
+
+    What is written is sent together with the next read: one request to dom0 for both.
+    """
+
+    def __init__(self, dom0):
+        self.dom0 = dom0
+        self.seen = 0
+        self.pty = None
+        self.log = b""
+        self.held = ""
+
+    def write(self, data):
+        self.held += data.decode().replace("\n", "\\n")
+
+    def read(self, seconds, marker=None):
+        send = f"printf '{self.held}' > {self.pty}; " if self.held else ""
+        self.held = ""
+        wait = f"{self.seen} {int(seconds * 1000)}" + (f" '{marker}'" if marker else "")
+        rc, out = self.dom0.run(f"{send}agent tail {_CONSOLE_LOG} {wait} > /run/console.part; "
+                                "wc -c < /run/console.part; cat /run/console.part")
+        count, _, text = out.partition("\n")
+        if rc or not count.strip().isdigit():
+            raise LabError(f"cannot use the guest's console from dom0: {out}")
+        # The count is dom0's: what is not UTF-8 changes its length on the way here.
+        self.seen += int(count)
+        data = text.encode()
+        self.log += data
+        return data
+
+    def lost(self):
+        """Why nothing more will come, or None."""
+        return "kernel panic" if b"Kernel panic" in self.log else None
+
+
+class Guest:
+    """The one guest of the lab."""
+
+    def __init__(self, lab):
+        self.lab = lab
+        self.line = _ConsoleLine(lab.dom0)
+        self.agent = Agent("guest", self.line)
+
+    def start(self, timeout=300):
+        """Creates the guest and waits until its agent answers."""
+        rc, out = self.lab.dom0.run("xl create /guest/guest.cfg", timeout)
+        if rc:
+            raise LabError(f"xl create failed: {out}")
+        deadline = time.monotonic() + timeout
+        path = f"/local/domain/{self.domid()}/console/tty"
+        while True:
+            rc, out = self.lab.dom0.run(f"xenstore-read {path}")
+            if rc == 0 and out.strip():
+                break
+            if time.monotonic() > deadline:
+                raise LabError(f"no {path} in xenstore")
+            time.sleep(0.2)
+        self.line.pty = out.strip()
+        while b"~READY" not in self.line.log:
+            self.line.read(2, "~READY")
+            if time.monotonic() > deadline:
+                raise LabError(f"the guest did not boot in {timeout} s; its console so far:\n"
+                               + self.console()[-3000:])
+        self.agent.wait_ready(60)
+
+    def domid(self):
+        """The guest's number."""
+        rc, out = self.lab.dom0.run(f"xl domid {GUEST}")
+        if rc:
+            raise LabError(f"no guest: {out}")
+        return int(out)
+
+    def run(self, command, timeout=120):
+        """Runs a shell command in the guest as root."""
+        return self.agent.run(command, timeout)
+
+    def console(self):
+        """The guest's console so far, without the agent's own lines."""
+        self.line.read(0)
+        text = self.line.log.decode(errors="replace")
+        return "\n".join(l for l in text.splitlines() if not l.startswith("~") and l.strip())
+
+    def trouble(self):
+        """Console lines that a healthy kernel does not print."""
+        return [l for l in self.console().splitlines() if _TROUBLE.search(l)]
+
+
+class Lab:
+    """A booted Xen with dom0; the guest starts with `guest.start()`."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.dom0 = Agent("dom0", machine.line)
+        self.guest = Guest(self)
+
+    @classmethod
+    def boot(cls, xen, extra=(), guest_extra=(), vcpus=2, guest_append="", name="lab",
+             timeout=300):
+        """Boots `xen` with dom0.
+
+        `extra` and `guest_extra` are (path, content, mode) for the file systems of dom0
+        and the guest; `guest_append` goes to the guest kernel's command line.
+        """
+        guest_kernel, dom0_kernel = kernel.cloud(), kernel.amd64()
+        work = TARGET / "run" / name
+        work.mkdir(parents=True, exist_ok=True)
+        guest_initrd = initramfs.guest(work / "guest.cpio.gz", guest_extra)
+        dom0_initrd = initramfs.dom0(work / "dom0.cpio.gz", guest_kernel.vmlinuz, guest_initrd,
+                                     guest_config(vcpus, guest_append), extra)
+        # QEMU takes commas in a module's arguments as the next module.
+        modules = f"{dom0_kernel.vmlinuz} console=hvc0 panic=-1,{dom0_initrd}"
+        append = (f"console=com1 com1=115200,8n1 altp2m=1 loglvl=info guest_loglvl=info noreboot "
+                  f"dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M dom0_max_vcpus=1")
+        machine = Machine(["-cpu", QEMU_CPU, "-kernel", xen, "-append", append, "-initrd", modules],
+                          work / "console.log", memory=MEMORY, cpus=CPUS)
+        try:
+            lab = cls(machine)
+            lab.dom0.wait_ready(timeout)
+        except BaseException:
+            machine.close()
+            raise
+        return lab
+
+    def xen_trouble(self):
+        """Lines of the hypervisor's console that tell of a crash or a failed assertion."""
+        return [l for l in self.machine.log().splitlines()
+                if re.search(r"\(XEN\).*(Assertion|Panic|BUG|WARN|FATAL|Oops)|Kernel panic", l)]
+
+    def close(self):
+        """Ends the machine."""
+        self.machine.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

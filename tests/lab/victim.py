@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""What the scenarios do inside the guest: workers, attacks, text pokes.
+
+All of it is tests/guest/worker.c under its two names and plain shell.
+"""
+
+import re
+import time
+from dataclasses import dataclass
+
+from . import LabError
+
+_LINE = re.compile(r"^(\w+) pid (\d+) partner (\d+) rounds (\d+) checks (\d+) switches (\d+)", re.M)
+
+# A function whose every call an open, stat or exec makes: its ftrace site is hot.
+TRACED = "vfs_statx"
+
+
+@dataclass
+class Progress:
+    """A worker's newest line."""
+
+    pid: int
+    partner: int
+    rounds: int
+    checks: int
+    switches: int
+
+
+class Worker:
+    """One running copy of the worker."""
+
+    def __init__(self, guest, program, cpu, tag=""):
+        self.guest = guest
+        self.program = program
+        self.log = f"/tmp/{program}{tag}.log"
+        guest.run(f"/usr/bin/{program} work {cpu} > {self.log} 2>&1 &")
+        self.pid = self.wait_past(0).pid
+
+    def text(self):
+        """Its last lines."""
+        return self.guest.run(f"tail -n 3 {self.log}").out
+
+    def progress(self):
+        """Its newest line; an error if it failed or is gone."""
+        out = self.text()
+        if "FAILED" in out:
+            raise LabError(f"{self.program} got a wrong result: {out}")
+        lines = _LINE.findall(out)
+        if not lines:
+            return None
+        return Progress(*map(int, lines[-1][1:]))
+
+    def wait_past(self, rounds, timeout=90):
+        """Waits until it has done more than `rounds` rounds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            now = self.progress()
+            if now and now.rounds > rounds:
+                return now
+            if time.monotonic() > deadline:
+                raise LabError(f"{self.program} does not get past round {rounds}: {self.text()}")
+            time.sleep(0.5)
+
+    def lives(self):
+        """Does it still make progress, without a wrong result?"""
+        self.wait_past(self.progress().rounds)
+        return True
+
+
+def prepare_attacks(guest):
+    """Loads the module and collects the addresses; done once per boot."""
+    for command in ("insmod /lib/modules/penumbra_bug.ko", "payroll prepare /tmp/addresses"):
+        rc, out = guest.run(command)
+        if rc:
+            raise LabError(f"`{command}` in the guest: {out}")
+
+
+@dataclass
+class Attack:
+    """How an attack ended."""
+
+    outcome: str  # "ran", "caught", or what else happened
+    pid: int
+    oops: list    # the kernel's lines about it
+
+
+def attack(guest, program, kind, before=lambda pid: None, timeout=60):
+    """Attacks from `program`; `before(pid)` is called when the attacker stands ready.
+
+    ran: the process became root.  caught: the kernel killed the process, with an invalid
+    opcode as its reason, and the process did not become root before.
+    """
+    tag = f"{program}.{kind}.{time.monotonic_ns()}"
+    log, go = f"/tmp/attack.{tag}", f"/tmp/go.{tag}"
+    guest.run(f"(/usr/bin/{program} attack {kind} /tmp/addresses {go} > {log} 2>&1; "
+              f"echo ended $? >> {log}) > /dev/null 2>&1 &")
+    ready = _wait(guest, log, rf"attack {kind}: ready, pid (\d+)|ended|cannot", timeout)
+    if not ready[1]:
+        raise LabError(f"the attack did not get ready: {ready.string}")
+    pid = int(ready[1])
+    before(pid)
+    seen = len(guest.console().splitlines())
+    guest.run(f"touch {go}")
+    end = _wait(guest, log, r"ran, uid 1000 became 0|no effect|cannot.*|ended \d+", timeout)[0]
+    # The oops is on the console before the process is gone.
+    oops = guest.console().splitlines()[seen:]
+    if end.startswith("ran"):
+        outcome = "ran"
+    elif end.startswith("ended") and any("invalid opcode" in line for line in oops) \
+            and any(re.search(rf"PID: {pid}\b", line) for line in oops):
+        outcome = "caught"
+    else:
+        outcome = end
+    return Attack(outcome, pid, oops)
+
+
+def _wait(guest, log, pattern, timeout):
+    deadline = time.monotonic() + timeout
+    while True:
+        out = guest.run(f"cat {log}").out
+        if match := re.search(pattern, out):
+            return match
+        if time.monotonic() > deadline:
+            raise LabError(f"nothing like /{pattern}/ in {log}: {out}")
+        time.sleep(0.3)
+
+
+class Pokes:
+    """Switches a jump label and ftrace on one function on and off, until stopped."""
+
+    # schedstats is a static key with sites all over the scheduler.
+    _SCRIPT = f"""\
+cd /sys/kernel/tracing
+echo {TRACED} > set_ftrace_filter || exit 1
+n=0
+while [ ! -e /tmp/pokes.stop ]; do
+    for k in 1 2 3 4; do
+        echo 1 > /proc/sys/kernel/sched_schedstats
+        echo 0 > /proc/sys/kernel/sched_schedstats
+    done
+    echo function > current_tracer || exit 1
+    stat / > /dev/null
+    grep -q {TRACED} trace && echo hit >> /tmp/pokes.hits
+    echo nop > current_tracer || exit 1
+    n=$((n+1))
+    echo $n > /tmp/pokes.count
+done
+echo done >> /tmp/pokes.count
+"""
+
+    def __init__(self, guest):
+        self.guest = guest
+        guest.run("rm -f /tmp/pokes.*")
+        guest.run(f"cat > /tmp/pokes.sh <<'EOS'\n{self._SCRIPT}EOS\n"
+                  "sh /tmp/pokes.sh > /tmp/pokes.err 2>&1 &")
+
+    def stop(self, timeout=120):
+        """Ends the loop; returns (rounds, rounds in which the tracer saw the function)."""
+        self.guest.run("touch /tmp/pokes.stop")
+        _wait(self.guest, "/tmp/pokes.count", "done", timeout)
+        rounds = int(self.guest.run("cat /tmp/pokes.count").out.split()[0])
+        hits = int(self.guest.run("cat /tmp/pokes.hits 2>/dev/null | wc -l").out)
+        return rounds, hits
