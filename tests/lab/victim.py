@@ -100,11 +100,10 @@ def attack(guest, program, kind, before=lambda pid: None, timeout=60):
         raise LabError(f"the attack did not get ready: {ready.string}")
     pid = int(ready[1])
     before(pid)
-    seen = len(guest.console().splitlines())
-    guest.run(f"touch {go}")
+    mark = f"attack.{tag}"
+    guest.run(f"echo {mark} > /dev/kmsg; touch {go}")
     end = _wait(guest, log, r"ran, uid 1000 became 0|no effect|cannot.*|ended \d+", timeout)[0]
-    # The oops is on the console before the process is gone.
-    oops = guest.console().splitlines()[seen:]
+    oops = guest.run(f"dmesg | sed -n '/{mark}/,$p'").out.splitlines()[1:]
     if end.startswith("ran"):
         outcome = "ran"
     elif end.startswith("ended") and any("invalid opcode" in line for line in oops) \
