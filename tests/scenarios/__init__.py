@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Scenarios: what Penumbra promises, tried on the real thing.
+
+A module here is one world (a temporary folder, or a booted lab), made by its `world()`
+context manager and shared by the module's scenarios: booting is what costs.  A scenario
+is a function marked `@scenario` that takes the world; the first line of its docstring
+says what it proves.  Scenarios of a module run in the order in which they are written.
+
+Unmarked names are helpers.  A scenario fails by an exception, `expect` is the usual one.
+"""
+
+MODULES = ["lab_itself", "command_lines", "stock_guest", "live_guest", "retpolines_off", "whole_chain"]
+
+# Worlds that need no emulator.
+WITHOUT_QEMU = {"lab_itself", "command_lines"}
+
+
+def scenario(function):
+    """Marks a scenario."""
+    function.is_scenario = True
+    return function
+
+
+def of(module):
+    """A module's scenarios in their order."""
+    return [f for f in vars(module).values() if getattr(f, "is_scenario", False)]
+
+
+def expect(condition, *found):
+    """Fails the scenario, showing what was found instead."""
+    if not condition:
+        raise AssertionError(" ".join(str(f) for f in found) or "not so")

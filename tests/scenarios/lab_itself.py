@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The lab's own parts, without booting anything."""
+
+import gzip
+import subprocess
+import tempfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+from lab import LabError, chain, packages, programs
+from lab.agent import Agent, LineLost
+from lab.cpio import Archive
+
+from . import expect, scenario
+
+
+@contextmanager
+def world():
+    """A temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@scenario
+def archive_is_what_cpio_reads(folder):
+    """An initramfs that the lab writes is listed by busybox's cpio, with modes and links."""
+    archive = Archive()
+    archive.file("usr/bin/tool", b"x" * 7, 0o755)
+    archive.link("bin", "usr/bin")
+    archive.write(folder / "a.gz")
+    raw = gzip.decompress((folder / "a.gz").read_bytes())
+    out = folder / "out"
+    out.mkdir()
+    subprocess.run([programs.busybox(), "cpio", "-id"], input=raw, cwd=out, check=True,
+                   capture_output=True)
+    expect((out / "usr/bin/tool").read_bytes() == b"x" * 7, "content")
+    expect((out / "usr/bin/tool").stat().st_mode & 0o777 == 0o755, "mode")
+    expect((out / "bin").is_symlink(), "link")
+
+
+@scenario
+def archive_is_reproducible(folder):
+    """The same files give the same archive, in whatever order they were added."""
+    one, two = Archive(), Archive()
+    one.file("a", b"1")
+    one.file("b/c", b"2")
+    two.file("b/c", b"2")
+    two.file("a", b"1")
+    one.write(folder / "1.gz")
+    two.write(folder / "2.gz")
+    expect((folder / "1.gz").read_bytes() == (folder / "2.gz").read_bytes(), "archives differ")
+
+
+@scenario
+def sources_are_derived(_):
+    """Source packages and backports are added to the release's own archives, and to no other's."""
+    text = ("Types: deb\n# a comment\nURIs: mirror:/a\nSuites: bookworm bookworm-updates\nComponents: main\n"
+            "Signed-By: /k.gpg\n\nTypes: deb\nURIs: mirror:/sec\nSuites: bookworm-security\nComponents: main\n\n"
+            "Types: deb\nURIs: other:/x\nSuites: nodistro\nComponents: main\n")
+    out = packages.derived_sources([("debian.sources", text),
+                                    ("more.list", "deb [signed-by=/l.gpg] mirror:/b bookworm main contrib # x\n"
+                                     "deb other:/y stable main\n")], "bookworm")
+    expect(out.count("Types: deb deb-src") == 3, out)
+    expect("Suites: bookworm bookworm-updates bookworm-backports\n" in out, out)
+    expect("Suites: bookworm-security\n" in out, out)
+    expect("Signed-By: /l.gpg" in out and "other:" not in out, out)
+    try:
+        packages.derived_sources([("x.list", "deb mirror:/c trixie main\n")], "bookworm")
+    except LabError as error:
+        expect("bookworm" in str(error), error)
+    else:
+        expect(False, "sources of another release were accepted")
+
+
+@scenario
+def pae_is_the_specification(_):
+    """The signed bytes that the openssl check builds are those of DSSE's published example."""
+    # From the DSSE protocol, "Test Vectors".
+    expect(chain.pae("http://example.com/HelloWorld", b"hello world")
+           == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world", "wrong PAE")
+
+
+class _ScriptedLine:
+    """A line whose far side answers from a list."""
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.written = []
+
+    def write(self, data):
+        self.written.append(data)
+
+    def read(self, _seconds, _marker=None):
+        return self.answers.pop(0) if self.answers else b""
+
+
+def _part(number, text):
+    return b"~P 1 %d %08x %s\n" % (number, zlib.crc32(text) ^ number, text)
+
+
+def _end(parts, rc):
+    text = b"1 %d %d" % (parts, rc)
+    return b"~E %s %08x\n" % (text, zlib.crc32(text))
+
+
+@scenario
+def agent_survives_a_noisy_console(_):
+    """A kernel message in the middle of an answer makes the lab ask again, not fail or garble."""
+    broken = _part(1, b"d29ybGQ=").replace(b"d29", b"[ 1.0] int3: 0000\nd29")
+    line = _ScriptedLine([b"noise\n" + _part(0, b"aGVsbG8g") + broken + _end(2, 3),
+                          b"", _part(0, b"aGVsbG8g") + _part(1, b"d29ybGQ=") + _end(2, 3)])
+    expect(Agent("far side", line).run("x") == (3, "hello world"), "wrong answer")
+    expect(b"GET 1\n" in line.written, "it was not asked again", line.written)
+
+
+@scenario
+def agent_reports_a_dead_guest(_):
+    """A command in a guest that has panicked ends with that reason, not by running out of time."""
+    line = _ScriptedLine([])
+    line.lost = lambda: "kernel panic"
+    try:
+        Agent("guest", line).run("x", timeout=600)
+    except LineLost as error:
+        expect("kernel panic" in str(error), error)
+    else:
+        expect(False, "no error")
