@@ -28,23 +28,17 @@ pub struct TestResult<'p> {
 impl Policy {
     /// Runs the policy's own tests.
     pub fn run_tests(&self) -> Vec<TestResult<'_>> {
-        let run = |test| {
-            let Test {
-                process,
-                view,
-                rule,
-                ..
-            } = test;
-            let decision = self.decide(process);
-            let passed = decision.view == view.name()
-                && rule.as_ref().is_none_or(|rule| *rule == decision.rule);
-            TestResult {
+        let mut results = Vec::new();
+        for test in &self.tests {
+            let decision = self.decide(&test.process);
+            let rule_fits = test.rule.as_ref().is_none_or(|rule| *rule == decision.rule);
+            results.push(TestResult {
                 test,
+                passed: rule_fits && decision.view == test.view.name(),
                 decision,
-                passed,
-            }
-        };
-        self.tests.iter().map(run).collect()
+            });
+        }
+        results
     }
 }
 
@@ -70,9 +64,9 @@ pub fn check_file(path: &Path, out: &mut dyn Write) -> io::Result<u8> {
                 .filter(|found| found.severity == Severity::Error)
                 .count();
             let s = if errors == 1 { "" } else { "s" };
-            write!(
+            writeln!(
                 out,
-                "{}{name}: refused: {errors} error{s}\n",
+                "{}{name}: refused: {errors} error{s}",
                 render(&src, &found)
             )?;
             return Ok(REFUSED);

@@ -198,14 +198,15 @@ impl Policy {
                 decision(rule.view, &rule.id, why)
             }
             (Some(rule), _) => {
-                let why = rule
-                    .reason
-                    .clone()
-                    .unwrap_or_else(|| "it matches".to_owned());
-                decision(view, &rule.id, why)
+                let why = rule.reason.clone();
+                decision(
+                    view,
+                    &rule.id,
+                    why.unwrap_or_else(|| "it matches".to_owned()),
+                )
             }
-            (None, Some(rule)) => {
-                let why = format!("{unknown}, so rule `{}` does not count", rule.id);
+            (None, Some(_)) => {
+                let why = format!("{unknown}; no rule matches for certain");
                 decision(view, DEFAULT_RULE, why)
             }
             (None, None) => decision(view, DEFAULT_RULE, "no rule matches".to_owned()),

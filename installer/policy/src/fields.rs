@@ -60,9 +60,9 @@ impl Reader<'_> {
             if known.contains(&name) {
                 continue;
             }
-            let help = match (suggest(name, known), not_offered(name)) {
-                (Some(near), _) => format!("did you mean `{near}`?"),
-                (None, Some(why)) => why.to_owned(),
+            let help = match (not_offered(name), suggest(name, known)) {
+                (Some(why), _) => why.to_owned(),
+                (None, Some(near)) => format!("did you mean `{near}`?"),
                 (None, None) => format!("known here: {}", list(known)),
             };
             let message = format!("unknown key `{}` in {}", name.escape_debug(), table.place);
@@ -168,9 +168,9 @@ impl Reader<'_> {
             return Vec::new();
         };
         let Some(array) = value.get_ref().as_array() else {
-            self.wrong_type(value, "an array of tables");
-            if let Some(diagnostic) = self.found.last_mut() {
-                diagnostic.help = format!("write [[{key}]]");
+            // A broken `[[rule` looks like a table to the parser.
+            if !self.broken {
+                self.wrong_type(value, "an array of tables").help = format!("write [[{key}]]");
             }
             return Vec::new();
         };
@@ -191,10 +191,10 @@ impl Reader<'_> {
         }
     }
 
-    fn wrong_type(&mut self, value: &Value<'_>, wanted: &str) {
+    fn wrong_type(&mut self, value: &Value<'_>, wanted: &str) -> &mut Diagnostic {
         let found = value.get_ref().type_str();
         let message = format!("expected {wanted}, found {}", article(found));
-        self.error("P003", value.span(), message);
+        self.error("P003", value.span(), message)
     }
 }
 

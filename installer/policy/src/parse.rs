@@ -46,6 +46,8 @@ impl Policy {
         let policy = read(&mut reader);
         let mut found = reader.found;
         found.sort_by_key(|diagnostic| (diagnostic.span.start, diagnostic.code));
+        // The TOML parser says once for each of many open brackets that the file ends.
+        found.dedup();
         let refused = |diagnostic: &Diagnostic| diagnostic.severity == Severity::Error;
         match policy {
             Some(policy) if !found.iter().any(refused) => Ok(Policy {
@@ -299,11 +301,13 @@ fn read_condition(reader: &mut Reader<'_>, value: &Value<'_>, place: &str) -> Op
     let mut condition = Condition::default();
     if let Some(value) = table.fields.get("exe") {
         for value in reader.one_or_many(value) {
-            match reader.text(value).map(Glob::new) {
-                None => {}
-                Some(Ok(glob)) => condition.exe.push(glob),
-                Some(Err(error)) => {
-                    let message = format!("this pattern {error}");
+            let Some(text) = reader.text(value) else {
+                continue;
+            };
+            match Glob::new(text) {
+                Ok(glob) => condition.exe.push(glob),
+                Err(error) => {
+                    let message = format!("pattern `{text}` {error}");
                     reader.error("P011", value.span(), message);
                 }
             }
