@@ -1,0 +1,230 @@
+//! The kernel image: unpacked, its tables, symbols, types and relocations read.
+//!
+//! Everything read here is hostile until checked: sizes are bounded, every offset is looked up with a bounds check, and what
+//! does not fit is refused with its place.
+
+mod btf;
+mod bzimage;
+mod elf;
+mod fault;
+mod kallsyms;
+mod notes;
+mod read;
+mod relocs;
+mod tables;
+mod unpack;
+
+pub use btf::{Btf, Member};
+pub use elf::{Section, Segment};
+pub use fault::{Fault, FaultKind, ImageError};
+pub use notes::BuildId;
+pub use read::Reader;
+pub use relocs::Relocs;
+pub use tables::{AltEntry, JumpEntry, ParavirtSite, StaticCallSite, Tables};
+
+use penumbra_bundle::{LinkVa, VaRange};
+use sha2::{Digest, Sha256};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+/// Where Linux maps physical address 0 for its own image (`__START_KERNEL_map`, arch/x86/include/asm/page_64_types.h).
+const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+/// The largest image file that is read.
+const MAX_FILE: u64 = 512 << 20;
+
+/// A symbol of the kernel: address, kind as `nm` prints it, name.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct KernelSymbol {
+    /// Link address.
+    pub va: LinkVa,
+    /// `t`, `T`, `d`, `w` and the like.
+    pub kind: u8,
+    /// Its name; names repeat.
+    pub name: String,
+}
+
+impl KernelSymbol {
+    /// Whether it names code (weak ones among it).
+    pub fn is_code(&self) -> bool {
+        matches!(self.kind, b't' | b'T' | b'w' | b'W')
+    }
+}
+
+/// An unpacked kernel image.
+pub struct Image {
+    /// SHA-256 of the file that was read, in hexadecimal.
+    pub sha256: String,
+    /// How the kernel was packed: `gzip`, `xz`, `lz4`, `zstd` or `none`.
+    pub packing: &'static str,
+    bytes: Vec<u8>,
+    segments: Vec<Segment>,
+    sections: Vec<Section>,
+    /// Places that KASLR relocates.
+    pub relocs: Relocs,
+    /// All symbols by address.
+    pub symbols: Vec<KernelSymbol>,
+    by_name: HashMap<String, LinkVa>,
+    /// The image's own type information.
+    pub btf: Btf,
+    /// Build-id and release.
+    pub build_id: BuildId,
+}
+
+impl Image {
+    /// Reads `path`: a bzImage or an ELF `vmlinux`.
+    pub fn open(path: &Path) -> Result<Image, ImageError> {
+        let name = path.display().to_string();
+        let io = |source| ImageError::Io {
+            file: name.clone(),
+            source,
+        };
+        let file = File::open(path).map_err(io)?;
+        let mut bytes = Vec::new();
+        file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(io)?;
+        if bytes.len() as u64 > MAX_FILE {
+            return Err(ImageError::Bad {
+                file: name,
+                fault: Fault::not_a_kernel("file", "is larger than 512 MiB"),
+            });
+        }
+        Image::parse(bytes).map_err(|fault| ImageError::Bad { file: name, fault })
+    }
+
+    /// Reads an image from the bytes of its file.
+    pub fn parse(file: Vec<u8>) -> Result<Image, Fault> {
+        let sha256 = Sha256::digest(&file)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let (bytes, packing) = if file.starts_with(b"\x7fELF") {
+            (file, "none")
+        } else {
+            let payload = bzimage::payload(&file)?;
+            unpack::unpack(payload)?
+        };
+        let elf = elf::read(&bytes)?;
+        let relocs = relocs::read(&bytes, elf.end)?;
+        let mut image = Image {
+            sha256,
+            packing,
+            segments: elf.segments,
+            sections: elf.sections,
+            relocs,
+            symbols: elf.symbols,
+            by_name: HashMap::new(),
+            btf: Btf::default(),
+            build_id: BuildId::default(),
+            bytes,
+        };
+        if image.symbols.is_empty() {
+            image.symbols = kallsyms::read(&image)?;
+        }
+        image
+            .symbols
+            .sort_by(|a, b| (a.va, &a.name).cmp(&(b.va, &b.name)));
+        // The first of several wins: the names that are looked up by name are global and unique.
+        for symbol in image.symbols.iter().rev() {
+            image.by_name.insert(symbol.name.clone(), symbol.va);
+        }
+        image.btf = Btf::parse(image.need_section(".BTF")?)?;
+        image.build_id = notes::build_id(image.need_section(".notes")?)?;
+        Ok(image)
+    }
+
+    /// The section called `name`.
+    pub fn section(&self, name: &str) -> Option<&Section> {
+        self.sections.iter().find(|section| section.name == name)
+    }
+
+    /// All sections.
+    pub fn sections(&self) -> &[Section] {
+        &self.sections
+    }
+
+    /// The bytes of the section called `name`; empty when it occupies no file space, `None` when it is not there.
+    pub fn section_bytes(&self, name: &str) -> Option<&[u8]> {
+        let section = self.section(name)?;
+        self.bytes.get(section.file.clone())
+    }
+
+    fn need_section(&self, name: &str) -> Result<&[u8], Fault> {
+        self.section_bytes(name).ok_or_else(|| {
+            Fault::unsupported(
+                name,
+                "the section is missing; Penumbra needs a kernel built with CONFIG_DEBUG_INFO_BTF, as Debian's are",
+            )
+        })
+    }
+
+    /// The `len` bytes that the kernel has at `va` before it runs; `None` when the file has not all of them.
+    pub fn at(&self, va: LinkVa, len: usize) -> Option<&[u8]> {
+        let start = self.file_offset(va)?;
+        self.bytes.get(start.start..start.start.checked_add(len)?).filter(|_| start.start + len <= start.end)
+    }
+
+    /// Where `va` stands in the file, to the end of its segment's bytes.
+    fn file_offset(&self, va: LinkVa) -> Option<std::ops::Range<usize>> {
+        let by = |base: fn(&Segment) -> u64, at: u64| {
+            self.segments.iter().find_map(|segment| {
+                let inside = at.checked_sub(base(segment))?;
+                (inside < segment.file.len() as u64)
+                    .then(|| segment.file.start + inside as usize..segment.file.end)
+            })
+        };
+        by(|segment| segment.va, va.0)
+            // Per-cpu data is linked at 0 and loaded by its physical address.
+            .or_else(|| by(|segment| segment.pa, va.0.checked_sub(START_KERNEL_MAP)?))
+    }
+
+    /// The 64-bit word at `va`.
+    pub fn u64_at(&self, va: LinkVa) -> Option<u64> {
+        Some(u64::from_le_bytes(self.at(va, 8)?.try_into().ok()?))
+    }
+
+    /// The 32-bit word at `va`.
+    pub fn u32_at(&self, va: LinkVa) -> Option<u32> {
+        Some(u32::from_le_bytes(self.at(va, 4)?.try_into().ok()?))
+    }
+
+    /// The address of the symbol called `name` (the lowest when several share it).
+    pub fn symbol(&self, name: &str) -> Option<LinkVa> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The address of a symbol that Penumbra cannot do without.
+    pub fn need_symbol(&self, name: &str) -> Result<LinkVa, Fault> {
+        self.symbol(name).ok_or_else(|| {
+            Fault::unsupported(
+                "symbols",
+                format!("`{name}` is missing; Penumbra needs a kernel built with CONFIG_KALLSYMS_ALL, as Debian's are"),
+            )
+        })
+    }
+
+    /// The range from one symbol to another.
+    pub fn between(&self, start: &str, end: &str) -> Result<VaRange, Fault> {
+        let range = VaRange {
+            start: self.need_symbol(start)?,
+            end: self.need_symbol(end)?,
+        };
+        if range.start > range.end {
+            return Err(Fault::damaged("symbols", format!("`{start}` lies after `{end}`")));
+        }
+        Ok(range)
+    }
+
+    /// The kernel's banner, as /proc/version prints it.
+    pub fn banner(&self) -> Result<String, Fault> {
+        let va = self.need_symbol("linux_banner")?;
+        let bytes = self
+            .at(va, 512)
+            .and_then(|bytes| bytes.split(|byte| *byte == 0).next())
+            .and_then(|bytes| std::str::from_utf8(bytes).ok())
+            .filter(|banner| banner.starts_with("Linux version "));
+        bytes.map(|banner| banner.trim_end().to_owned()).ok_or_else(|| {
+            Fault::damaged("linux_banner", "does not start with `Linux version `")
+        })
+    }
+}

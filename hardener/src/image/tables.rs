@@ -1,0 +1,315 @@
+//! The tables by which the kernel edits its own text. Their layouts come from BTF, their bounds from ELF sections or from
+//! kallsyms.
+
+use super::{Fault, Image};
+use penumbra_bundle::{LinkVa, VaRange};
+
+/// One entry of `.altinstructions`.
+#[derive(Clone, Copy, Debug)]
+pub struct AltEntry {
+    /// What is replaced.
+    pub site: LinkVa,
+    /// How long it is.
+    pub site_len: u8,
+    /// The replacement.
+    pub replacement: LinkVa,
+    /// How long it is.
+    pub replacement_len: u8,
+}
+
+/// One entry of `.parainstructions`.
+#[derive(Clone, Copy, Debug)]
+pub struct ParavirtSite {
+    /// The indirect call.
+    pub site: LinkVa,
+    /// Its length.
+    pub len: u8,
+}
+
+/// One entry of `__jump_table`.
+#[derive(Clone, Copy, Debug)]
+pub struct JumpEntry {
+    /// The NOP or jump.
+    pub code: LinkVa,
+    /// Where the jump goes.
+    pub target: LinkVa,
+}
+
+/// One entry of `.static_call_sites`.
+#[derive(Clone, Copy, Debug)]
+pub struct StaticCallSite {
+    /// The call or jump.
+    pub site: LinkVa,
+    /// Whether it is a tail call.
+    pub tail: bool,
+}
+
+/// All tables.
+#[derive(Debug, Default)]
+pub struct Tables {
+    /// `.altinstructions`, in order: a later entry overrides an earlier one.
+    pub alternatives: Vec<AltEntry>,
+    /// `.parainstructions`; empty from Linux 6.8 on.
+    pub paravirt: Vec<ParavirtSite>,
+    /// `.retpoline_sites`.
+    pub retpolines: Vec<LinkVa>,
+    /// `.return_sites`.
+    pub returns: Vec<LinkVa>,
+    /// `.ibt_endbr_seal`.
+    pub sealed_endbr: Vec<LinkVa>,
+    /// `.smp_locks`: LOCK prefixes.
+    pub smp_locks: Vec<LinkVa>,
+    /// `__ex_table`: instructions that may fault.
+    pub faulting: Vec<LinkVa>,
+    /// `__ex_table`: where they go on.
+    pub fixups: Vec<LinkVa>,
+    /// `__bug_table`.
+    pub bugs: Vec<LinkVa>,
+    /// `__mcount_loc`: calls of `__fentry__`.
+    pub fentry: Vec<LinkVa>,
+    /// `__jump_table`.
+    pub jump_labels: Vec<JumpEntry>,
+    /// `.static_call_sites`.
+    pub static_calls: Vec<StaticCallSite>,
+    /// Kprobe blacklist: functions.
+    pub no_kprobes: Vec<LinkVa>,
+    /// `__ksymtab`, `__ksymtab_gpl`: exported addresses.
+    pub exports: Vec<LinkVa>,
+    /// `.pci_fixup` hooks.
+    pub pci_hooks: Vec<LinkVa>,
+    /// Initcalls.
+    pub initcalls: Vec<LinkVa>,
+    /// Where `__mcount_loc`, the blacklist and the like hold absolute addresses that take no function's address.
+    pub not_taken: Vec<VaRange>,
+}
+
+/// The bytes of a table and where they are linked.
+struct Table<'a> {
+    name: &'static str,
+    start: LinkVa,
+    bytes: &'a [u8],
+}
+
+impl Table<'_> {
+    fn range(&self) -> VaRange {
+        VaRange {
+            start: self.start,
+            end: LinkVa(self.start.0 + self.bytes.len() as u64),
+        }
+    }
+
+    /// Offsets of all entries of `size` bytes; a rest is damage.
+    fn entries(&self, size: u32) -> Result<impl Iterator<Item = usize>, Fault> {
+        let (len, size) = (self.bytes.len(), size as usize);
+        if size == 0 || !len.is_multiple_of(size) {
+            return Err(Fault::damaged(
+                self.name,
+                format!("{len} bytes do not hold whole entries of {size}"),
+            ));
+        }
+        Ok((0..len / size).map(move |n| n * size))
+    }
+
+    fn array<const N: usize>(&self, at: usize) -> [u8; N] {
+        // Entries are whole (see `entries`) and `need_member` checked that members fit.
+        self.bytes[at..at + N].try_into().expect("the slice has this length")
+    }
+
+    /// The address that the 32-bit offset at `at`, relative to its own place, points to.
+    fn relative(&self, at: usize) -> LinkVa {
+        let offset = i64::from(i32::from_le_bytes(self.array(at)));
+        LinkVa((self.start.0 + at as u64).wrapping_add_signed(offset))
+    }
+
+    /// All addresses of a table of 32-bit relative offsets.
+    fn all_relative(&self) -> Result<Vec<LinkVa>, Fault> {
+        Ok(self.entries(4)?.map(|at| self.relative(at)).collect())
+    }
+
+    /// All addresses of a table of 64-bit absolute addresses.
+    fn all_absolute(&self) -> Result<Vec<LinkVa>, Fault> {
+        let word = |at| LinkVa(u64::from_le_bytes(self.array(at)));
+        Ok(self.entries(8)?.map(word).collect())
+    }
+}
+
+impl Image {
+    fn in_section(&self, name: &'static str) -> Option<Table<'_>> {
+        Some(Table {
+            name,
+            start: self.section(name)?.range.start,
+            bytes: self.section_bytes(name)?,
+        })
+    }
+
+    fn in_symbols(&self, name: &'static str, start: &str, end: &str) -> Result<Table<'_>, Fault> {
+        let range = self.between(start, end)?;
+        let bytes = self.at(range.start, range.len() as usize);
+        Ok(Table {
+            name,
+            start: range.start,
+            bytes: bytes.ok_or_else(|| {
+                Fault::damaged(name, format!("{} to {} is not in the file", range.start, range.end))
+            })?,
+        })
+    }
+
+    fn need_size(&self, name: &str) -> Result<u32, Fault> {
+        self.btf
+            .size_of(name)
+            .ok_or_else(|| Fault::unsupported(".BTF", format!("does not describe `struct {name}`")))
+    }
+
+    /// The offset of a member that is `width` bytes wide; checked to lie inside its structure.
+    fn need_member(&self, name: &str, member: &str, width: u32) -> Result<usize, Fault> {
+        let size = self.need_size(name)?;
+        self.btf
+            .member(name, member)
+            .and_then(|member| member.byte())
+            .filter(|byte| byte.checked_add(width).is_some_and(|end| end <= size))
+            .map(|byte| byte as usize)
+            .ok_or_else(|| {
+                Fault::unsupported(".BTF", format!("`struct {name}` has no `{member}` of {width} bytes"))
+            })
+    }
+
+    /// Reads all tables.
+    pub fn tables(&self) -> Result<Tables, Fault> {
+        let need = |name: &'static str, why: &str| {
+            self.in_section(name).ok_or_else(|| {
+                Fault::unsupported(name, format!("the section is missing; Penumbra needs a kernel built with {why}, as Debian's are"))
+            })
+        };
+        let mut tables = Tables {
+            retpolines: need(".retpoline_sites", "CONFIG_RETPOLINE")?.all_relative()?,
+            returns: need(".return_sites", "CONFIG_RETHUNK")?.all_relative()?,
+            ..Tables::default()
+        };
+        if let Some(table) = self.in_section(".ibt_endbr_seal") {
+            tables.sealed_endbr = table.all_relative()?;
+        }
+        if let Some(table) = self.in_section(".smp_locks") {
+            // The section is padded with zeros to whole pages.
+            let words = table.entries(4)?.filter(|at| table.array::<4>(*at) != [0; 4]);
+            tables.smp_locks = words.map(|at| table.relative(at)).collect();
+        }
+        self.alternatives(&need(".altinstructions", "alternatives")?, &mut tables)?;
+        if let Some(table) = self.in_section(".parainstructions") {
+            self.paravirt(&table, &mut tables)?;
+            tables.not_taken.push(table.range());
+        }
+        self.exceptions(&need("__ex_table", "exception tables")?, &mut tables)?;
+        if let Some(table) = self.in_section("__bug_table") {
+            let size = self.need_size("bug_entry")?;
+            let at = self.need_member("bug_entry", "bug_addr_disp", 4)?;
+            tables.bugs = table.entries(size)?.map(|entry| table.relative(entry + at)).collect();
+        }
+        for name in ["__ksymtab", "__ksymtab_gpl"] {
+            if let Some(table) = self.in_section(name) {
+                let size = self.need_size("kernel_symbol")?;
+                let at = self.need_member("kernel_symbol", "value_offset", 4)?;
+                tables.exports.extend(table.entries(size)?.map(|entry| table.relative(entry + at)));
+            }
+        }
+        if let Some(table) = self.in_section(".pci_fixup") {
+            let size = self.need_size("pci_fixup")?;
+            let at = self.need_member("pci_fixup", "hook_offset", 4)?;
+            tables.pci_hooks = table.entries(size)?.map(|entry| table.relative(entry + at)).collect();
+        }
+
+        let table = self.in_symbols("__mcount_loc", "__start_mcount_loc", "__stop_mcount_loc")?;
+        tables.fentry = table.all_absolute()?;
+        // Entries of discarded weak functions may be zeroed.
+        tables.fentry.retain(|va| va.0 != 0);
+        tables.not_taken.push(table.range());
+        if self.symbol("__start_kprobe_blacklist").is_some() {
+            let table = self.in_symbols(
+                "_kprobe_blacklist",
+                "__start_kprobe_blacklist",
+                "__stop_kprobe_blacklist",
+            )?;
+            tables.no_kprobes = table.all_absolute()?;
+            tables.not_taken.push(table.range());
+        }
+        if self.symbol("__initcall_start").is_some() {
+            let table = self.in_symbols("initcalls", "__initcall_start", "__initcall_end")?;
+            tables.initcalls = table.all_relative()?;
+        }
+        self.jump_labels(&mut tables)?;
+        self.static_calls(&mut tables)?;
+        Ok(tables)
+    }
+
+    fn alternatives(&self, table: &Table<'_>, tables: &mut Tables) -> Result<(), Fault> {
+        let size = self.need_size("alt_instr")?;
+        let member = |name, width| self.need_member("alt_instr", name, width);
+        let (site, replacement) = (member("instr_offset", 4)?, member("repl_offset", 4)?);
+        let (len, replacement_len) = (member("instrlen", 1)?, member("replacementlen", 1)?);
+        for at in table.entries(size)? {
+            tables.alternatives.push(AltEntry {
+                site: table.relative(at + site),
+                site_len: table.bytes[at + len],
+                replacement: table.relative(at + replacement),
+                replacement_len: table.bytes[at + replacement_len],
+            });
+        }
+        Ok(())
+    }
+
+    fn paravirt(&self, table: &Table<'_>, tables: &mut Tables) -> Result<(), Fault> {
+        let size = self.need_size("paravirt_patch_site")?;
+        let site = self.need_member("paravirt_patch_site", "instr", 8)?;
+        let len = self.need_member("paravirt_patch_site", "len", 1)?;
+        for at in table.entries(size)? {
+            tables.paravirt.push(ParavirtSite {
+                site: LinkVa(u64::from_le_bytes(table.array(at + site))),
+                len: table.bytes[at + len],
+            });
+        }
+        Ok(())
+    }
+
+    fn exceptions(&self, table: &Table<'_>, tables: &mut Tables) -> Result<(), Fault> {
+        let size = self.need_size("exception_table_entry")?;
+        let insn = self.need_member("exception_table_entry", "insn", 4)?;
+        let fixup = self.need_member("exception_table_entry", "fixup", 4)?;
+        for at in table.entries(size)? {
+            tables.faulting.push(table.relative(at + insn));
+            tables.fixups.push(table.relative(at + fixup));
+        }
+        Ok(())
+    }
+
+    fn jump_labels(&self, tables: &mut Tables) -> Result<(), Fault> {
+        let table = self.in_symbols("__jump_table", "__start___jump_table", "__stop___jump_table")?;
+        let size = self.need_size("jump_entry")?;
+        let code = self.need_member("jump_entry", "code", 4)?;
+        let target = self.need_member("jump_entry", "target", 4)?;
+        for at in table.entries(size)? {
+            tables.jump_labels.push(JumpEntry {
+                code: table.relative(at + code),
+                target: table.relative(at + target),
+            });
+        }
+        Ok(())
+    }
+
+    fn static_calls(&self, tables: &mut Tables) -> Result<(), Fault> {
+        let table = self.in_symbols(
+            ".static_call_sites",
+            "__start_static_call_sites",
+            "__stop_static_call_sites",
+        )?;
+        let size = self.need_size("static_call_site")?;
+        let site = self.need_member("static_call_site", "addr", 4)?;
+        let key = self.need_member("static_call_site", "key", 4)?;
+        for at in table.entries(size)? {
+            tables.static_calls.push(StaticCallSite {
+                site: table.relative(at + site),
+                // include/linux/static_call_types.h: bit 0 of the key is STATIC_CALL_SITE_TAIL.
+                tail: table.relative(at + key).0 & 1 == 1,
+            });
+        }
+        Ok(())
+    }
+}

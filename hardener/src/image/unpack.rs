@@ -1,0 +1,109 @@
+//! The payload of a bzImage: one compressed stream, then the unpacked size (scripts/Makefile.lib, `size_append`).
+
+use super::{Fault, read::Reader};
+use std::io::Read;
+
+/// The largest kernel that is unpacked; Debian's is 66 MB.
+const MAX_KERNEL: usize = 256 << 20;
+/// The blocks of a legacy LZ4 frame unpack to at most this (lz4_Frame_format.md, "Legacy frame").
+const LZ4_BLOCK: usize = 8 << 20;
+/// `xz` in the kernel's build uses a dictionary of 32 MiB (scripts/xz_wrap.sh); more is refused.
+const XZ_MEMORY_KIB: u32 = 128 << 10;
+/// `zstd -22 --ultra` has a window of 128 MiB.
+const ZSTD_WINDOW: u64 = 128 << 20;
+
+/// Unpacks `payload`; also the name of its format.
+pub fn unpack(payload: &[u8]) -> Result<(Vec<u8>, &'static str), Fault> {
+    let format = match payload {
+        [0x7f, b'E', b'L', b'F', ..] => return Ok((payload.to_vec(), "none")),
+        [0x1f, 0x8b, ..] => "gzip",
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => "xz",
+        [0x02, 0x21, 0x4c, 0x18, ..] => "lz4",
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        [b'B', b'Z', b'h', ..] => return Err(foreign("bzip2")),
+        [0x5d, 0, 0, ..] => return Err(foreign("lzma")),
+        [0x89, b'L', b'Z', b'O', ..] => return Err(foreign("lzo")),
+        _ => {
+            return Err(Fault::damaged(
+                "payload",
+                format!(
+                    "starts with {:02x?}, which no known compression does",
+                    &payload[..payload.len().min(6)]
+                ),
+            ));
+        }
+    };
+    let size = payload
+        .len()
+        .checked_sub(4)
+        .and_then(|at| Reader::new(payload, at).u32())
+        .unwrap_or(0) as usize;
+    if size == 0 || size > MAX_KERNEL {
+        return Err(Fault::damaged(
+            "payload",
+            format!("claims to unpack to {size} bytes, more than {MAX_KERNEL} or none"),
+        ));
+    }
+    let broken = |error: &dyn std::fmt::Display| {
+        Fault::damaged("payload", format!("{format} stream does not unpack: {error}"))
+    };
+    let bytes = match format {
+        "lz4" => lz4_legacy(&payload[..payload.len() - 4], size).map_err(|error| broken(&error))?,
+        "gzip" => read_all(flate2::read::GzDecoder::new(payload), size)
+            .map_err(|error| broken(&error))?,
+        "xz" => {
+            let stream = lzma_rust2::XzReader::new_mem_limit(payload, false, XZ_MEMORY_KIB);
+            read_all(stream, size).map_err(|error| broken(&error))?
+        }
+        _ => {
+            let stream = ruzstd::decoding::StreamingDecoder::new_with_max_window_size(
+                payload,
+                ZSTD_WINDOW,
+            )
+            .map_err(|error| broken(&error))?;
+            read_all(stream, size).map_err(|error| broken(&error))?
+        }
+    };
+    if bytes.len() != size {
+        return Err(Fault::damaged(
+            "payload",
+            format!(
+                "unpacks to {}{} bytes, its end says {size}",
+                if bytes.len() > size { "more than " } else { "" },
+                bytes.len().min(size)
+            ),
+        ));
+    }
+    Ok((bytes, format))
+}
+
+fn foreign(format: &str) -> Fault {
+    Fault::unsupported(
+        "payload",
+        format!("is packed with {format}; Penumbra reads gzip, xz, lz4 and zstd. Unpack it with the kernel's scripts/extract-vmlinux"),
+    )
+}
+
+/// Reads at most one byte more than `size`, so that a stream that lies about its size is noticed and not followed.
+fn read_all(stream: impl Read, size: usize) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(size + 1);
+    stream.take(size as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn lz4_legacy(stream: &[u8], size: usize) -> Result<Vec<u8>, String> {
+    let mut out = vec![0; size];
+    let (mut filled, mut reader) = (0, Reader::new(stream, 4));
+    while reader.position() < stream.len() {
+        let at = reader.position();
+        let block = reader
+            .u32()
+            .and_then(|len| reader.take(len as usize))
+            .ok_or_else(|| format!("the block at {at:#x} leaves the stream"))?;
+        let room = filled..size.min(filled + LZ4_BLOCK);
+        filled += lz4_flex::block::decompress_into(block, &mut out[room])
+            .map_err(|error| format!("the block at {at:#x}: {error}"))?;
+    }
+    out.truncate(filled);
+    Ok(out)
+}
