@@ -35,12 +35,13 @@ _TROUBLE = ("invalid opcode|Oops|BUG:|kernel BUG|WARNING:|general protection|int
             "unable to handle|soft lockup|ftrace bug|detected stalls|self-detected stall")
 
 
-def guest_config(vcpus, append):
+def guest_config(vcpus, append, altp2m=True):
     """The guest's xl.cfg.
 
     altp2m=external: the interface is the toolstack's, the guest cannot call it.
     tsc_mode=native: an intercepted RDTSCP is reported as RDTSC by QEMU's SVM.
     """
+    external = 'altp2m = "external"' if altp2m else ""
     return f"""\
 name = "{GUEST}"
 type = "pvh"
@@ -49,7 +50,7 @@ ramdisk = "/guest/initrd.gz"
 cmdline = "console=hvc0 panic=-1 agent=hvc0 {append}"
 memory = 256
 vcpus = {vcpus}
-altp2m = "external"
+{external}
 tsc_mode = "native"
 on_crash = "preserve"
 on_reboot = "preserve"
@@ -154,18 +155,19 @@ class Lab:
 
     @classmethod
     def boot(cls, xen, extra=(), guest_extra=(), vcpus=2, guest_append="", name="lab",
-             timeout=300):
+             altp2m=True, timeout=300):
         """Boots `xen` with dom0.
 
         `extra` and `guest_extra` are (path, content, mode) for the file systems of dom0
-        and the guest; `guest_append` goes to the guest kernel's command line.
+        and the guest; `guest_append` goes to the guest kernel's command line; an
+        unpatched Xen refuses guests with `altp2m` on this processor.
         """
         guest_kernel, dom0_kernel = kernel.cloud(), kernel.amd64()
         work = TARGET / "run" / name
         work.mkdir(parents=True, exist_ok=True)
         guest_initrd = initramfs.guest(work / "guest.cpio.gz", guest_extra)
         dom0_initrd = initramfs.dom0(work / "dom0.cpio.gz", guest_kernel.vmlinuz, guest_initrd,
-                                     guest_config(vcpus, guest_append), extra)
+                                     guest_config(vcpus, guest_append, altp2m), extra)
         # QEMU takes commas in a module's arguments as the next module.
         modules = f"{dom0_kernel.vmlinuz} console=hvc0 panic=-1,{dom0_initrd}"
         append = (f"console=com1 com1=115200,8n1 altp2m=1 loglvl=info guest_loglvl=info noreboot "
