@@ -53,6 +53,7 @@ pub struct Signature {
 
 /// The JSON of an envelope. Unknown fields are ignored, as envelope.md asks; a field that is there twice is an error.
 #[derive(Serialize, Deserialize)]
+#[serde(expecting = "an object with payload, payloadType and signatures")]
 struct Wire {
     payload: String,
     #[serde(rename = "payloadType")]
@@ -61,6 +62,7 @@ struct Wire {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(expecting = "an object with keyid and sig")]
 struct WireSignature {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     keyid: Option<String>,
@@ -157,7 +159,7 @@ mod tests {
         assert_eq!(pae("", b""), b"DSSEv1 0  0 ");
     }
 
-    /// The envelope of the same test vectors (an ECDSA signature, so it is read but nobody here can verify it).
+    /// The envelope of the same test vectors. Its key is of ECDSA (P-256), which only this test knows.
     #[test]
     fn envelope_of_the_specification() {
         let json = br#"{"payload": "aGVsbG8gd29ybGQ=",
@@ -165,8 +167,20 @@ mod tests {
             "signatures": [{"sig": "A3JqsQGtVsJ2O2xqrI5IcnXip5GToJ3F+FnZ+O88SjtR6rDAajabZKciJTfUiHqJPcIAriEGAHTVeCUjW2JIZA=="}]}"#;
         let envelope = Envelope::parse(json).unwrap();
         assert_eq!(envelope.payload, b"hello world");
-        assert_eq!(envelope.signatures[0].sig.len(), 64);
         assert_eq!(envelope.signatures[0].keyid, None);
+        let key = [
+            "04",
+            "67cd390f77aa359cb08c2235f652270493a9ed832b0abcc01f70954c0390d238",
+            "0c782bd54e269125a44f4433aff1432ce94e12bca73aa67ac80cea12608ddf74",
+        ]
+        .concat();
+        let key: Vec<u8> = (0..key.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(&key[at..at + 2], 16).unwrap())
+            .collect();
+        ring::signature::UnparsedPublicKey::new(&ring::signature::ECDSA_P256_SHA256_FIXED, key)
+            .verify(&envelope.pae(), &envelope.signatures[0].sig)
+            .unwrap();
         assert_eq!(Envelope::parse(&envelope.to_json()).unwrap(), envelope);
     }
 }

@@ -89,7 +89,7 @@ impl Directory {
 
     /// The names of all entries, sorted; at most `limit` of them, so that a huge directory costs nothing.
     ///
-    /// A name that is not UTF-8 comes back escaped: no statement can speak of it, and an error message can show it.
+    /// Bytes that a terminal should not see come back escaped; no statement can name such a file.
     pub(crate) fn names(&self, limit: usize) -> Result<Vec<String>, FileError> {
         let fail = |error| FileError::io(&self.path, error);
         let mut names = Vec::new();
@@ -104,10 +104,7 @@ impl Directory {
                     io::Error::other(format!("more than {limit} entries; no bundle has so many"));
                 return Err(FileError::io(&self.path, what));
             }
-            names.push(match std::str::from_utf8(name) {
-                Ok(name) => name.to_owned(),
-                Err(_) => name.escape_ascii().to_string(),
-            });
+            names.push(name.escape_ascii().to_string());
         }
         names.sort();
         Ok(names)

@@ -40,14 +40,9 @@ pub enum KeyError {
         /// Its permission bits.
         mode: u32,
     },
-    /// Not PEM as RFC 7468 has it.
-    #[error("{}: no PEM key file ({detail}); make one with `signer key new`", path.display())]
-    NotPem {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        detail: String,
-    },
+    /// Not PEM as RFC 7468 has it, or not only.
+    #[error("{}: not one PEM block and nothing more; make a key with `signer key new`", .0.display())]
+    NotPem(PathBuf),
     /// PEM, but of something else.
     #[error("{}: holds a {label:?}, not a {wanted}; {help}", path.display())]
     Label {
@@ -238,10 +233,9 @@ fn create(path: &Path, bytes: &[u8], mode: u32) -> Result<(), KeyError> {
 }
 
 fn decode_pem<'a>(path: &Path, pem: &'a [u8]) -> Result<(&'a str, Zeroizing<Vec<u8>>), KeyError> {
-    let (label, der) = pem_rfc7468::decode_vec(pem).map_err(|error| KeyError::NotPem {
-        path: path.to_owned(),
-        detail: error.to_string(),
-    })?;
+    // The crate's own errors say what it stumbled on, which for text that is no PEM at all misleads.
+    let decoded = pem_rfc7468::decode_vec(pem);
+    let (label, der) = decoded.map_err(|_| KeyError::NotPem(path.to_owned()))?;
     Ok((label, Zeroizing::new(der)))
 }
 

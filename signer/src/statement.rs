@@ -66,6 +66,7 @@ pub struct Statement {
 
 /// The JSON of a statement. Unknown fields are ignored, as the framework's parsing rules ask.
 #[derive(Serialize, Deserialize)]
+#[serde(expecting = "an object with _type, subject, predicateType and predicate")]
 struct Wire {
     #[serde(rename = "_type")]
     type_: String,
@@ -77,6 +78,7 @@ struct Wire {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(expecting = "an object with name and digest")]
 struct Subject {
     name: String,
     digest: Digest,
@@ -84,6 +86,7 @@ struct Subject {
 
 /// Other algorithms may stand beside SHA-256; they are not looked at.
 #[derive(Serialize, Deserialize)]
+#[serde(expecting = "an object with sha256")]
 struct Digest {
     sha256: String,
 }

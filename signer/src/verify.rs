@@ -63,13 +63,14 @@ pub enum VerifyError {
         /// What is wrong.
         source: StatementError,
     },
-    /// The statement does not name what was asked about.
-    #[error("{}: the signed statement does not name {name:?} but {named}; put the files under the names they were signed under", path.display())]
+    /// The statement is about other files.
+    #[error("{}: the signed statement is about {named}, not about {wanted}; \
+        put the files under the names they were signed under, or have them signed again", path.display())]
     NotNamed {
         /// The envelope's file.
         path: PathBuf,
         /// What it should name.
-        name: String,
+        wanted: String,
         /// What it names.
         named: String,
     },
@@ -155,7 +156,11 @@ pub fn verify_bundle_with(
     let directory = Directory::open(dir)?;
     let (statement, keyids) = verify_envelope(envelope, BUNDLE_V1, trust)?;
     if !statement.files.contains_key(MANIFEST) {
-        return Err(not_named(envelope, MANIFEST, &statement));
+        return Err(not_named(
+            envelope,
+            "a bundle with a manifest.json",
+            &statement,
+        ));
     }
     // Every file that is there must be signed, and every signed file must be there.
     for name in bundle_names(&directory)? {
@@ -201,7 +206,7 @@ pub fn verify_policy_with(
     let name = file.file_name().unwrap_or_default().to_string_lossy();
     match statement.files.get(&*name) {
         Some(signed) if statement.files.len() == 1 => check_digest(file, &bytes, signed)?,
-        _ => return Err(not_named(envelope, &name, &statement)),
+        _ => return Err(not_named(envelope, &format!("{name:?} alone"), &statement)),
     }
     Ok(VerifiedPolicy {
         bytes,
@@ -241,20 +246,14 @@ pub(crate) fn bundle_names(directory: &Directory) -> Result<Vec<String>, FileErr
 
 /// The statement in an envelope that enough trusted keys have signed, and their key ids.
 ///
-/// The order is DSSE's (protocol.md, "Protocol", verification): the statement is parsed from the very bytes whose
-/// signatures held, and only after they did.
+/// The order is DSSE's (protocol.md, "Protocol"): signatures, then the payload's type, and only then is the statement
+/// parsed, from the very bytes whose signatures held.
 fn verify_envelope(
     path: &Path,
     predicate_type: &'static str,
     trust: &Trust,
 ) -> Result<(Statement, Vec<String>), VerifyError> {
     let envelope = read_envelope(path)?;
-    if envelope.payload_type != IN_TOTO {
-        return Err(VerifyError::PayloadType {
-            path: path.to_owned(),
-            found: envelope.payload_type,
-        });
-    }
     let signers = trust
         .signers(&envelope)
         .map_err(|too_few| VerifyError::TooFew {
@@ -264,6 +263,12 @@ fn verify_envelope(
             threshold: trust.threshold(),
             signatures: too_few.signatures,
         })?;
+    if envelope.payload_type != IN_TOTO {
+        return Err(VerifyError::PayloadType {
+            path: path.to_owned(),
+            found: envelope.payload_type,
+        });
+    }
     let statement = Statement::parse(&envelope.payload, predicate_type);
     let statement = statement.map_err(|source| VerifyError::Statement {
         path: path.to_owned(),
@@ -287,14 +292,14 @@ fn check_digest(path: &Path, bytes: &[u8], signed: &str) -> Result<(), VerifyErr
     Ok(())
 }
 
-fn not_named(envelope: &Path, name: &str, statement: &Statement) -> VerifyError {
+fn not_named(envelope: &Path, wanted: &str, statement: &Statement) -> VerifyError {
     let mut named: Vec<_> = statement.files.keys().take(4).map(String::as_str).collect();
     if statement.files.len() > named.len() {
         named.push("...");
     }
     VerifyError::NotNamed {
         path: envelope.to_owned(),
-        name: name.to_owned(),
+        wanted: wanted.to_owned(),
         named: named.join(", "),
     }
 }
