@@ -306,10 +306,10 @@ fn emit_pae(dir: &Path, envelope: &Path, trust: &Trust) -> Result<String, Error>
     for (index, signature) in envelope.signatures.iter().enumerate() {
         let sig = dir.join(format!("signature-{}.bin", index + 1));
         files::write(&sig, &signature.sig, 0o644, true)?;
-        for (_, file) in trust
-            .keys()
-            .filter(|(key, _)| key.verifies(&message, &signature.sig))
-        {
+        // One that no trusted key made is shown with all of them: openssl will say so too.
+        let by = |key: PublicKey| key.verifies(&message, &signature.sig);
+        let known = trust.keys().any(|(key, _)| by(key));
+        for (_, file) in trust.keys().filter(|(key, _)| !known || by(*key)) {
             let _ = writeln!(
                 commands,
                 "  openssl pkeyutl -verify -pubin -inkey {} -rawin -in {} -sigfile {}",

@@ -2,7 +2,6 @@
 
 use crate::dsse::Envelope;
 use crate::keys::{KeyError, PublicKey};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -17,7 +16,9 @@ pub enum TrustError {
     #[error("no trusted key was given; name the signers' public keys with --trust NAME.pub.pem")]
     NoKeys,
     /// A threshold that nothing or everything meets.
-    #[error("threshold {threshold} with {keys} distinct trusted key(s); choose 1 to {keys}")]
+    #[error(
+        "threshold {threshold}, but {keys} distinct trusted key(s) given; choose 1 to {keys}, or trust more keys"
+    )]
     Threshold {
         /// What was asked for.
         threshold: usize,
@@ -29,8 +30,8 @@ pub enum TrustError {
 /// A set of distinct public keys and how many of them must have signed.
 #[derive(Clone, Debug)]
 pub struct Trust {
-    /// The keys, each with the first file that held it.
-    keys: BTreeMap<PublicKey, PathBuf>,
+    /// The keys, each once, in the order given, with the first file that held it.
+    keys: Vec<(PublicKey, PathBuf)>,
     threshold: usize,
 }
 
@@ -49,10 +50,12 @@ impl Trust {
         if files.is_empty() {
             return Err(TrustError::NoKeys);
         }
-        let mut keys = BTreeMap::new();
+        let mut keys: Vec<(PublicKey, PathBuf)> = Vec::new();
         for file in files {
-            keys.entry(PublicKey::read(file)?)
-                .or_insert_with(|| file.clone());
+            let key = PublicKey::read(file)?;
+            if !keys.iter().any(|(other, _)| *other == key) {
+                keys.push((key, file.clone()));
+            }
         }
         if threshold == 0 || threshold > keys.len() {
             return Err(TrustError::Threshold {
@@ -83,7 +86,8 @@ impl Trust {
             let mut signatures = envelope.signatures.iter();
             signatures.any(|signature| key.verifies(&message, &signature.sig))
         };
-        let signers: Vec<_> = self.keys.keys().copied().filter(signed_by).collect();
+        let keys = self.keys.iter().map(|(key, _)| *key);
+        let signers: Vec<_> = keys.filter(signed_by).collect();
         if signers.len() < self.threshold {
             return Err(TooFew {
                 signed: signers.len(),
