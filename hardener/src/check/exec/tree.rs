@@ -1,0 +1,309 @@
+//! What a thunk decides, and the proof that it is membership in its tables.
+
+use super::interval::Set;
+use super::machine::Code;
+use super::term::{Arena, Op, Term, apply, sign_extend};
+use std::collections::{BTreeSet, HashMap};
+
+/// More subjects than any table speaks about.
+const MAX_SUBJECTS: u64 = 1 << 28;
+/// Subjects evaluated at a time.
+const LANES: usize = 1024;
+
+/// A node in a [`Tree`].
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct NodeId(pub usize);
+
+/// How a path ends.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Leaf {
+    /// As the slot would have gone on.
+    Pass,
+    /// UD2.
+    Trap,
+}
+
+/// A decision.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Node {
+    /// A conditional branch.
+    Branch {
+        /// The condition, 0 or 1.
+        cond: Term,
+        /// Where 1 goes.
+        yes: NodeId,
+        /// Where 0 goes.
+        no: NodeId,
+    },
+    /// Memory is read whose address depends on the subject.
+    Touch {
+        /// The load.
+        load: Term,
+        /// Who comes this way.
+        subjects: Set,
+        /// What comes next.
+        next: NodeId,
+    },
+    /// The end, and who may get there.
+    Leaf(Leaf, Set),
+}
+
+/// All that a thunk does with its subject.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Tree {
+    ops: Vec<Op>,
+    nodes: Vec<Node>,
+    root: NodeId,
+}
+
+/// A table as decoded: where it lies, and which subjects it holds.
+pub struct Lookup<'a> {
+    /// The memory that it takes, at the slide in use.
+    pub place: (u64, u64),
+    /// The first subject that it speaks about, and the first after.
+    pub covers: (u64, u64),
+    /// Its members, ascending.
+    pub members: &'a [u64],
+}
+
+impl Tree {
+    /// Keeps only what the nodes need, so that thunks which decide alike are equal.
+    pub fn new(arena: &Arena, mut nodes: Vec<Node>, root: NodeId) -> Tree {
+        let mut tree = Tree {
+            ops: Vec::new(),
+            nodes: Vec::new(),
+            root,
+        };
+        let mut map = HashMap::new();
+        for node in &mut nodes {
+            match node {
+                Node::Branch { cond, .. } => *cond = tree.adopt(arena, &mut map, *cond),
+                Node::Touch { load, .. } => *load = tree.adopt(arena, &mut map, *load),
+                Node::Leaf(..) => {}
+            }
+        }
+        tree.nodes = nodes;
+        tree
+    }
+
+    fn adopt(&mut self, arena: &Arena, map: &mut HashMap<Term, Term>, term: Term) -> Term {
+        if let Some(known) = map.get(&term) {
+            return *known;
+        }
+        let op = match arena.op(term) {
+            Op::Bin(op, left, right) => {
+                let left = self.adopt(arena, map, left);
+                Op::Bin(op, left, self.adopt(arena, map, right))
+            }
+            Op::SignExtend(bits, inner) => Op::SignExtend(bits, self.adopt(arena, map, inner)),
+            Op::Load(bytes, inner) => Op::Load(bytes, self.adopt(arena, map, inner)),
+            op => op,
+        };
+        let own = Term(self.ops.len() as u32);
+        self.ops.push(op);
+        map.insert(term, own);
+        own
+    }
+
+    /// Proves that the thunk passes exactly the members of the tables that it reads, and everything that none of those
+    /// tables speaks about. Which tables it reads, or what is wrong.
+    pub fn prove(&self, code: &Code<'_>, tables: &[Lookup<'_>]) -> Result<BTreeSet<usize>, Wrong> {
+        let mut bounded = Set::none();
+        for node in &self.nodes {
+            match node {
+                Node::Touch { subjects, .. } | Node::Leaf(Leaf::Trap, subjects) => {
+                    bounded = bounded.union(subjects);
+                }
+                _ => {}
+            }
+        }
+        let size = |set: &Set| {
+            let spans = set.spans().iter();
+            spans.fold(0u64, |sum, (low, high)| sum.saturating_add(high - low + 1))
+        };
+        if size(&bounded) > MAX_SUBJECTS {
+            let stray = bounded.hull().map_or(0, |(low, _)| low);
+            return Err(Wrong::Unbounded(stray));
+        }
+        let mut seen = BTreeSet::new();
+        let mut passed = Vec::new();
+        for &(low, high) in bounded.spans() {
+            self.evaluate(code, tables, low, high, &mut seen, &mut passed)?;
+        }
+        if seen.is_empty() {
+            return Err(Wrong::NoTable);
+        }
+        let mut covered = Set::none();
+        let mut members: Vec<u64> = Vec::new();
+        for table in &seen {
+            let table = &tables[*table];
+            covered = covered.union(&Set::span(table.covers.0, table.covers.1.saturating_sub(1)));
+            members.extend(table.members);
+        }
+        members.sort_unstable();
+        members.dedup();
+        if let Some((stray, _)) = bounded.minus(&covered).hull() {
+            return Err(Wrong::Outside(stray));
+        }
+        // What is covered but not bounded passes unseen: right only for members.
+        let unseen = covered.minus(&bounded);
+        for &(low, high) in unseen.spans() {
+            let mut next = low;
+            let from = members.partition_point(|member| *member < low);
+            for member in &members[from..] {
+                if *member != next {
+                    break;
+                }
+                next += 1;
+            }
+            if next <= high {
+                return Err(Wrong::Passes(next));
+            }
+        }
+        // Both ascend; those in `unseen` are members, so they are left out on both sides.
+        let inside = |member: &u64| {
+            let mut spans = bounded.spans().iter();
+            spans.any(|(low, high)| low <= member && member <= high)
+        };
+        let mut wanted = members.iter().copied().filter(inside).peekable();
+        let mut passed = passed.into_iter().peekable();
+        loop {
+            match (wanted.peek(), passed.peek()) {
+                (None, None) => return Ok(seen),
+                (Some(want), Some(pass)) if want == pass => {
+                    wanted.next();
+                    passed.next();
+                }
+                (Some(want), pass) if pass.is_none_or(|pass| want < pass) => {
+                    return Err(Wrong::Traps(*want));
+                }
+                (_, pass) => return Err(Wrong::Passes(*pass.expect("one of the two is there"))),
+            }
+        }
+    }
+
+    /// Evaluates every subject from `low` to `high`, both inside; adds those that pass.
+    fn evaluate(
+        &self,
+        code: &Code<'_>,
+        tables: &[Lookup<'_>],
+        low: u64,
+        high: u64,
+        seen: &mut BTreeSet<usize>,
+        passed: &mut Vec<u64>,
+    ) -> Result<(), Wrong> {
+        let mut lanes = vec![[0u64; LANES]; self.ops.len()];
+        let mut next = low;
+        loop {
+            let count = (high - next).min(LANES as u64 - 1) as usize + 1;
+            self.fill(code, next, count, &mut lanes);
+            for lane in 0..count {
+                let subject = next + lane as u64;
+                let leaf = self.walk(
+                    lane,
+                    |load| {
+                        let Op::Load(bytes, address) = self.ops[load.0 as usize] else {
+                            return Ok(());
+                        };
+                        let at = lanes[address.0 as usize][lane];
+                        let inside = |table: &Lookup<'_>| table.place.0 <= at && at < table.place.1;
+                        if let Some(table) = tables.iter().position(inside) {
+                            seen.insert(table);
+                        } else if code.load(at, bytes).is_some() {
+                            return Err(Wrong::NotATable(subject, at));
+                        }
+                        match code.load(at, bytes) {
+                            Some(_) => Ok(()),
+                            None => Err(Wrong::Reads(subject, at)),
+                        }
+                    },
+                    &lanes,
+                )?;
+                if leaf == Leaf::Pass {
+                    passed.push(subject);
+                }
+            }
+            match next.checked_add(count as u64) {
+                Some(after) if after <= high => next = after,
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    fn fill(&self, code: &Code<'_>, first: u64, count: usize, lanes: &mut [[u64; LANES]]) {
+        for (index, op) in self.ops.iter().enumerate() {
+            // Operands stand before what uses them.
+            let (done, rest) = lanes.split_at_mut(index);
+            let out = &mut rest[0][..count];
+            match op {
+                Op::Subject => {
+                    let mut subject = first;
+                    for place in out {
+                        *place = subject;
+                        subject = subject.wrapping_add(1);
+                    }
+                }
+                Op::Const(value) => out.fill(*value),
+                Op::Bin(op, left, right) => {
+                    let (left, right) = (&done[left.0 as usize], &done[right.0 as usize]);
+                    for (place, (a, b)) in out.iter_mut().zip(left.iter().zip(right)) {
+                        *place = apply(*op, *a, *b);
+                    }
+                }
+                Op::SignExtend(bits, inner) => {
+                    for (place, value) in out.iter_mut().zip(&done[inner.0 as usize]) {
+                        *place = sign_extend(*value, u32::from(*bits));
+                    }
+                }
+                Op::Load(bytes, address) => {
+                    for (place, at) in out.iter_mut().zip(&done[address.0 as usize]) {
+                        // An address that no path reads may be anything; one that a path reads is checked there.
+                        *place = code.load(*at, *bytes).unwrap_or(0);
+                    }
+                }
+                _ => unreachable!("conditions depend on the subject only"),
+            }
+        }
+    }
+
+    fn walk(
+        &self,
+        lane: usize,
+        mut touch: impl FnMut(Term) -> Result<(), Wrong>,
+        lanes: &[[u64; LANES]],
+    ) -> Result<Leaf, Wrong> {
+        let mut at = self.root;
+        loop {
+            at = match &self.nodes[at.0] {
+                Node::Branch { cond, yes, no } => match lanes[cond.0 as usize][lane] {
+                    0 => *no,
+                    _ => *yes,
+                },
+                Node::Touch { load, next, .. } => {
+                    touch(*load)?;
+                    *next
+                }
+                Node::Leaf(leaf, _) => return Ok(*leaf),
+            };
+        }
+    }
+}
+
+/// Why a decision is not membership; each with the first subject for which it goes wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wrong {
+    /// It reads or traps for subjects that no comparison has bounded.
+    Unbounded(u64),
+    /// It looks in no table.
+    NoTable,
+    /// It reads or traps for a subject that no table it reads speaks about.
+    Outside(u64),
+    /// It reads outside the cave: subject, address.
+    Reads(u64, u64),
+    /// It reads the cave outside every table: subject, address.
+    NotATable(u64, u64),
+    /// It passes what is not in its tables.
+    Passes(u64),
+    /// It traps what is in its tables.
+    Traps(u64),
+}

@@ -1,0 +1,138 @@
+//! Structure layouts from the image's BTF (Linux, Documentation/bpf/btf.rst).
+
+use super::KernelError;
+use super::elf::Vmlinux;
+use std::collections::HashMap;
+
+const MAGIC: u16 = 0xeb9f;
+const KIND_STRUCT: u32 = 4;
+const KIND_UNION: u32 = 5;
+
+/// The types of one image.
+pub struct Btf<'a> {
+    data: &'a [u8],
+    strings: usize,
+    /// Where each type's record stands, by id; id 0 is void.
+    types: Vec<usize>,
+    /// Structures and unions by name.
+    named: HashMap<&'a [u8], usize>,
+}
+
+impl<'a> Btf<'a> {
+    /// Reads the image's `.BTF` section.
+    pub fn read(vmlinux: &'a Vmlinux) -> Result<Btf<'a>, KernelError> {
+        let data = vmlinux.section_bytes(vmlinux.section(".BTF")?);
+        Btf::parse(data).ok_or(KernelError::Btf)
+    }
+
+    fn parse(data: &'a [u8]) -> Option<Btf<'a>> {
+        if half(data, 0)? != MAGIC {
+            return None;
+        }
+        let header = word(data, 4)? as usize;
+        let start = header + word(data, 8)? as usize;
+        let end = start + word(data, 12)? as usize;
+        let mut btf = Btf {
+            data,
+            strings: header + word(data, 16)? as usize,
+            types: vec![usize::MAX],
+            named: HashMap::new(),
+        };
+        let mut at = start;
+        while at < end {
+            let info = word(data, at + 4)?;
+            let (kind, count) = (info >> 24 & 0x1f, (info & 0xffff) as usize);
+            let extra = match kind {
+                // Integers, variables, declaration tags
+                1 | 14 | 17 => 4,
+                // Pointers, forwards, typedefs, qualifiers, functions, floats, type tags
+                2 | 7..=12 | 16 | 18 => 0,
+                3 => 12,
+                // Structures, unions, data sections, 64-bit enumerations
+                4 | 5 | 15 | 19 => 12 * count,
+                // Enumerations, prototypes
+                6 | 13 => 8 * count,
+                _ => return None,
+            };
+            if kind == KIND_STRUCT || kind == KIND_UNION {
+                let name = btf.string(word(data, at)? as usize)?;
+                if !name.is_empty() {
+                    btf.named.entry(name).or_insert(at);
+                }
+            }
+            btf.types.push(at);
+            at += 12 + extra;
+        }
+        (at == end && end <= data.len()).then_some(btf)
+    }
+
+    /// `sizeof(struct name)`.
+    pub fn size(&self, name: &str) -> Option<u32> {
+        word(self.data, *self.named.get(name.as_bytes())? + 8)
+    }
+
+    /// `offsetof(struct name, member)` in bytes; members of anonymous structures and unions count as the outer one's.
+    pub fn offset(&self, name: &str, member: &str) -> Option<u32> {
+        let bits = self.member(*self.named.get(name.as_bytes())?, member.as_bytes(), 0)?;
+        bits.is_multiple_of(8).then_some(bits / 8)
+    }
+
+    fn member(&self, at: usize, wanted: &[u8], depth: u32) -> Option<u32> {
+        if depth > 8 {
+            return None;
+        }
+        let info = word(self.data, at + 4)?;
+        let bitfields = info >> 31 == 1;
+        for index in 0..(info & 0xffff) as usize {
+            let member = at + 12 + index * 12;
+            let name = self.string(word(self.data, member)? as usize)?;
+            let offset = word(self.data, member + 8)?;
+            let offset = if bitfields {
+                offset & 0xff_ffff
+            } else {
+                offset
+            };
+            if name == wanted {
+                return Some(offset);
+            }
+            if name.is_empty()
+                && let Some(inner) = self.aggregate(word(self.data, member + 4)?)
+                && let Some(inside) = self.member(inner, wanted, depth + 1)
+            {
+                return Some(offset + inside);
+            }
+        }
+        None
+    }
+
+    /// The record of structure or union `id`, through qualifiers and typedefs.
+    fn aggregate(&self, mut id: u32) -> Option<usize> {
+        for _ in 0..16 {
+            let at = *self
+                .types
+                .get(id as usize)
+                .filter(|at| **at != usize::MAX)?;
+            match word(self.data, at + 4)? >> 24 & 0x1f {
+                KIND_STRUCT | KIND_UNION => return Some(at),
+                8..=11 | 18 => id = word(self.data, at + 8)?,
+                _ => return None,
+            }
+        }
+        None
+    }
+
+    fn string(&self, at: usize) -> Option<&'a [u8]> {
+        let from = self.data.get(self.strings + at..)?;
+        Some(&from[..from.iter().position(|byte| *byte == 0)?])
+    }
+}
+
+fn word(data: &[u8], at: usize) -> Option<u32> {
+    let bytes = data.get(at..at.checked_add(4)?)?;
+    Some(u32::from_le_bytes(bytes.try_into().ok()?))
+}
+
+fn half(data: &[u8], at: usize) -> Option<u16> {
+    let bytes = data.get(at..at.checked_add(2)?)?;
+    Some(u16::from_le_bytes(bytes.try_into().ok()?))
+}

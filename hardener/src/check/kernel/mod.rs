@@ -1,0 +1,126 @@
+//! The image as the checker sees it: read afresh, sharing nothing with the emitter but decompression.
+
+pub mod btf;
+pub mod elf;
+pub mod kallsyms;
+pub mod sweep;
+pub mod symbols;
+pub mod tables;
+
+use btf::Btf;
+use elf::Vmlinux;
+use penumbra_bundle::{LinkVa, VaRange};
+use sweep::Sweep;
+use symbols::SymbolMap;
+use tables::Tables;
+use thiserror::Error;
+
+/// Why an image cannot be checked.
+#[derive(Debug, Error)]
+pub enum KernelError {
+    /// The ELF headers make no sense.
+    #[error("the uncompressed kernel is no ELF file: {0}; fetch the kernel package again")]
+    Elf(String),
+    /// Something lies outside the file.
+    #[error(
+        "the uncompressed kernel ends before its own tables do; it is truncated, fetch the kernel package again"
+    )]
+    Truncated,
+    /// The relocations after the ELF file are not three lists.
+    #[error("the KASLR relocations after the ELF file are not three zero-terminated lists")]
+    Relocations,
+    /// A part that the check needs is not there.
+    #[error("{what} `{name}` is not in the image; this kernel's layout is unknown to the checker")]
+    Missing {
+        /// Section or symbol.
+        what: &'static str,
+        /// Its name.
+        name: &'static str,
+    },
+    /// Kallsyms could not be decoded.
+    #[error(
+        "kallsyms: {0} not found or inconsistent; this kernel's layout is unknown to the checker"
+    )]
+    Kallsyms(&'static str),
+    /// BTF could not be decoded.
+    #[error("the image's .BTF section does not decode")]
+    Btf,
+    /// BTF lacks a layout.
+    #[error("BTF has no `struct {structure}` with a byte-aligned `{member}`")]
+    Layout {
+        /// The structure.
+        structure: &'static str,
+        /// The member, or empty for the structure itself.
+        member: &'static str,
+    },
+    /// A table is not a whole number of entries.
+    #[error(
+        "the table from {} to {} is not a whole number of entries of {size} bytes", .range.start, .range.end
+    )]
+    TableSize {
+        /// Where it is.
+        range: VaRange,
+        /// What BTF says about an entry.
+        size: u64,
+    },
+}
+
+/// The image with everything that the rules ask about.
+pub struct Kernel {
+    /// Sections, bytes, relocations.
+    pub vmlinux: Vmlinux,
+    /// kallsyms.
+    pub symbols: SymbolMap,
+    /// Self-modification and other tables.
+    pub tables: Tables,
+    /// Instruction boundaries and calls of the text.
+    pub sweep: Sweep,
+    /// `.text`: everything that is executable after boot.
+    pub text: VaRange,
+}
+
+impl Kernel {
+    /// Reads the uncompressed kernel `elf`.
+    pub fn read(elf: Vec<u8>) -> Result<Kernel, KernelError> {
+        let vmlinux = Vmlinux::parse(elf)?;
+        let symbols = SymbolMap::new(kallsyms::read(&vmlinux)?);
+        let tables = Tables::read(&vmlinux, &symbols, &Btf::read(&vmlinux)?)?;
+        let section = vmlinux.section(".text")?;
+        let text = section.range;
+        let sweep = Sweep::new(text.start, vmlinux.section_bytes(section));
+        Ok(Kernel {
+            vmlinux,
+            symbols,
+            tables,
+            sweep,
+            text,
+        })
+    }
+
+    /// The bytes of `range`, all in the file.
+    pub fn bytes(&self, range: VaRange) -> Option<&[u8]> {
+        self.vmlinux.bytes(range.start, range.len() as usize)
+    }
+
+    /// Retpolines, return thunks and what untrains them, which return on purpose: `.text..__x86.*`.
+    pub fn thunk_text(&self) -> Result<Vec<VaRange>, KernelError> {
+        let mut ranges = vec![
+            self.symbols
+                .between("__indirect_thunk_start", "__indirect_thunk_end")?,
+        ];
+        // SRSO's pair stands apart from the rest, at addresses that alias in the branch predictor.
+        for name in ["srso_alias_untrain_ret", "srso_alias_safe_ret"] {
+            ranges.extend(
+                self.symbols
+                    .find(name)
+                    .and_then(|at| self.symbols.around(at)),
+            );
+        }
+        Ok(ranges)
+    }
+
+    /// Whether `va` is in the text.
+    pub fn in_text(&self, va: LinkVa) -> bool {
+        self.text.contains(va)
+    }
+}

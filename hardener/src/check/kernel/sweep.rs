@@ -1,0 +1,130 @@
+//! The text decoded from its first byte to its last, by two decoders that share nothing.
+//!
+//! A linear sweep is exact for this kernel's text: every address in every table falls on a boundary. Where the two
+//! decoders disagree, neither is believed: no boundary is claimed until they meet again.
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
+use penumbra_bundle::LinkVa;
+use yaxpeax_arch::LengthedInstruction;
+use yaxpeax_x86::amd64::InstDecoder;
+
+/// What the sweep found.
+pub struct Sweep {
+    start: LinkVa,
+    /// One bit for each byte that starts an instruction.
+    boundaries: Vec<u64>,
+    /// The address after each call instruction, direct or indirect. Ascending.
+    pub after_calls: Vec<LinkVa>,
+    /// Direct branches, by place: where each stands and where it goes.
+    pub branches: Vec<Branch>,
+    /// Addresses that RIP-relative operands of other instructions denote: the place and the address.
+    pub references: Vec<(LinkVa, LinkVa)>,
+    /// Stretches where the decoders disagree or cannot decode.
+    pub unknown: Vec<LinkVa>,
+}
+
+/// A direct branch.
+#[derive(Clone, Copy, Debug)]
+pub struct Branch {
+    /// Its place.
+    pub at: LinkVa,
+    /// Its target.
+    pub to: LinkVa,
+    /// Whether it is a call.
+    pub call: bool,
+}
+
+impl Sweep {
+    /// Decodes `bytes`, which stand at `start`.
+    pub fn new(start: LinkVa, bytes: &[u8]) -> Sweep {
+        let mut sweep = Sweep {
+            start,
+            boundaries: vec![0; bytes.len() / 64 + 1],
+            after_calls: Vec::new(),
+            branches: Vec::new(),
+            references: Vec::new(),
+            unknown: Vec::new(),
+        };
+        let second = InstDecoder::default();
+        let mut first = Decoder::with_ip(64, bytes, start.0, DecoderOptions::NONE);
+        let mut instruction = Instruction::default();
+        while first.can_decode() {
+            let at = first.position();
+            // Filler is most of the text of some kernels, and one byte that nobody misreads.
+            if bytes[at] == 0xcc {
+                let run = bytes[at..].iter().take_while(|byte| **byte == 0xcc).count();
+                (at..at + run).for_each(|at| sweep.mark(at));
+                step(&mut first, start, at + run);
+                continue;
+            }
+            first.decode_out(&mut instruction);
+            let window = &bytes[at..bytes.len().min(at + 15)];
+            let agreed = second
+                .decode_slice(window)
+                .is_ok_and(|other| other.len().to_const() as usize == instruction.len());
+            if instruction.is_invalid() || !agreed {
+                sweep.unknown.push(LinkVa(start.0 + at as u64));
+                if instruction.is_invalid() {
+                    step(&mut first, start, at + 1);
+                }
+                continue;
+            }
+            sweep.mark(at);
+            sweep.record(&instruction);
+        }
+        sweep
+    }
+
+    /// Whether an instruction starts at `va`, by both decoders.
+    pub fn is_boundary(&self, va: LinkVa) -> bool {
+        let Some(at) = va.0.checked_sub(self.start.0) else {
+            return false;
+        };
+        self.boundaries
+            .get(at as usize / 64)
+            .is_some_and(|word| word >> (at % 64) & 1 == 1)
+    }
+
+    /// How many boundaries there are, filler included.
+    pub fn count(&self) -> u64 {
+        self.boundaries
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
+    fn mark(&mut self, at: usize) {
+        self.boundaries[at / 64] |= 1 << (at % 64);
+    }
+
+    fn record(&mut self, instruction: &Instruction) {
+        let at = LinkVa(instruction.ip());
+        if is_call(instruction) {
+            self.after_calls.push(LinkVa(instruction.next_ip()));
+        }
+        if instruction.flow_control() == FlowControl::Next && instruction.is_ip_rel_memory_operand()
+        {
+            let to = LinkVa(instruction.ip_rel_memory_address());
+            self.references.push((at, to));
+        }
+        if instruction.op0_kind() == OpKind::NearBranch64 {
+            self.branches.push(Branch {
+                at,
+                to: LinkVa(instruction.near_branch_target()),
+                call: instruction.is_call_near(),
+            });
+        }
+    }
+}
+
+/// Whether `instruction` pushes a return address: near calls, not system or hypervisor calls, whose kind iced shares.
+pub fn is_call(instruction: &Instruction) -> bool {
+    instruction.is_call_near() || instruction.is_call_near_indirect()
+}
+
+fn step(decoder: &mut Decoder<'_>, start: LinkVa, at: usize) {
+    decoder
+        .set_position(at)
+        .expect("a position inside the bytes being decoded");
+    decoder.set_ip(start.0 + at as u64);
+}

@@ -1,0 +1,167 @@
+//! `hardener check`: proves a bundle against its image, sharing no analysis with what emitted it.
+//!
+//! Image and bundle are read afresh. From the emitter's side only decompression is used; symbols, tables, sweep, slots and
+//! sets are derived here a second time, so that a mistake must be made twice to go unnoticed. What is proved, in the order
+//! of the design's invariants:
+//!
+//! | rule | file | proves |
+//! |---|---|---|
+//! | same-boundaries | `slots.rs` | each edit is one whole instruction for one whole instruction |
+//! | one-shared-cave | `cave.rs` | thunks and tables lie in filler, apart from one another |
+//! | allowed-slots | `slots.rs` | no edit touches what the kernel pokes or depends on |
+//! | thunk-contract | `thunks.rs`, `exec/` | thunks keep what they must and pass exactly the members of their tables |
+//! | exact-sets | `tables.rs`, `sets.rs` | the tables hold exactly the legal addresses |
+//! | true-to-image | `image.rs` | text, relocations, layouts, names and counts are the image's |
+
+mod cave;
+mod exec;
+mod image;
+mod kernel;
+mod report;
+mod sets;
+mod slots;
+mod tables;
+mod thunks;
+
+pub use kernel::{Kernel, KernelError};
+pub use report::{Outcome, Rule, RuleReport, Violation};
+
+use crate::image::{ImageError, unpacked};
+use cave::CaveImage;
+use penumbra_bundle::{Bundle, Edit, LinkVa, ReadError, Variant};
+use slots::KernelThunks;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use std::{fs, io};
+use tables::decoded_tables;
+use thiserror::Error;
+
+/// Why nothing can be said about a bundle.
+#[derive(Debug, Error)]
+pub enum CheckError {
+    /// The image file cannot be read.
+    #[error("{path}: {source}; give the vmlinuz or vmlinux that the bundle was made from")]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The image does not unpack.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The image is no kernel that the checker understands.
+    #[error("{path}: {source}")]
+    Kernel {
+        /// The image.
+        path: PathBuf,
+        /// What it lacks.
+        source: KernelError,
+    },
+    /// The bundle cannot be read.
+    #[error(transparent)]
+    Bundle(#[from] ReadError),
+}
+
+/// An image, read once; several bundles can be checked against it.
+pub struct Checker {
+    file: Vec<u8>,
+    kernel: Kernel,
+    path: PathBuf,
+    reading: Duration,
+}
+
+impl Checker {
+    /// Reads the image at `path`: a `vmlinuz`, or an uncompressed `vmlinux`.
+    pub fn open(path: &Path) -> Result<Checker, CheckError> {
+        let started = Instant::now();
+        let file = fs::read(path).map_err(|source| CheckError::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        let elf = unpacked(file.clone()).map_err(|fault| ImageError::Bad {
+            file: path.display().to_string(),
+            fault,
+        })?;
+        let kernel = Kernel::read(elf).map_err(|source| CheckError::Kernel {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Checker {
+            file,
+            kernel,
+            path: path.to_owned(),
+            reading: started.elapsed(),
+        })
+    }
+
+    /// The image as read.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// Proves `bundle`, or says where it cannot.
+    pub fn check(&self, bundle: &Bundle, json: bool) -> Result<Outcome, CheckError> {
+        let fail = |source| CheckError::Kernel {
+            path: self.path.clone(),
+            source,
+        };
+        let cave = CaveImage::read(&bundle.cave, &bundle.manifest.cave);
+        let subject = Subject {
+            kernel: &self.kernel,
+            bundle,
+            cave: &cave,
+            thunks: &KernelThunks::find(&self.kernel).map_err(fail)?,
+        };
+        let boundaries = slots::boundaries(&subject);
+        let shared = cave::check(&subject);
+        let allowed = slots::allowed(&subject).map_err(fail)?;
+        let (thunks, roles) = thunks::check(&subject);
+        let sets = tables::check(&subject, &roles).map_err(fail)?;
+        let image = image::check(&subject, &self.file);
+        let rules = vec![boundaries, shared, allowed, thunks, sets, image];
+        let release = bundle.manifest.kernel.release.clone();
+        Ok(Outcome::new(release, rules, self.reading, json))
+    }
+}
+
+/// Checks the bundle in `bundle` against the image at `image`.
+pub fn run(bundle: &Path, image: &Path, json: bool) -> Result<Outcome, CheckError> {
+    let bundle = Bundle::read_dir(bundle)?;
+    Checker::open(image)?.check(&bundle, json)
+}
+
+/// What all rules look at.
+struct Subject<'a> {
+    kernel: &'a Kernel,
+    bundle: &'a Bundle,
+    cave: &'a Result<CaveImage, String>,
+    thunks: &'a KernelThunks,
+}
+
+impl<'a> Subject<'a> {
+    /// The variants with their edits.
+    fn variants(&self) -> impl Iterator<Item = (&'a Variant, &'a [Edit])> {
+        let bundle = self.bundle;
+        let edits = bundle.edits.iter().map(|edits| edits.0.as_slice());
+        bundle.manifest.variants.iter().zip(edits)
+    }
+
+    /// All edits, with their variant's name.
+    fn edits(&self) -> impl Iterator<Item = (&'a str, &'a Edit)> {
+        self.variants()
+            .flat_map(|(variant, edits)| edits.iter().map(|edit| (variant.name.as_str(), edit)))
+    }
+
+    /// Where an edit stands.
+    fn place(&self, edit: &Edit) -> LinkVa {
+        LinkVa(
+            self.bundle
+                .manifest
+                .text
+                .start
+                .0
+                .wrapping_add(u64::from(edit.at.0)),
+        )
+    }
+}

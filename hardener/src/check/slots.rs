@@ -1,0 +1,344 @@
+//! Rules 1 and 3: each edit replaces one whole instruction by one of the same length, in a slot that nobody pokes.
+
+use super::Subject;
+use super::exec::machine::{register_name, register_number};
+use super::kernel::symbols::hex;
+use super::kernel::{Kernel, KernelError};
+use super::report::{Findings, Rule, RuleReport};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
+use penumbra_bundle::{Edit, LinkVa, Mitigation, SlotKind, VaRange};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use yaxpeax_arch::LengthedInstruction;
+use yaxpeax_x86::amd64::InstDecoder;
+
+/// What stands in a slot in the image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Original {
+    /// `jmp __x86_return_thunk`.
+    Return,
+    /// `call __x86_indirect_thunk_reg`.
+    Call(u8),
+    /// `jmp __x86_indirect_thunk_reg`.
+    Jump(u8),
+}
+
+/// What an edit puts there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Replacement {
+    /// A direct call.
+    Call(LinkVa),
+    /// A direct jump.
+    Jump(LinkVa),
+    /// `call *%reg`.
+    CallRegister(u8),
+    /// `jmp *%reg`.
+    JumpRegister(u8),
+    /// `ret`, then INT3: what the kernel itself writes into return sites.
+    Ret,
+}
+
+/// The kernel's own thunks, by address.
+pub struct KernelThunks {
+    /// `__x86_return_thunk`.
+    pub ret: LinkVa,
+    /// `__x86_indirect_thunk_*`, and the number of the register.
+    pub indirect: HashMap<LinkVa, u8>,
+}
+
+impl KernelThunks {
+    /// Finds them by name.
+    pub fn find(kernel: &Kernel) -> Result<KernelThunks, KernelError> {
+        let name = "__x86_return_thunk";
+        let ret = kernel.symbols.find(name).ok_or(KernelError::Missing {
+            what: "symbol",
+            name,
+        })?;
+        let indirect = kernel.symbols.iter().filter_map(|symbol| {
+            let register = symbol.name.strip_prefix("__x86_indirect_thunk_")?;
+            Some((symbol.at, register_number(register)?))
+        });
+        Ok(KernelThunks {
+            ret,
+            indirect: indirect.collect(),
+        })
+    }
+
+    /// What the image has at `at`, and how long that is.
+    pub fn original(&self, kernel: &Kernel, at: LinkVa) -> Option<(Original, usize)> {
+        let (instruction, len) = decode(kernel.vmlinux.bytes(at, 15)?, at)?;
+        let to = LinkVa(instruction.near_branch_target());
+        let register = self.indirect.get(&to);
+        let original = match (instruction.code(), register) {
+            (Code::Jmp_rel32_64, None) if to == self.ret => Original::Return,
+            (Code::Jmp_rel32_64, Some(register)) => Original::Jump(*register),
+            (Code::Call_rel32_64, Some(register)) => Original::Call(*register),
+            _ => return None,
+        };
+        Some((original, len))
+    }
+}
+
+/// One instruction, when two decoders agree on its length.
+fn decode(bytes: &[u8], at: LinkVa) -> Option<(Instruction, usize)> {
+    let instruction = Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE).decode();
+    let other = InstDecoder::default().decode_slice(bytes).ok()?;
+    let len = instruction.len();
+    let agreed = !instruction.is_invalid() && other.len().to_const() as usize == len;
+    agreed.then_some((instruction, len))
+}
+
+/// What `bytes` do as one instruction at `at`.
+pub fn replacement(bytes: &[u8], at: LinkVa) -> Option<Replacement> {
+    if bytes == [0xc3, 0xcc, 0xcc, 0xcc, 0xcc] {
+        return Some(Replacement::Ret);
+    }
+    let (instruction, len) = decode(bytes, at)?;
+    if len != bytes.len() {
+        return None;
+    }
+    // Only the CS prefix is free of meaning for near branches in 64-bit mode (SDM volume 2A, 2.1.1); 66 is read
+    // differently by Intel and AMD.
+    let code = bytes.iter().position(|byte| *byte != 0x2e)?;
+    let to = || LinkVa(instruction.near_branch_target());
+    let register = || register_number(&format!("{:?}", instruction.op0_register()).to_lowercase());
+    match (&bytes[code..], instruction.code()) {
+        ([0xe8, ..], Code::Call_rel32_64) => Some(Replacement::Call(to())),
+        ([0xe9, ..], Code::Jmp_rel32_64) => Some(Replacement::Jump(to())),
+        ([0xff, _] | [0x41, 0xff, _], Code::Call_rm64) => {
+            Some(Replacement::CallRegister(register()?))
+        }
+        ([0xff, _] | [0x41, 0xff, _], Code::Jmp_rm64) => {
+            Some(Replacement::JumpRegister(register()?))
+        }
+        _ => None,
+    }
+}
+
+/// Proves rule 1.
+pub fn boundaries(subject: &Subject<'_>) -> RuleReport {
+    let kernel = subject.kernel;
+    let mut findings = Findings::new(Rule::SameBoundaries, kernel);
+    for (variant, edits) in subject.variants() {
+        let (mut end, mut calls, mut whole) = (LinkVa(0), 0, 0);
+        let mut drops = BTreeSet::new();
+        for edit in edits {
+            let at = subject.place(edit);
+            if at < end {
+                findings.broken(
+                    Some(&variant.name),
+                    Some(at),
+                    "overlaps the edit before".to_owned(),
+                );
+            }
+            end = LinkVa(at.0 + edit.bytes.len() as u64);
+            match same_boundary(subject, edit, at, end) {
+                Ok(replacement) => {
+                    whole += 1;
+                    calls += u64::from(matches!(
+                        replacement,
+                        Replacement::Call(_) | Replacement::CallRegister(_)
+                    ));
+                    match replacement {
+                        Replacement::Ret => drops.insert(Mitigation::ReturnThunk),
+                        Replacement::CallRegister(_) | Replacement::JumpRegister(_) => {
+                            drops.insert(Mitigation::Retpoline)
+                        }
+                        _ => false,
+                    };
+                }
+                Err(what) => findings.broken(Some(&variant.name), Some(at), what),
+            }
+        }
+        let declared: BTreeSet<Mitigation> = variant.drops.iter().copied().collect();
+        if declared != drops {
+            let what = format!("drops {drops:?}, the manifest says {declared:?}");
+            findings.broken(Some(&variant.name), None, what);
+        }
+        findings.proved("edits of one whole instruction", whole);
+        findings.proved("calls that keep their return address", calls);
+    }
+    findings.proved("boundaries by two decoders", kernel.sweep.count());
+    findings.done()
+}
+
+fn same_boundary(
+    subject: &Subject<'_>,
+    edit: &Edit,
+    at: LinkVa,
+    end: LinkVa,
+) -> Result<Replacement, String> {
+    let kernel = subject.kernel;
+    if !kernel.in_text(at) || end > kernel.text.end {
+        return Err("is outside the image's .text".to_owned());
+    }
+    if !kernel.sweep.is_boundary(at) {
+        return Err("does not start where an instruction starts".to_owned());
+    }
+    let Some((original, len)) = subject.thunks.original(kernel, at) else {
+        return Err("replaces something other than a return or retpoline site's branch".to_owned());
+    };
+    if len != edit.bytes.len() || !kernel.sweep.is_boundary(end) {
+        let new = edit.bytes.len();
+        return Err(format!(
+            "replaces an instruction of {len} bytes by {new} bytes"
+        ));
+    }
+    let Some(replacement) = replacement(&edit.bytes, at) else {
+        return Err("is not one whole branch instruction of the slot's length".to_owned());
+    };
+    let fits = match (original, replacement) {
+        (Original::Return, Replacement::Ret | Replacement::Jump(_))
+        | (Original::Call(_), Replacement::Call(_))
+        | (Original::Jump(_), Replacement::Jump(_)) => true,
+        (Original::Call(old), Replacement::CallRegister(new))
+        | (Original::Jump(old), Replacement::JumpRegister(new)) => {
+            if old != new {
+                let (old, new) = (register_name(old), register_name(new));
+                return Err(format!("branches through {new} where the slot has {old}"));
+            }
+            true
+        }
+        _ => false,
+    };
+    if !fits {
+        return Err(format!("puts {replacement:?} where {original:?} was"));
+    }
+    Ok(replacement)
+}
+
+/// A stretch of text that no edit may touch, and why.
+struct Forbidden {
+    range: VaRange,
+    why: &'static str,
+}
+
+/// Proves rule 3.
+pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
+    let kernel = subject.kernel;
+    let mut findings = Findings::new(Rule::AllowedSlots, kernel);
+    let forbidden = forbidden(kernel)?;
+    let returns: HashSet<LinkVa> = kernel.tables.return_sites.iter().copied().collect();
+    let retpolines: HashSet<LinkVa> = kernel.tables.retpoline_sites.iter().copied().collect();
+    // The longest stretch bounds how far back an overlapping one may start.
+    let longest = forbidden
+        .iter()
+        .map(|part| part.range.len())
+        .max()
+        .unwrap_or(0);
+    let (mut r, mut i) = (0, 0);
+    for (variant, edit) in subject.edits() {
+        let at = subject.place(edit);
+        let end = LinkVa(at.0 + edit.bytes.len() as u64);
+        let listed = match edit.slot {
+            SlotKind::Return => returns.contains(&at),
+            SlotKind::Indirect => retpolines.contains(&at),
+            SlotKind::Call => {
+                let what = "edits a call slot, which no rule proves yet".to_owned();
+                findings.broken(Some(variant), Some(at), what);
+                continue;
+            }
+        };
+        let original = subject.thunks.original(kernel, at);
+        let kind = match original {
+            Some((Original::Return, _)) => Some(SlotKind::Return),
+            Some(_) => Some(SlotKind::Indirect),
+            None => None,
+        };
+        let mut clean = true;
+        if !listed || kind != Some(edit.slot) {
+            let table = match edit.slot {
+                SlotKind::Return => ".return_sites",
+                _ => ".retpoline_sites",
+            };
+            let what = format!("is not a slot that {table} lists");
+            findings.broken(Some(variant), Some(at), what);
+            clean = false;
+        }
+        let from = forbidden.partition_point(|part| part.range.start.0 + longest <= at.0);
+        for part in &forbidden[from..] {
+            if part.range.start >= end {
+                break;
+            }
+            if part.range.end > at {
+                let what = format!("edits {} at {}", part.why, hex(part.range.start));
+                findings.broken(Some(variant), Some(at), what);
+                clean = false;
+            }
+        }
+        match edit.slot {
+            SlotKind::Return => r += u64::from(clean),
+            _ => i += u64::from(clean),
+        }
+    }
+    findings.proved("return sites", r);
+    findings.proved("retpoline sites", i);
+    findings.proved("forbidden stretches avoided", forbidden.len() as u64);
+    Ok(findings.done())
+}
+
+fn forbidden(kernel: &Kernel) -> Result<Vec<Forbidden>, KernelError> {
+    let tables = &kernel.tables;
+    let mut list: Vec<Forbidden> = Vec::new();
+    let mut add = |range: VaRange, why| {
+        if !range.is_empty() && kernel.in_text(range.start) {
+            list.push(Forbidden { range, why });
+        }
+    };
+    let instruction = |at: LinkVa| {
+        // As far as the instruction there reaches, by the sweep; 15 bytes at most (SDM volume 2A, 2.3.11).
+        let end = (1..=15).map(|len| LinkVa(at.0 + len));
+        let end = end.into_iter().find(|end| kernel.sweep.is_boundary(*end));
+        VaRange {
+            start: at,
+            end: end.unwrap_or(LinkVa(at.0 + 15)),
+        }
+    };
+    for (places, why) in [
+        (&tables.fentry, "an ftrace entry"),
+        (&tables.jump_labels, "a jump label"),
+        (&tables.static_calls, "a static call"),
+        (&tables.smp_locks, "an SMP lock prefix"),
+        (&tables.may_fault, "an instruction in the exception table"),
+        (&tables.bugs, "an entry of the bug table"),
+    ] {
+        for at in places {
+            add(instruction(*at), why);
+        }
+    }
+    for alternative in &tables.alternatives {
+        add(alternative.site, "an alternative");
+    }
+    for site in &tables.paravirt {
+        add(*site, "a paravirt site");
+    }
+    for function in &tables.kprobe_blacklist {
+        if let Some(range) = kernel.symbols.around(*function) {
+            add(range, "a function on the kprobe blacklist");
+        }
+    }
+    for range in kernel.thunk_text()? {
+        add(range, ".text..__x86.*");
+    }
+    for (start, end, why) in [
+        (
+            "__static_call_text_start",
+            "__static_call_text_end",
+            "a static call trampoline",
+        ),
+        ("__entry_text_start", "__entry_text_end", ".entry.text"),
+        (
+            "__noinstr_text_start",
+            "__noinstr_text_end",
+            ".noinstr.text",
+        ),
+        (
+            "__kprobes_text_start",
+            "__kprobes_text_end",
+            ".kprobes.text",
+        ),
+    ] {
+        add(kernel.symbols.between(start, end)?, why);
+    }
+    list.sort_by_key(|part| part.range.start);
+    Ok(list)
+}

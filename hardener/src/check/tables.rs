@@ -1,0 +1,151 @@
+//! Rule 5: the tables that thunks read hold exactly the legal addresses.
+
+use super::Subject;
+use super::cave::CaveImage;
+use super::kernel::KernelError;
+use super::kernel::symbols::hex;
+use super::report::{Findings, Rule, RuleReport};
+use super::sets::{self, Legal};
+use super::thunks::Roles;
+use penumbra_bundle::{Bundle, LinkVa, TableKind};
+use std::collections::BTreeSet;
+
+/// The members of each table of the manifest, ascending.
+pub fn decoded_tables(bundle: &Bundle, image: &CaveImage) -> Vec<Vec<u64>> {
+    let cave = &bundle.manifest.cave;
+    let decode = |table: &penumbra_bundle::Table| {
+        // Rule 2 reports a table that is not where it should be; here it is empty.
+        if !image.tables.encloses(&table.range) {
+            return Vec::new();
+        }
+        let bytes = image.slice(cave, table.range);
+        let mut members: Vec<u64> = match table.kind {
+            TableKind::Bitmap { granule } => bytes
+                .iter()
+                .enumerate()
+                .filter(|(_, byte)| **byte != 0)
+                .flat_map(|(index, byte)| {
+                    let bits = (0..8).filter(move |bit| byte >> bit & 1 == 1);
+                    bits.map(move |bit| (index as u64 * 8 + bit) * u64::from(granule))
+                })
+                .collect(),
+            TableKind::SortedOffsets => bytes
+                .chunks_exact(4)
+                .map(|word| u64::from(u32::from_le_bytes(word.try_into().expect("4 bytes"))))
+                .collect(),
+        };
+        for member in &mut members {
+            *member = member.wrapping_add(table.covers.start.0);
+        }
+        members
+    };
+    cave.tables.iter().map(decode).collect()
+}
+
+/// Proves rule 5.
+pub fn check(subject: &Subject<'_>, roles: &Roles) -> Result<RuleReport, KernelError> {
+    let kernel = subject.kernel;
+    let mut findings = Findings::new(Rule::ExactSets, kernel);
+    let cave = &subject.bundle.manifest.cave;
+    let Ok(image) = subject.cave else {
+        if !cave.tables.is_empty() {
+            findings.broken(None, None, "the tables cannot be read".to_owned());
+        }
+        return Ok(findings.done());
+    };
+    let decoded = decoded_tables(subject.bundle, image);
+    for (table, members) in cave.tables.iter().zip(&decoded) {
+        let place = Some(table.range.start);
+        if table.count != members.len() as u64 {
+            let what = format!(
+                "table `{}` holds {} addresses, the manifest says {}",
+                table.name,
+                members.len(),
+                table.count
+            );
+            findings.broken(None, place, what);
+        }
+        if !members.is_sorted_by(|a, b| a < b) {
+            findings.broken(None, place, format!("table `{}` is not sorted", table.name));
+        }
+        if let Some(stray) = members
+            .iter()
+            .find(|at| !table.covers.contains(LinkVa(**at)))
+        {
+            let what = format!(
+                "table `{}` holds an address that it does not cover",
+                table.name
+            );
+            findings.broken(None, Some(LinkVa(*stray)), what);
+        }
+    }
+    let mut used = BTreeSet::new();
+    for (sets, what, legal) in [
+        (&roles.returns, "return sites", sets::return_sites(kernel)?),
+        (&roles.entries, "entries", sets::entries(kernel)?),
+    ] {
+        for tables in sets {
+            used.extend(tables.iter().copied());
+            compare(subject, &decoded, tables, what, &legal, &mut findings);
+        }
+    }
+    for (index, table) in cave.tables.iter().enumerate() {
+        if !used.contains(&index) {
+            let what = format!("no thunk was proved to read table `{}`", table.name);
+            findings.broken(None, Some(table.range.start), what);
+        }
+    }
+    Ok(findings.done())
+}
+
+fn compare(
+    subject: &Subject<'_>,
+    decoded: &[Vec<u64>],
+    tables: &[usize],
+    what: &str,
+    legal: &Legal,
+    findings: &mut Findings<'_>,
+) {
+    let manifest = &subject.bundle.manifest.cave.tables;
+    let names: Vec<&str> = tables
+        .iter()
+        .map(|table| manifest[*table].name.as_str())
+        .collect();
+    let names = names.join(" and ");
+    let held: BTreeSet<LinkVa> = tables
+        .iter()
+        .flat_map(|table| decoded[*table].iter().map(|at| LinkVa(*at)))
+        .collect();
+    // What no table covers passes: the text must be covered from end to end.
+    let text = subject.kernel.text;
+    if !tables
+        .iter()
+        .any(|table| manifest[*table].covers.encloses(&text))
+    {
+        let reason = format!(
+            "{names} does not cover all of .text ({} to {}); what it leaves out passes unchecked",
+            hex(text.start),
+            hex(text.end)
+        );
+        findings.broken(None, Some(text.start), reason);
+    }
+    for at in legal.required.difference(&held) {
+        let reason =
+            format!("missing from {names}: one of the legal {what}; correct code would be killed");
+        findings.broken(None, Some(*at), reason);
+    }
+    let mut optional = 0;
+    for at in held.difference(&legal.required) {
+        if legal.optional.contains(at) {
+            optional += 1;
+            continue;
+        }
+        let reason =
+            format!("too many in {names}: none of the legal {what}; the check is weakened");
+        findings.broken(None, Some(*at), reason);
+    }
+    findings.proved(&format!("legal {what}"), legal.required.len() as u64);
+    if optional > 0 {
+        findings.proved(&format!("{what} that cannot be reached"), optional);
+    }
+}
