@@ -1,7 +1,8 @@
 //! Rewrites a distribution kernel's text into variants, from the image as the distribution ships it.
 //!
-//! Data flows one way: [`image`] (unpacked, its tables read) to [`text`] (swept, slots and caves found) to [`passes`] (slot
-//! edits) with [`thunks`] (what the edits call) to a bundle, which [`report`] prints and [`check`] verifies afresh.
+//! Data flows one way: [`image`] (unpacked, its tables read) to [`text`] (swept, slots and caves found) to `passes` (slot
+//! edits) with `thunks` (what the edits call) to a bundle, which `report` prints and `check` verifies afresh.
 #![forbid(unsafe_code)]
 
 pub mod image;
+pub mod text;

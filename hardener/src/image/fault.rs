@@ -95,3 +95,5 @@ pub enum ImageError {
         fault: Fault,
     },
 }
+
+impl std::error::Error for Fault {}

@@ -1,0 +1,52 @@
+//! Every address in the text that an indirect branch may reach: those that are taken anywhere in the image.
+
+use super::sweep::taken_in;
+use super::{Regions, Span, Sweep};
+use crate::image::{Image, Tables};
+use penumbra_bundle::{LinkVa, TextOff};
+
+/// Collects the addresses; sorted.
+pub fn find(span: Span, image: &Image, tables: &Tables, sweep: &Sweep, regions: &Regions) -> Vec<TextOff> {
+    let mut taken: Vec<LinkVa> = Vec::new();
+    let silent = |va: LinkVa| tables.not_taken.iter().any(|range| range.contains(va));
+    // Absolute addresses: function pointers in data and immediates in code, jump tables of computed gotos among them.
+    taken.extend(
+        image
+            .relocs
+            .abs64
+            .iter()
+            .filter(|va| !silent(**va))
+            .filter_map(|va| image.u64_at(*va).map(LinkVa)),
+    );
+    let sign_extended = |word: u32| LinkVa(i64::from(word as i32) as u64);
+    taken.extend(image.relocs.abs32.iter().filter_map(|va| image.u32_at(*va).map(sign_extended)));
+    // Addresses relative to the instruction pointer, in the text and in code that runs at boot.
+    taken.extend(&sweep.taken);
+    for section in image.sections() {
+        if section.exec && section.name != ".text" {
+            if let Some(code) = image.section_bytes(&section.name) {
+                taken.extend(taken_in(code, section.range.start));
+            }
+        }
+    }
+    // Tables of relative addresses.
+    taken.extend(&tables.exports);
+    taken.extend(&tables.pci_hooks);
+    taken.extend(&tables.initcalls);
+    let mut found: Vec<TextOff> = taken
+        .into_iter()
+        .filter(|va| !regions.never_called_indirectly(*va))
+        .filter_map(|va| span.offset(va))
+        .filter(|at| sweep.is_boundary(*at))
+        .collect();
+    // With IBT the compiler and objtool say it: ENDBR64 that is not sealed.
+    if !tables.sealed_endbr.is_empty() {
+        let mut sealed: Vec<TextOff> = tables.sealed_endbr.iter().filter_map(|va| span.offset(*va)).collect();
+        sealed.sort_unstable();
+        let open = sweep.endbr.iter().filter(|at| sealed.binary_search(at).is_err());
+        found.extend(open.filter(|at| !regions.never_called_indirectly(span.va(**at))));
+    }
+    found.sort_unstable();
+    found.dedup();
+    found
+}

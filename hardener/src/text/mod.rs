@@ -1,0 +1,126 @@
+//! The kernel's text: swept, its slots, caves and legal targets found, and how it may differ at run time.
+
+mod bitmap;
+mod caves;
+mod entries;
+mod error;
+mod functions;
+pub mod model;
+mod regions;
+mod returns;
+mod slots;
+mod sweep;
+
+pub use bitmap::Bitmap;
+pub use caves::Cave;
+pub use error::TextError;
+pub use functions::Functions;
+pub use regions::Regions;
+pub use slots::{Indirect, Return, Slots};
+pub use sweep::{Call, Sweep};
+
+use crate::image::{Image, Tables};
+use penumbra_bundle::{LinkVa, TextOff, VaRange};
+
+/// A page of the guest.
+pub const PAGE: u64 = 4096;
+
+/// The text of one kernel and all that is known about it.
+pub struct Text {
+    /// Whole pages from `_stext` to `_etext`.
+    pub range: VaRange,
+    /// The same, with the section's own end.
+    pub span: Span,
+    /// The bytes of [`Text::range`] in the file.
+    pub bytes: Vec<u8>,
+    /// Instruction boundaries and what the instructions say about control flow.
+    pub sweep: Sweep,
+    /// Where functions start, and which are compiled for tracing.
+    pub functions: Functions,
+    /// Ranges that hold special code.
+    pub regions: Regions,
+    /// Filler that thunks may use.
+    pub cave: Cave,
+    /// What passes may edit.
+    pub slots: Slots,
+    /// Every address that a return may reach. Sorted.
+    pub return_targets: Vec<TextOff>,
+    /// Every address in the text that an indirect branch may reach. Sorted.
+    pub entries: Vec<TextOff>,
+}
+
+impl Text {
+    /// Analyses the text of `image`.
+    pub fn analyse(image: &Image, tables: &Tables) -> Result<Text, TextError> {
+        let section = image
+            .section(".text")
+            .ok_or(TextError::Missing { what: ".text" })?;
+        let code = section.range;
+        let start = LinkVa(code.start.0 - code.start.0 % PAGE);
+        let range = VaRange {
+            start,
+            end: LinkVa(code.end.0.next_multiple_of(PAGE)),
+        };
+        if code.start != start || code.is_empty() || range.len() > u64::from(u32::MAX) / 2 {
+            return Err(TextError::Placement { range: code });
+        }
+        // The last page's rest lies in the same segment; what the file does not have is zero when the kernel runs.
+        let mut bytes = image
+            .at(start, code.len() as usize)
+            .ok_or(TextError::Missing { what: "the bytes of .text" })?
+            .to_vec();
+        match image.at(start, range.len() as usize) {
+            Some(whole) => bytes = whole.to_vec(),
+            None => bytes.resize(range.len() as usize, 0),
+        }
+        let span = Span { range, code };
+        let sweep = Sweep::run(&bytes[..code.len() as usize], span);
+        sweep::gate(&sweep, image, tables, span)?;
+        let regions = Regions::find(image, tables, span)?;
+        let functions = Functions::find(image, tables, span);
+        let cave = caves::find(&bytes, span, &regions)?;
+        let slots = slots::find(&bytes, span, image, tables, &sweep, &regions, &functions)?;
+        let return_targets = returns::find(&bytes, span, image, tables, &sweep)?;
+        let entries = entries::find(span, image, tables, &sweep, &regions);
+        Ok(Text {
+            range,
+            span,
+            bytes,
+            sweep,
+            functions,
+            regions,
+            cave,
+            slots,
+            return_targets,
+            entries,
+        })
+    }
+
+    /// The address of an offset.
+    pub fn va(&self, at: TextOff) -> LinkVa {
+        LinkVa(self.range.start.0 + u64::from(at.0))
+    }
+}
+
+/// The text as a range of pages and as the section's own range, and offsets in it.
+#[derive(Clone, Copy)]
+pub struct Span {
+    /// Whole pages.
+    pub range: VaRange,
+    /// The section.
+    pub code: VaRange,
+}
+
+impl Span {
+    /// The offset of `va`, when it lies inside the section.
+    pub fn offset(&self, va: LinkVa) -> Option<TextOff> {
+        self.code
+            .contains(va)
+            .then(|| TextOff((va.0 - self.range.start.0) as u32))
+    }
+
+    /// The address of an offset.
+    pub fn va(&self, at: TextOff) -> LinkVa {
+        LinkVa(self.range.start.0 + u64::from(at.0))
+    }
+}

@@ -1,0 +1,181 @@
+//! The slots that passes may edit: whole instructions that nobody pokes after boot (design, invariant 3).
+
+use super::{Bitmap, Functions, Regions, Span, Sweep, TextError};
+use crate::image::{Image, Tables};
+use penumbra_bundle::{LinkVa, TextOff};
+use std::collections::BTreeMap;
+
+/// R: a return site, 5 bytes, `jmp __x86_return_thunk` in the file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Return {
+    /// Where it starts.
+    pub at: TextOff,
+    /// Whether r10, r11 and flags are free there (design, invariant 4).
+    pub scratch_free: bool,
+}
+
+/// I: a retpoline site, `[cs] call/jmp __x86_indirect_thunk_REG`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Indirect {
+    /// Where it starts.
+    pub at: TextOff,
+    /// 5, or 6 with the prefix.
+    pub len: u8,
+    /// The register, as x86 numbers them (rax 0 to r15 15).
+    pub register: u8,
+    /// `jmp`, not `call`.
+    pub jump: bool,
+    /// Whether r11 and flags are free there.
+    pub scratch_free: bool,
+}
+
+/// All slots, by address, and how many were left out for which reason.
+#[derive(Default)]
+pub struct Slots {
+    /// R slots.
+    pub returns: Vec<Return>,
+    /// I slots.
+    pub indirect: Vec<Indirect>,
+    /// R sites left alone.
+    pub returns_left: BTreeMap<String, u64>,
+    /// I sites left alone.
+    pub indirect_left: BTreeMap<String, u64>,
+}
+
+/// The register names in the order in which x86 numbers them.
+pub const REGISTERS: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+];
+
+/// Finds all slots.
+pub fn find(
+    bytes: &[u8],
+    span: Span,
+    image: &Image,
+    tables: &Tables,
+    sweep: &Sweep,
+    regions: &Regions,
+    functions: &Functions,
+) -> Result<Slots, TextError> {
+    let return_thunk = image.need_symbol("__x86_return_thunk")?;
+    let mut thunks = BTreeMap::new();
+    for (number, name) in (0u8..).zip(REGISTERS) {
+        if let Some(va) = image.symbol(&format!("__x86_indirect_thunk_{name}")) {
+            thunks.insert(va, number);
+        }
+    }
+    let poked = poked(span, tables);
+    let mut slots = Slots::default();
+    let why_not = |va: LinkVa, len: usize| -> Result<TextOff, &'static str> {
+        let at = span.offset(va).ok_or("not-in-text")?;
+        let start = at.0 as usize;
+        if let Some(reason) = regions.forbids(span, at) {
+            return Err(reason);
+        }
+        if poked.any(start..start + len) {
+            return Err("poked-by-kernel");
+        }
+        Ok(at)
+    };
+    let target = |at: TextOff, opcode_at: usize| {
+        let start = at.0 as usize + opcode_at;
+        let displacement = bytes.get(start + 1..start + 5)?;
+        let displacement = i32::from_le_bytes(displacement.try_into().ok()?);
+        Some(LinkVa((span.va(at).0 + opcode_at as u64 + 5).wrapping_add_signed(i64::from(displacement))))
+    };
+    for va in &tables.returns {
+        let slot = why_not(*va, 5).and_then(|at| {
+            let expected = bytes[at.0 as usize] == 0xe9
+                && target(at, 0) == Some(return_thunk)
+                && sweep.is_boundary(TextOff(at.0 + 5));
+            expected
+                .then(|| Return {
+                    at,
+                    scratch_free: functions.has_fentry(at),
+                })
+                .ok_or("unexpected-bytes")
+        });
+        match slot {
+            Ok(slot) => slots.returns.push(slot),
+            Err(reason) => *slots.returns_left.entry(reason.to_owned()).or_default() += 1,
+        }
+    }
+    let inline_asm_plain = inline_asm_is_plain(image);
+    for va in &tables.retpolines {
+        let slot = why_not(*va, 6).or_else(|_| why_not(*va, 5)).and_then(|at| {
+            let start = at.0 as usize;
+            let prefix = usize::from(bytes[start] == 0x2e);
+            let opcode = bytes.get(start + prefix).copied();
+            let register = target(at, prefix).and_then(|va| thunks.get(&va));
+            match (opcode, register) {
+                (Some(opcode @ (0xe8 | 0xe9)), Some(register))
+                    if sweep.is_boundary(TextOff(at.0 + prefix as u32 + 5)) =>
+                {
+                    let jump = opcode == 0xe9;
+                    Ok(Indirect {
+                        at,
+                        len: 5 + prefix as u8,
+                        register: *register,
+                        jump,
+                        // A jump may be a computed goto, and around inline assembly nothing is lost for sure.
+                        scratch_free: !jump && !inline_asm_plain && functions.has_fentry(at),
+                    })
+                }
+                _ => Err("unexpected-bytes"),
+            }
+        });
+        match slot {
+            Ok(slot) => slots.indirect.push(slot),
+            Err(reason) => *slots.indirect_left.entry(reason.to_owned()).or_default() += 1,
+        }
+    }
+    slots.returns.sort_by_key(|slot| slot.at);
+    slots.returns.dedup();
+    slots.indirect.sort_by_key(|slot| slot.at);
+    slots.indirect.dedup();
+    Ok(slots)
+}
+
+/// Whether `CALL_NOSPEC` in inline assembly is a retpoline site like those that the compiler makes. To Linux 6.13 it is an
+/// alternative (arch/x86/include/asm/nospec-branch.h), which is no slot.
+fn inline_asm_is_plain(image: &Image) -> bool {
+    let banner = image.banner().unwrap_or_default();
+    let release = banner.split(' ').nth(2).unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().ok());
+    match (numbers.next().flatten(), numbers.next().flatten()) {
+        (Some(major), Some(minor)) => (major, minor) > (6, 13),
+        _ => true,
+    }
+}
+
+/// Bytes that the kernel writes by tables other than the slots' own.
+fn poked(span: Span, tables: &Tables) -> Bitmap {
+    let mut poked = Bitmap::new(span.code.len() as usize);
+    let mut mark = |va: LinkVa, len: u64| {
+        for at in (va.0..va.0 + len).filter_map(|va| span.offset(LinkVa(va))) {
+            poked.set(at.0 as usize);
+        }
+    };
+    for entry in &tables.alternatives {
+        mark(entry.site, u64::from(entry.site_len));
+    }
+    for site in &tables.paravirt {
+        mark(site.site, u64::from(site.len));
+    }
+    for entry in &tables.jump_labels {
+        mark(entry.code, 2);
+    }
+    for site in &tables.static_calls {
+        mark(site.site, 5);
+    }
+    for va in &tables.fentry {
+        mark(*va, 5);
+    }
+    for va in &tables.smp_locks {
+        mark(*va, 1);
+    }
+    for va in &tables.sealed_endbr {
+        mark(*va, 4);
+    }
+    poked
+}
