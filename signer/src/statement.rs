@@ -1,7 +1,7 @@
 //! The in-toto Statement v1: which files are meant, by SHA-256, and what is claimed about them.
 //!
 //! Two claims exist (`predicateType`): a bundle, whose predicate repeats what its manifest says of the kernel and names
-//! the variants, for readers and tools that look at statements only; and a policy, whose predicate is empty.
+//! the variants, for readers and tools that look at statements only; and a policy.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -120,7 +120,8 @@ impl Statement {
         Statement {
             files: BTreeMap::from([(name.to_owned(), crate::sha256_hex(bytes))]),
             predicate_type: POLICY_V1.to_owned(),
-            predicate: json!({}),
+            // in-toto's own library refuses an empty predicate.
+            predicate: json!({ "format": "toml" }),
         }
     }
 

@@ -67,7 +67,10 @@ fn sign_and_verify() {
     bench.sign("policy.toml", "alice", false).unwrap();
     let policy = verify_policy(&bench.at("policy.toml"), &trust).unwrap();
     assert_eq!(policy.bytes, b"schema = 1\n");
-    assert_eq!(policy.statement.predicate.to_string(), "{}");
+    assert_eq!(
+        policy.statement.predicate.to_string(),
+        r#"{"format":"toml"}"#
+    );
 }
 
 #[test]

@@ -67,6 +67,48 @@ fn openssl_verifies_our_signature() {
     assert_eq!(openssl(dir, check), None);
 }
 
+/// `signer verify --emit-pae` prints commands that do what it says.
+#[test]
+fn printed_commands_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    fs::write(dir.join("p.toml"), "schema = 1\n").unwrap();
+    for name in ["alice", "bob"] {
+        keys::new(&dir.join(name)).unwrap();
+        let key = SigningKey::read(&dir.join(format!("{name}.pem"))).unwrap();
+        sign(&dir.join("p.toml"), &key, None, false).unwrap();
+    }
+    let printed = |trust: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_signer"))
+            .args(format!("verify p.toml --trust {trust}.pub.pem --emit-pae out").split(' '))
+            .current_dir(dir)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let commands = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("  openssl "));
+        commands.map(str::to_owned).collect::<Vec<_>>()
+    };
+    for trust in ["alice", "bob"] {
+        let commands = printed(trust);
+        // The trusted key's own signature holds; the other one, shown with it because nobody trusted made it, does not.
+        assert_eq!(commands.len(), 2, "{commands:?}");
+        let held = commands
+            .iter()
+            .filter(|command| openssl(dir, command).is_some());
+        assert_eq!(held.count(), 1, "{commands:?}");
+    }
+    let payload = read_envelope(&dir.join("p.toml.dsse.json"))
+        .unwrap()
+        .payload;
+    assert!(
+        fs::read(dir.join("out/statement.pae"))
+            .unwrap()
+            .ends_with(&payload)
+    );
+}
+
 #[test]
 fn we_read_openssls_keys_and_verify_its_signature() {
     let folder = tempfile::tempdir().unwrap();

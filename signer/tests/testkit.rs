@@ -4,6 +4,7 @@
 //! writes the expected messages anew; read the difference before it is committed.
 #![allow(missing_docs, reason = "a test")]
 
+use signer::statement::{BUNDLE_V1, Statement};
 use signer::verify::read_envelope;
 use signer::{Trust, VerifyError, verify_bundle, verify_policy};
 use std::collections::BTreeSet;
@@ -145,6 +146,36 @@ fn no_edit_of_an_envelope_changes_what_is_accepted() {
     }
     assert!(
         refused > 5 * accepted && accepted > 0,
+        "{refused} refused, {accepted} accepted"
+    );
+}
+
+/// Statements are parsed only after their signatures held; all the same no edit of one makes signer panic, or take a
+/// file name that could leave the bundle.
+#[test]
+fn edited_statements_never_panic_and_never_name_a_path() {
+    let envelope = "tests/testkit/accepted/plain/bundle/statement.dsse.json";
+    let payload = read_envelope(Path::new(envelope)).unwrap().payload;
+    let (mut refused, mut accepted) = (0, 0);
+    for at in 0..payload.len() {
+        for byte in *b"\0 \"{}[],:./\\0aZ\n\xff" {
+            let mut edited = payload.clone();
+            edited[at] = byte;
+            match Statement::parse(&edited, BUNDLE_V1) {
+                Ok(statement) => {
+                    accepted += 1;
+                    for name in statement.files.keys() {
+                        let path = Path::new(name);
+                        assert_eq!(path.components().count(), 1, "{name:?}");
+                        assert!(path.file_name().is_some_and(|file| file == name.as_str()));
+                    }
+                }
+                Err(_) => refused += 1,
+            }
+        }
+    }
+    assert!(
+        refused > 1000 && accepted > 100,
         "{refused} refused, {accepted} accepted"
     );
 }
