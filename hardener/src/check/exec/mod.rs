@@ -8,3 +8,6 @@ pub mod interval;
 pub mod machine;
 pub mod term;
 pub mod tree;
+
+#[cfg(test)]
+mod tests;

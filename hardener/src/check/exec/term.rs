@@ -32,12 +32,8 @@ pub enum Op {
     Flags(u32),
 }
 
-/// Operations with two operands.
+/// Operations with two operands: the usual ones, on 64 bits, unsigned where not said otherwise.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[expect(
-    missing_docs,
-    reason = "they are the usual ones, on 64 bits, unsigned where not said otherwise"
-)]
 pub enum Bin {
     Add,
     Sub,

@@ -119,7 +119,9 @@ impl Tree {
         }
         let size = |set: &Set| {
             let spans = set.spans().iter();
-            spans.fold(0u64, |sum, (low, high)| sum.saturating_add(high - low + 1))
+            spans.fold(0u64, |sum, (low, high)| {
+                sum.saturating_add((high - low).saturating_add(1))
+            })
         };
         if size(&bounded) > MAX_SUBJECTS {
             let stray = bounded.hull().map_or(0, |(low, _)| low);
