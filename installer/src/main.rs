@@ -1,3 +1,4 @@
+//! The `installer` program; all of it is in the library.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;

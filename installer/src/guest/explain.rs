@@ -225,11 +225,7 @@ fn range_of(site: &Site) -> std::ops::Range<usize> {
 
 /// Retpolines are off when the kernel rewrote most of its sites (arch/x86/kernel/alternative.c, patch_retpoline). A few
 /// rewritten ones are other tables' (a site inside an alternative).
-fn check_retpolines(
-    bundle: &Bundle,
-    expected: &[u8],
-    running: &[u8],
-) -> Result<(), ExplainError> {
+fn check_retpolines(bundle: &Bundle, expected: &[u8], running: &[u8]) -> Result<(), ExplainError> {
     let sites: Vec<&Site> = bundle
         .model
         .sites
@@ -273,7 +269,11 @@ pub fn return_form(bundle: &Bundle, running: &[u8]) -> Result<ReturnForm, Explai
     let form = match jumps.len() {
         0 => Some(ReturnForm::Ret),
         // A thunk beside plain returns is the safer of the two: it is a mitigation.
-        1 => jumps.keys().next().and_then(|target| known(*target)).map(ReturnForm::Jump),
+        1 => jumps
+            .keys()
+            .next()
+            .and_then(|target| known(*target))
+            .map(ReturnForm::Jump),
         _ => None,
     };
     form.ok_or_else(|| {
@@ -343,7 +343,12 @@ impl Differences {
         running: &[u8],
     ) -> Vec<Unexplained> {
         let mut ranges: Vec<(u32, u32)> = Vec::new();
-        for at in self.at.iter().copied().filter(|at| !self.was_explained(*at as usize)) {
+        for at in self
+            .at
+            .iter()
+            .copied()
+            .filter(|at| !self.was_explained(*at as usize))
+        {
             match ranges.last_mut() {
                 Some((_, end)) if at - *end < JOIN => *end = at + 1,
                 _ => ranges.push((at, at + 1)),

@@ -37,9 +37,9 @@ pub fn all_nops(mut bytes: &[u8]) -> bool {
 /// Where a 5-byte relative branch with `opcode` at text offset `at` goes, as an offset from the text's start.
 pub fn branch_target(opcode: u8, at: TextOff, bytes: &[u8]) -> Option<i64> {
     match *bytes {
-        [first, a, b, c, d, ..] if first == opcode => Some(
-            i64::from(at.0) + 5 + i64::from(i32::from_le_bytes([a, b, c, d])),
-        ),
+        [first, a, b, c, d, ..] if first == opcode => {
+            Some(i64::from(at.0) + 5 + i64::from(i32::from_le_bytes([a, b, c, d])))
+        }
         _ => None,
     }
 }
@@ -97,9 +97,7 @@ pub fn matches(
             .zip(bytes)
             .enumerate()
             .all(|(index, (want, have))| want == have || ignore(index)),
-        Form::Call => {
-            lands_in(&model.functions, branch_target(CALL, at, bytes)) && all_nops(rest)
-        }
+        Form::Call => lands_in(&model.functions, branch_target(CALL, at, bytes)) && all_nops(rest),
         Form::Jump => {
             lands_in(&model.functions, branch_target(JMP, at, bytes))
                 && (all_nops(rest) || rest.iter().all(|byte| *byte == 0xcc))

@@ -42,7 +42,9 @@ pub enum FindError {
     #[error(transparent)]
     Missing(#[from] MissingName),
     /// No vCPU has a syscall entry yet.
-    #[error("the guest has set no syscall entry (LSTAR is 0): its kernel is still booting; try again when it is up")]
+    #[error(
+        "the guest has set no syscall entry (LSTAR is 0): its kernel is still booting; try again when it is up"
+    )]
     NotBooted,
     /// vCPUs disagree.
     #[error(
@@ -164,7 +166,10 @@ pub fn vcpus(hypervisor: &dyn Hypervisor) -> Result<Vec<Vcpu>, XenError> {
 }
 
 fn slide(vcpus: &[Vcpu], manifest: &Manifest) -> Result<Slide, FindError> {
-    let mut entries = vcpus.iter().map(|vcpu| vcpu.lstar).filter(|lstar| *lstar != 0);
+    let mut entries = vcpus
+        .iter()
+        .map(|vcpu| vcpu.lstar)
+        .filter(|lstar| *lstar != 0);
     let lstar = entries.next().ok_or(FindError::NotBooted)?;
     if let Some(other) = entries.find(|other| *other != lstar) {
         return Err(FindError::TwoEntries(lstar, other));

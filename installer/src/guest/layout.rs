@@ -99,11 +99,7 @@ layout! {
 }
 
 /// The guest's address of the data symbol `name`.
-pub fn data(
-    manifest: &Manifest,
-    slide: super::Slide,
-    name: &str,
-) -> Result<GuestVa, MissingName> {
+pub fn data(manifest: &Manifest, slide: super::Slide, name: &str) -> Result<GuestVa, MissingName> {
     manifest
         .data
         .get(name)

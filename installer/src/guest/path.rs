@@ -40,11 +40,7 @@ pub struct Walked {
 }
 
 /// Walks from the `struct path` at `path` to the root (Linux, fs/d_path.c, prepend_path).
-pub fn walk(
-    memory: &GuestMemory<'_>,
-    layout: &Layout,
-    path: GuestVa,
-) -> Result<Walked, PathError> {
+pub fn walk(memory: &GuestMemory<'_>, layout: &Layout, path: GuestVa) -> Result<Walked, PathError> {
     let vfsmount = memory.pointer(path.offset(layout.path_mnt))?;
     let mut mount = GuestVa(vfsmount.0.wrapping_sub(layout.mount_mnt));
     let mut dentry = memory.pointer(path.offset(layout.path_dentry))?;
@@ -78,11 +74,7 @@ pub fn walk(
     Err(PathError::Endless(path))
 }
 
-fn name(
-    memory: &GuestMemory<'_>,
-    layout: &Layout,
-    dentry: GuestVa,
-) -> Result<String, PathError> {
+fn name(memory: &GuestMemory<'_>, layout: &Layout, dentry: GuestVa) -> Result<String, PathError> {
     let qstr = dentry.offset(layout.dentry_name);
     let len = memory.u32(qstr.offset(layout.qstr_len))?;
     let len = usize::try_from(len)

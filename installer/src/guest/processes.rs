@@ -51,8 +51,10 @@ pub struct Process {
 pub struct ProcessList {
     /// Processes with an address space.
     pub processes: Vec<Process>,
-    /// Kernel threads passed over.
+    /// Kernel threads and exiting processes passed over: they have no address space.
     pub kernel_threads: usize,
+    /// The mount at which believed paths end: process 1's.
+    pub top: Option<GuestVa>,
     /// Entries that could not be read, and why the walk ended early if it did.
     pub trouble: Vec<String>,
 }
@@ -63,6 +65,13 @@ pub struct Reader {
     layout: Layout,
     init_task: GuestVa,
     kernel: Kernel,
+}
+
+/// A path, if it was walked in the mount tree in which paths mean what they say.
+fn believed(walked: Option<path::Walked>, top: Option<GuestVa>) -> Option<String> {
+    walked
+        .filter(|walked| top == Some(walked.top))
+        .map(|walked| walked.path)
 }
 
 impl Reader {
@@ -106,20 +115,27 @@ impl Reader {
         while found.len() < MAX_PROCESSES {
             let next = match memory.pointer(at.offset(self.layout.task_tasks)) {
                 Ok(next) => GuestVa(next.0.wrapping_sub(self.layout.task_tasks)),
-                Err(error) => return (found, Some(format!("the process list breaks off: {error}"))),
+                Err(error) => {
+                    return (found, Some(format!("the process list breaks off: {error}")));
+                }
             };
             if next == self.init_task {
                 return (found, None);
             }
             if !seen.insert(next) {
-                return (found, Some(format!("the process list runs in a circle at {next}")));
+                return (
+                    found,
+                    Some(format!("the process list runs in a circle at {next}")),
+                );
             }
             found.push(next);
             at = next;
         }
         (
             found,
-            Some(format!("more than {MAX_PROCESSES} processes; the rest are not read")),
+            Some(format!(
+                "more than {MAX_PROCESSES} processes; the rest are not read"
+            )),
         )
     }
 
@@ -150,12 +166,28 @@ impl Reader {
             .zip(&exes)
             .find(|(process, _)| process.identity.pid == 1)
             .and_then(|(_, walked)| walked.as_ref().map(|walked| walked.top));
+        list.top = top;
         for (process, walked) in list.processes.iter_mut().zip(exes) {
-            process.identity.exe = walked
-                .filter(|walked| Some(walked.top) == top)
-                .map(|walked| walked.path);
+            process.identity.exe = believed(walked, top);
         }
         list
+    }
+
+    /// Whether `process` still is what it was read as: to be asked right after it was bound, since it may have changed
+    /// between the reading and the binding.
+    pub fn is_still(
+        &self,
+        memory: &GuestMemory<'_>,
+        process: &Process,
+        top: Option<GuestVa>,
+    ) -> bool {
+        match self.read(memory, process.task) {
+            Ok(Some((mut now, walked))) => {
+                now.identity.exe = believed(walked, top);
+                now.identity == process.identity
+            }
+            _ => false,
+        }
     }
 
     /// Reads one process; `None` for a kernel thread or one without an address space (exiting). The identity's `exe` is

@@ -54,9 +54,7 @@ pub fn check_free(
         let end = stack.offset(size);
         // A sleeping thread's stack is live from its saved pointer on; without one, all of it counts.
         let from = match reader.layout().task_saved_sp {
-            Some(offset) => memory
-                .pointer(task.offset(offset))?
-                .clamp(stack, end),
+            Some(offset) => memory.pointer(task.offset(offset))?.clamp(stack, end),
             None => stack,
         };
         scan(&memory, from, end, range)?;

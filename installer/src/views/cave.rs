@@ -84,7 +84,9 @@ impl CaveImage {
                 return Err(fail(format!("{name} at {start:#x} leaves the cave")));
             }
             if taken.iter().any(|(from, to)| start < *to && *from < end) {
-                return Err(fail(format!("{name} at {start:#x} overlaps another section")));
+                return Err(fail(format!(
+                    "{name} at {start:#x} overlaps another section"
+                )));
             }
             taken.push((start, end));
             let at = (start - cave.range.start.0) as usize;

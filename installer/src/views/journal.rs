@@ -38,7 +38,9 @@ pub enum JournalError {
         detail: String,
     },
     /// Another installer works on the domain.
-    #[error("another installer works on this domain{0}; wait for it, or stop it with `installer remove`")]
+    #[error(
+        "another installer works on this domain{0}; wait for it, or stop it with `installer remove`"
+    )]
     Busy(String),
     /// There is none.
     #[error("nothing is applied to this domain; `installer apply` does it")]
@@ -48,9 +50,7 @@ pub enum JournalError {
 impl Exits for JournalError {
     fn exit(&self) -> Exit {
         match self {
-            JournalError::Io { source, .. }
-                if source.kind() == io::ErrorKind::PermissionDenied =>
-            {
+            JournalError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 Exit::NoXen
             }
             _ => Exit::Cannot,
@@ -229,7 +229,11 @@ impl Journal {
                 Ok(journal)
             }
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                let watcher = journal.load().ok().flatten().map_or(0, |state| state.watcher);
+                let watcher = journal
+                    .load()
+                    .ok()
+                    .flatten()
+                    .map_or(0, |state| state.watcher);
                 Err(JournalError::Busy(if watcher == 0 {
                     String::new()
                 } else {

@@ -49,7 +49,12 @@ pub fn build(
     for edit in &edits.0 {
         let start = edit.at.0 as usize;
         let slot = start..start + edit.bytes.len();
-        if !slot_is_as_expected(bundle, edit, &running[slot.clone()], &expected[slot.clone()]) {
+        if !slot_is_as_expected(
+            bundle,
+            edit,
+            &running[slot.clone()],
+            &expected[slot.clone()],
+        ) {
             return Err(PageError::Slot {
                 variant: variant.to_owned(),
                 slot: edit.slot,

@@ -164,11 +164,7 @@ impl Frames {
         // SAFETY: the region came from `map` with this page count and is unmapped once: `clear` takes it out of the
         // cache first and `write` owns its own. Needed: the library is C.
         let rc = unsafe {
-            ffi::xenforeignmemory_unmap(
-                self.handle.as_ptr(),
-                region.address.as_ptr(),
-                region.pages,
-            )
+            ffi::xenforeignmemory_unmap(self.handle.as_ptr(), region.address.as_ptr(), region.pages)
         };
         // munmap of a range that mmap returned fails only for arguments that were never mapped: our error.
         assert_eq!(rc, 0, "a mapped region unmaps");

@@ -15,7 +15,7 @@ mod real;
 
 pub use binding::{Action, Binding, BindingReply, Stats};
 pub use ids::{DomId, Gfn, GuestPa, GuestVa, PAGE, Root, ViewId};
-pub use names::{list, resolve};
+pub use names::{ResolveError, list, resolve};
 pub use real::Xen;
 
 use crate::exit::{Exit, Exits};
@@ -217,7 +217,8 @@ pub trait Hypervisor {
         for index in 0..u64::from(u16::MAX) {
             match self.binding(Binding::new(Action::Get).value(index)) {
                 Ok(reply) => found.push((reply.root, reply.view, reply.out[0])),
-                Err(error) if error.is(Errno::NOENT) => break,
+                // Not armed: no binding can be.
+                Err(error) if error.is(Errno::NOENT) || error.is(Errno::NODEV) => break,
                 Err(error) => return Err(error),
             }
         }

@@ -1,7 +1,7 @@
 //! Domain names, from xenstore (`/local/domain/ID/name`).
 
 use super::real::Control;
-use super::{DomId, Domain, XenError, ffi};
+use super::{Domain, XenError, ffi};
 use crate::exit::{Exit, Exits};
 use std::ffi::{CString, c_void};
 use std::ptr::NonNull;

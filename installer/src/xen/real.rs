@@ -230,9 +230,7 @@ impl Hypervisor for Xen {
                     frames.as_mut_ptr(),
                 )
             };
-            done(rc, || {
-                format!("{len} more frames at {}", Gfn(first.0 + at))
-            })?;
+            done(rc, || format!("{len} more frames at {}", Gfn(first.0 + at)))?;
             at += len;
         }
         Ok(())
@@ -319,9 +317,7 @@ impl Hypervisor for Xen {
 
     fn remap(&self, view: ViewId, gfn: Gfn, copy: Gfn) -> Result<(), XenError> {
         // SAFETY: plain numbers only. Needed: the library is C.
-        let rc = unsafe {
-            xc::xc_altp2m_change_gfn(self.raw(), self.dom(), view.0, gfn.0, copy.0)
-        };
+        let rc = unsafe { xc::xc_altp2m_change_gfn(self.raw(), self.dom(), view.0, gfn.0, copy.0) };
         done(rc, || {
             format!("mapping frame {copy} at {gfn} in view {view}")
         })
@@ -348,7 +344,8 @@ impl Calls {
             })?;
         // SAFETY: the handle is open. Hypercall buffers are page-aligned, so the cast keeps the alignment.
         // Needed: Xen reads arguments only from memory that the privcmd driver keeps in place.
-        let buffer = unsafe { ffi::xencall_alloc_buffer(handle.as_ptr(), size_of::<RawAltp2mOp>()) };
+        let buffer =
+            unsafe { ffi::xencall_alloc_buffer(handle.as_ptr(), size_of::<RawAltp2mOp>()) };
         match NonNull::new(buffer.cast::<RawAltp2mOp>()) {
             Some(buffer) => Ok(Calls { handle, buffer }),
             None => {

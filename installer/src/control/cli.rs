@@ -1,0 +1,155 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Maps, per process, the variant of the guest's kernel text that a signed policy names.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "DOM is a domain's name or id, as `xl list` shows it. Run it as root in dom0.\n\
+                  Exit codes: 0 done or yes; 1 a clean no; 2 wrong usage, bad input or cannot be done; \
+                  3 no privilege, no Xen, or a Xen or domain without the interface."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Build the views of a running guest, bind its processes, and keep watching
+    #[command(after_help = "\
+Example:
+  installer apply web1 --bundle /boot/penumbra/bundle --policy web-tier.toml --trust ops.pub.pem
+
+The bundle's envelope is BUNDLE/statement.dsse.json, the policy's POLICY.dsse.json (`signer sign` writes both). Nothing is
+touched in the guest before both verify and every byte of its running text is explained. The guest is never paused.
+
+SIGINT, SIGTERM and `installer remove` end the watching. Views stay then, but bindings are dropped: nobody watches any
+more, so every process runs on the default view. After SIGKILL bindings stay until the next `apply` or `remove`;
+do one of them. `apply` on a guest to which the same bundle is applied takes over where the last one ended.")]
+    Apply(Apply),
+    /// Show each process with its view, as Xen has it, and the rule that chose it
+    #[command(
+        after_help = "A `!` marks a process whose view in Xen is not the one that the policy gives it: for one poll \
+interval after it started that is normal, later it is not."
+    )]
+    Ps(Domain),
+    /// Show what is applied, and Xen's counters
+    Status {
+        /// Name or id; all domains without it
+        #[arg(value_name = "DOM")]
+        domain: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take everything out of a guest
+    #[command(
+        after_help = "Stops the `apply` that watches the guest, puts every vCPU on the stock text, removes views and \
+copies, and puts the cave's filler back once nothing can be running there. May be repeated; succeeds when nothing is there."
+    )]
+    Remove(Domain),
+    /// Print the SHA-256 of the guest's kernel text as the stock view has it
+    Digest {
+        /// Name or id
+        #[arg(value_name = "DOM")]
+        domain: String,
+        /// The bundle of the guest's kernel
+        #[arg(long, value_name = "DIR")]
+        bundle: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Explain every byte of every view, or name what cannot be explained
+    #[command(
+        after_help = "Exit code 0: every view is the guest's own text plus its variant's edits. 1: it is not."
+    )]
+    VerifyText(Domain),
+    /// Flip one live process between all views at random moments, then verify the text
+    #[command(after_help = "\
+Example:
+  installer storm web1 --pid 312 --flips 1000 --seed 7
+
+A running `apply` leaves the process alone meanwhile and binds it again afterwards.")]
+    Storm(Storm),
+    /// Look at policies without a guest
+    #[command(subcommand)]
+    Policy(Policy),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// A domain and how to print.
+#[derive(Debug, Args)]
+pub struct Domain {
+    /// Name or id
+    #[arg(value_name = "DOM")]
+    pub domain: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `apply`.
+#[derive(Debug, Args)]
+pub struct Apply {
+    /// Name or id
+    #[arg(value_name = "DOM")]
+    pub domain: String,
+    /// The bundle that `hardener emit` wrote for the guest's kernel
+    #[arg(long, value_name = "DIR")]
+    pub bundle: PathBuf,
+    /// The trust policy
+    #[arg(long, value_name = "FILE")]
+    pub policy: PathBuf,
+    /// A public key whose signature counts; may be given again
+    #[arg(long, value_name = "PUB.pem", required = true)]
+    pub trust: Vec<PathBuf>,
+    /// How many distinct trusted keys must have signed
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub threshold: usize,
+    /// Build the views and end; nothing is bound, so every process runs on the default view
+    #[arg(long)]
+    pub once: bool,
+    /// Time between looks at the guest's processes
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub poll_ms: u64,
+}
+
+/// Arguments of `storm`.
+#[derive(Debug, Args)]
+pub struct Storm {
+    /// Name or id
+    #[arg(value_name = "DOM")]
+    pub domain: String,
+    /// The process to flip
+    #[arg(long, value_name = "PID")]
+    pub pid: u32,
+    /// How many times
+    #[arg(long, value_name = "N")]
+    pub flips: u64,
+    /// Seed of the random moments; one is chosen and printed without it
+    #[arg(long, value_name = "S")]
+    pub seed: Option<u64>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Commands about policies.
+#[derive(Debug, Subcommand)]
+pub enum Policy {
+    /// Check a policy file: all errors at once, with their places
+    Check {
+        /// The file
+        file: PathBuf,
+    },
+}

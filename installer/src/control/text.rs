@@ -1,0 +1,178 @@
+//! `digest`, `verify-text` and `storm`.
+
+use super::{CliError, Target, cli, print, print_json, stop_flag};
+use crate::exit::Exit;
+use crate::guest::Kernel;
+use crate::views::digest;
+use crate::views::verify::{self, Report};
+use crate::watch::storm;
+use crate::xen::{self, Hypervisor, Xen};
+use penumbra_bundle::{Bundle, MANIFEST};
+use serde_json::json;
+use std::cell::Cell;
+use std::fs;
+use std::path::Path;
+
+/// Flips between two times that mapped frames are dropped: the guest may have given one back.
+const REFRESH: u32 = 64;
+
+/// Runs `digest`.
+pub fn digest(wanted: &str, bundle: &Path, json: bool) -> Result<Exit, CliError> {
+    let bundle = Bundle::read_dir(bundle)?;
+    let (domain, _) = xen::resolve(wanted)?;
+    let xen = Xen::open(domain.id)?;
+    let kernel = Kernel::find(&xen, &bundle.manifest)?;
+    let sha256 = digest::digest(&xen, &kernel, &bundle.manifest)?;
+    if json {
+        print_json(&json!({
+            "schema": "penumbra.digest/v1",
+            "domain": domain.id,
+            "sha256": sha256,
+            "start": kernel.slide.guest(bundle.manifest.text.start),
+            "end": kernel.slide.guest(bundle.manifest.text.end),
+            "slide": format!("{:#x}", kernel.slide.0),
+            "build_id": bundle.manifest.kernel.build_id,
+        }))?;
+    } else {
+        print(&format!("{sha256}\n"))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// The bundle that was applied, read again: every file's digest is in its manifest, whose digest is in the journal.
+fn applied_bundle(target: &Target) -> Result<Bundle, CliError> {
+    let path = &target.state.bundle;
+    let manifest = path.join(MANIFEST);
+    let bytes = fs::read(&manifest).map_err(|source| CliError::File {
+        path: manifest,
+        source,
+    })?;
+    if digest::sha256(&bytes) != target.state.manifest_sha256 {
+        return Err(CliError::BundleChanged { path: path.clone() });
+    }
+    Ok(Bundle::read_dir(path)?)
+}
+
+/// Runs `verify-text`.
+pub fn verify_text(args: &cli::Domain) -> Result<Exit, CliError> {
+    let target = Target::open(&args.domain)?;
+    let bundle = applied_bundle(&target)?;
+    let report = verify::verify(&target.xen, &bundle, &target.state)?;
+    if args.json {
+        print_json(&json!({
+            "schema": "penumbra.verify-text/v1",
+            "domain": target.state.domain,
+            "explained": report.explained,
+            "text": report,
+        }))?;
+    } else {
+        print(&in_words(&report))?;
+    }
+    Ok(verdict(&report))
+}
+
+fn verdict(report: &Report) -> Exit {
+    if report.explained {
+        Exit::Done
+    } else {
+        Exit::No
+    }
+}
+
+fn in_words(report: &Report) -> String {
+    let mut text = String::new();
+    for line in &report.unexplained {
+        text.push_str(&format!("{line}\n"));
+    }
+    if !report.cave && report.unexplained.is_empty() {
+        text.push_str("the cave does not hold the bundle's thunks\n");
+    }
+    for view in &report.views {
+        text.push_str(&format!(
+            "{}: {} pages of its own, {} bytes differ\n",
+            view.name, view.pages, view.differing
+        ));
+        for place in &view.places {
+            text.push_str(&format!("  {place}\n"));
+        }
+    }
+    text.push_str(&if report.explained {
+        format!(
+            "explained: {} bytes in {} views; {} bytes were changed by the kernel itself\n",
+            report.text_bytes,
+            report.views.len(),
+            report.changed_bytes
+        )
+    } else {
+        "not explained\n".to_owned()
+    });
+    text
+}
+
+/// Runs `storm`.
+pub fn storm(args: &cli::Storm) -> Result<Exit, CliError> {
+    let stop = stop_flag()?;
+    let target = Target::open(&args.domain)?;
+    let bundle = applied_bundle(&target)?;
+    let (xen, state) = (&target.xen, &target.state);
+    let memory = state.reader.kernel().memory(xen);
+    let list = state.reader.list(&memory);
+    let process = storm::find(&list, args.pid)?;
+    let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
+    let asked = Cell::new(0_u32);
+    let is_still = || {
+        asked.set(asked.get().wrapping_add(1));
+        if asked.get().is_multiple_of(REFRESH) {
+            memory.next_pass();
+        }
+        state.reader.is_still(&memory, process, list.top)
+    };
+    let before = xen.stats()?;
+    let storm = storm::run(
+        xen,
+        state,
+        target.journal.dir(),
+        process,
+        &is_still,
+        (args.flips, seed),
+        &stop,
+    )?;
+    let after = xen.stats()?;
+    xen.refresh();
+    let report = verify::verify(xen, &bundle, state)?;
+    if args.json {
+        print_json(&json!({
+            "schema": "penumbra.storm/v1",
+            "domain": state.domain,
+            "pid": args.pid,
+            "comm": process.comm,
+            "flips": storm.flips,
+            "per_view": storm.per_view,
+            "seed": storm.seed,
+            "view_switches": after.view_switches.saturating_sub(before.view_switches),
+            "pokes_mirrored": after.pokes_mirrored.saturating_sub(before.pokes_mirrored),
+            "conflicts": after.conflicts.saturating_sub(before.conflicts),
+            "explained": report.explained,
+            "text": report,
+        }))?;
+    } else {
+        let per_view: Vec<String> = storm
+            .per_view
+            .iter()
+            .map(|(name, count)| format!("{name} {count}"))
+            .collect();
+        print(&format!(
+            "storm: {} flips of {} ({}): {}; seed {}; {} view switches, {} pokes mirrored, {} conflicts\n{}",
+            storm.flips,
+            process.comm.escape_debug(),
+            args.pid,
+            per_view.join(", "),
+            storm.seed,
+            after.view_switches.saturating_sub(before.view_switches),
+            after.pokes_mirrored.saturating_sub(before.pokes_mirrored),
+            after.conflicts.saturating_sub(before.conflicts),
+            in_words(&report)
+        ))?;
+    }
+    Ok(verdict(&report))
+}

@@ -1,0 +1,190 @@
+//! Verifies, beside a running guest, that every view still is the guest's text plus its variant's edits.
+
+use super::journal::{State, ViewState};
+use super::{TextError, understand};
+use crate::exit::{Exit, Exits};
+use crate::guest::explain;
+use crate::xen::{Gfn, Hypervisor, PAGE, XenError};
+use penumbra_bundle::{Bundle, Edits, TextOff};
+use serde::Serialize;
+use std::thread::sleep;
+use std::time::Duration;
+use thiserror::Error;
+
+/// Times that a page which differs is looked at again. A poke under way differs for the microseconds until Xen mirrors it.
+const LOOKS: u32 = 200;
+/// Time between looks.
+const LOOK_PAUSE: Duration = Duration::from_millis(2);
+/// Differences that are listed for each view.
+const LISTED: usize = 20;
+
+/// Why nothing can be said.
+#[derive(Debug, Error)]
+pub enum VerifyTextError {
+    /// The text cannot be read.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// A frame cannot be read.
+    #[error("a page of view `{view}` cannot be read: {source}")]
+    Copy {
+        /// The view.
+        view: String,
+        /// What Xen said.
+        source: XenError,
+    },
+    /// The bundle is another one.
+    #[error("the bundle has no variant `{0}`, which is applied; name the bundle that was applied")]
+    OtherBundle(String),
+}
+
+impl Exits for VerifyTextError {
+    fn exit(&self) -> Exit {
+        Exit::Cannot
+    }
+}
+
+/// What a view showed.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct ViewReport {
+    /// Its name.
+    pub name: String,
+    /// Pages that it has a copy of.
+    pub pages: usize,
+    /// Bytes that are neither the running text's nor the variant's.
+    pub differing: u64,
+    /// The first of them: symbol, what the view has, what was expected.
+    pub places: Vec<String>,
+}
+
+/// What was verified.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Report {
+    /// Everything is explained.
+    pub explained: bool,
+    /// Bytes of text in each view.
+    pub text_bytes: usize,
+    /// Bytes in which the running text differs from its file, explained by the image's tables.
+    pub changed_bytes: u64,
+    /// What of the running text is not explained.
+    pub unexplained: Vec<String>,
+    /// The cave holds the bundle's thunks.
+    pub cave: bool,
+    /// Each view.
+    pub views: Vec<ViewReport>,
+}
+
+/// Explains the running text and compares every copy with it.
+pub fn verify(
+    hypervisor: &dyn Hypervisor,
+    bundle: &Bundle,
+    state: &State,
+) -> Result<Report, VerifyTextError> {
+    let mut report = Report {
+        explained: false,
+        text_bytes: bundle.text.len(),
+        changed_bytes: 0,
+        unexplained: Vec::new(),
+        cave: false,
+        views: Vec::new(),
+    };
+    let understood = match understand(hypervisor, state.reader.kernel(), bundle) {
+        Ok(understood) => understood,
+        Err(TextError::Explain(error)) => {
+            report.unexplained = vec![error.to_string()];
+            return Ok(report);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    report.changed_bytes = understood.explained.changed.values().sum();
+    report.cave = understood.explained.cave_in_use;
+    for view in &state.views {
+        let (_, edits) = bundle
+            .variant(&view.name)
+            .ok_or_else(|| VerifyTextError::OtherBundle(view.name.clone()))?;
+        report.views.push(verify_view(
+            hypervisor,
+            bundle,
+            &understood.text.frames,
+            view,
+            edits,
+        )?);
+    }
+    report.explained = report.cave && report.views.iter().all(|view| view.differing == 0);
+    Ok(report)
+}
+
+fn verify_view(
+    hypervisor: &dyn Hypervisor,
+    bundle: &Bundle,
+    frames: &[Gfn],
+    view: &ViewState,
+    edits: &Edits,
+) -> Result<ViewReport, VerifyTextError> {
+    let mut report = ViewReport {
+        name: view.name.clone(),
+        pages: view.pages.len(),
+        differing: 0,
+        places: Vec::new(),
+    };
+    let fail = |source| VerifyTextError::Copy {
+        view: view.name.clone(),
+        source,
+    };
+    let copies: Vec<Gfn> = (0..view.pages.len() as u64)
+        .map(|index| Gfn(view.first_copy.0 + index))
+        .collect();
+    hypervisor.prefetch(&copies);
+    for (copy, page) in copies.iter().zip(&view.pages) {
+        let page = *page as usize;
+        let frame = *frames
+            .get(page)
+            .ok_or_else(|| VerifyTextError::OtherBundle(view.name.clone()))?;
+        let mut looks = 0;
+        let wrong = loop {
+            let mut want = vec![0; PAGE];
+            let mut have = vec![0; PAGE];
+            hypervisor.read(frame, 0, &mut want).map_err(fail)?;
+            hypervisor.read(*copy, 0, &mut have).map_err(fail)?;
+            lay_edits(&mut want, page, edits);
+            let wrong: Vec<usize> = (0..PAGE).filter(|at| want[*at] != have[*at]).collect();
+            if wrong.is_empty() || looks == LOOKS {
+                break wrong
+                    .into_iter()
+                    .map(|at| (at, want[at], have[at]))
+                    .collect::<Vec<_>>();
+            }
+            looks += 1;
+            sleep(LOOK_PAUSE);
+        };
+        report.differing += wrong.len() as u64;
+        for (at, want, have) in wrong {
+            if report.places.len() < LISTED {
+                let symbol = explain::symbol(bundle, TextOff((page * PAGE + at) as u32));
+                report.places.push(format!(
+                    "{symbol}: {have:02x} where {want:02x} was expected"
+                ));
+            }
+        }
+    }
+    Ok(report)
+}
+
+/// Puts the edits' bytes that fall into `page` over the running ones.
+fn lay_edits(bytes: &mut [u8], page: usize, edits: &Edits) {
+    let start = page * PAGE;
+    // An edit has at most 6 bytes, so one that starts up to 5 before the page may reach into it.
+    let first = edits
+        .0
+        .partition_point(|edit| edit.at.0 as usize + edit.bytes.len() <= start);
+    for edit in &edits.0[first..] {
+        let at = edit.at.0 as usize;
+        if at >= start + PAGE {
+            break;
+        }
+        for (offset, byte) in edit.bytes.iter().enumerate() {
+            if (start..start + PAGE).contains(&(at + offset)) {
+                bytes[at + offset - start] = *byte;
+            }
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! A domain in memory, for the tests of everything above Xen.
+//!
+//! It keeps the rules of the real interface that the logic leans on: views exist only while altp2m is on, a default or
+//! bound view cannot be destroyed, ENABLE compares the generation, DISABLE drops everything. Any call can be made to fail.
+
+use super::{
+    Action, Altp2mMode, Binding, BindingReply, DomId, Domain, Errno, Gfn, GuestPa, Hypervisor,
+    PAGE, Root, Vcpu, ViewId, XenError,
+};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What runs right before a call that changes the domain; it sees the call's name and may write guest memory.
+pub type Hook = Box<dyn Fn(&Fake, &str)>;
+
+/// The binding table.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Table {
+    pub armed: Option<(Root, u64)>,
+    pub enabled: bool,
+    pub default: ViewId,
+    pub generation: u64,
+    pub bound: BTreeMap<Root, ViewId>,
+    pub flagged: BTreeSet<ViewId>,
+}
+
+/// A domain in memory.
+pub struct Fake {
+    pub domain: RefCell<Domain>,
+    pub vcpus: RefCell<Vec<Vcpu>>,
+    pub memory: RefCell<BTreeMap<Gfn, Box<[u8; PAGE]>>>,
+    pub mode: Cell<Altp2mMode>,
+    pub on: Cell<bool>,
+    /// What each view has in place of the host's frames.
+    pub views: RefCell<BTreeMap<ViewId, BTreeMap<Gfn, Gfn>>>,
+    pub table: RefCell<Table>,
+    /// Whether this Xen knows HVMOP_altp2m_binding.
+    pub patched: Cell<bool>,
+    /// Most roots in the table.
+    pub room: Cell<usize>,
+    /// Calls that changed something, in order.
+    pub log: RefCell<Vec<String>>,
+    /// The changing call (counted from 0) that fails, and how.
+    pub fail: Cell<Option<(usize, Errno)>>,
+    pub hook: RefCell<Option<Hook>>,
+}
+
+impl Fake {
+    /// A domain with `pages` pages of memory from frame 0 on and one vCPU.
+    pub fn with_ram(pages: u64) -> Fake {
+        let fake = Fake {
+            domain: RefCell::new(Domain {
+                id: DomId(1),
+                uuid: "c0ffee".to_owned(),
+                max_vcpu: 0,
+                pages,
+                max_pages: pages + 1,
+                address_bits: 40,
+                hvm: true,
+                hap: true,
+                gone: false,
+            }),
+            vcpus: RefCell::new(vec![Vcpu::default()]),
+            memory: RefCell::default(),
+            mode: Cell::new(Altp2mMode::External),
+            on: Cell::new(false),
+            views: RefCell::default(),
+            table: RefCell::default(),
+            patched: Cell::new(true),
+            room: Cell::new(8192),
+            log: RefCell::default(),
+            fail: Cell::new(None),
+            hook: RefCell::default(),
+        };
+        for page in 0..pages {
+            fake.memory
+                .borrow_mut()
+                .insert(Gfn(page), Box::new([0; PAGE]));
+        }
+        fake
+    }
+
+    /// Writes guest memory without any of the rules.
+    pub fn poke(&self, at: GuestPa, bytes: &[u8]) {
+        let mut memory = self.memory.borrow_mut();
+        for (offset, byte) in bytes.iter().enumerate() {
+            let at = GuestPa(at.0 + offset as u64);
+            let page = memory.get_mut(&at.gfn()).expect("the test's own memory");
+            page[(at.0 % PAGE as u64) as usize] = *byte;
+        }
+    }
+
+    /// Reads guest memory as `view` has it.
+    pub fn peek(&self, view: ViewId, at: GuestPa, len: usize) -> Vec<u8> {
+        let views = self.views.borrow();
+        let memory = self.memory.borrow();
+        (0..len as u64)
+            .map(|offset| {
+                let at = GuestPa(at.0 + offset);
+                let gfn = views
+                    .get(&view)
+                    .and_then(|view| view.get(&at.gfn()))
+                    .copied()
+                    .unwrap_or(at.gfn());
+                memory[&gfn][(at.0 % PAGE as u64) as usize]
+            })
+            .collect()
+    }
+
+    /// Counts a changing call, lets the hook run, and fails it if that was asked for.
+    fn change(&self, what: String) -> Result<(), XenError> {
+        if let Some(hook) = &*self.hook.borrow() {
+            hook(self, &what);
+        }
+        let index = self.log.borrow().len();
+        self.log.borrow_mut().push(what.clone());
+        match self.fail.get() {
+            Some((at, errno)) if at == index => Err(XenError::Call { what, errno }),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn refuse<T>(what: &str, errno: Errno) -> Result<T, XenError> {
+    Err(XenError::Call {
+        what: what.to_owned(),
+        errno,
+    })
+}
+
+impl Hypervisor for Fake {
+    fn domain(&self) -> Result<Domain, XenError> {
+        Ok(self.domain.borrow().clone())
+    }
+
+    fn vcpu(&self, index: u32) -> Result<Vcpu, XenError> {
+        match self.vcpus.borrow().get(index as usize) {
+            Some(vcpu) => Ok(*vcpu),
+            None => refuse("a vCPU that is down", Errno::NOENT),
+        }
+    }
+
+    fn read(&self, gfn: Gfn, offset: usize, buf: &mut [u8]) -> Result<(), XenError> {
+        let memory = self.memory.borrow();
+        let page = memory.get(&gfn).ok_or(XenError::NoFrame(gfn))?;
+        buf.copy_from_slice(&page[offset..offset + buf.len()]);
+        Ok(())
+    }
+
+    fn write(&self, gfn: Gfn, offset: usize, bytes: &[u8]) -> Result<(), XenError> {
+        self.change(format!("write {gfn}"))?;
+        let mut memory = self.memory.borrow_mut();
+        let page = memory.get_mut(&gfn).ok_or(XenError::NoFrame(gfn))?;
+        page[offset..offset + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn refresh(&self) {}
+
+    fn highest_gfn(&self) -> Result<Gfn, XenError> {
+        let memory = self.memory.borrow();
+        Ok(*memory.keys().next_back().expect("a domain has memory"))
+    }
+
+    fn set_max_pages(&self, pages: u64) -> Result<(), XenError> {
+        self.change(format!("set_max_pages {pages}"))?;
+        self.domain.borrow_mut().max_pages = pages;
+        Ok(())
+    }
+
+    fn populate(&self, first: Gfn, count: u64) -> Result<(), XenError> {
+        // Half of them are there when it fails, as with the real one.
+        let result = self.change(format!("populate {count}"));
+        let done = if result.is_ok() { count } else { count / 2 };
+        let mut domain = self.domain.borrow_mut();
+        for index in 0..done {
+            if domain.pages == domain.max_pages {
+                return refuse("populate", Errno::NOMEM);
+            }
+            domain.pages += 1;
+            let gfn = Gfn(first.0 + index);
+            let there = self.memory.borrow_mut().insert(gfn, Box::new([0; PAGE]));
+            assert!(there.is_none(), "populate never replaces guest memory");
+        }
+        result
+    }
+
+    fn depopulate(&self, first: Gfn, count: u64) -> Result<u64, XenError> {
+        self.change(format!("depopulate {count}"))?;
+        let mut taken = 0;
+        for index in 0..count {
+            let gfn = Gfn(first.0 + index);
+            let used = self
+                .views
+                .borrow()
+                .values()
+                .any(|view| view.values().any(|copy| *copy == gfn));
+            assert!(!used, "a frame that a view maps is not taken away");
+            taken += u64::from(self.memory.borrow_mut().remove(&gfn).is_some());
+        }
+        self.domain.borrow_mut().pages -= taken;
+        Ok(taken)
+    }
+
+    fn altp2m_mode(&self) -> Result<Altp2mMode, XenError> {
+        Ok(self.mode.get())
+    }
+
+    fn altp2m_on(&self) -> Result<bool, XenError> {
+        Ok(self.on.get())
+    }
+
+    fn altp2m_set(&self, on: bool) -> Result<(), XenError> {
+        self.change(format!("altp2m_set {on}"))?;
+        if !on {
+            self.views.borrow_mut().clear();
+            *self.table.borrow_mut() = Table::default();
+        }
+        self.on.set(on);
+        Ok(())
+    }
+
+    fn create_view(&self) -> Result<ViewId, XenError> {
+        self.change("create_view".to_owned())?;
+        assert!(self.on.get(), "views need altp2m");
+        let mut views = self.views.borrow_mut();
+        let view = (1..10).map(ViewId).find(|view| !views.contains_key(view));
+        match view {
+            Some(view) => {
+                views.insert(view, BTreeMap::new());
+                Ok(view)
+            }
+            None => refuse("create_view", Errno::INVAL),
+        }
+    }
+
+    fn destroy_view(&self, view: ViewId) -> Result<(), XenError> {
+        self.change(format!("destroy_view {view}"))?;
+        let table = self.table.borrow();
+        if table.enabled && (table.default == view || table.bound.values().any(|to| *to == view)) {
+            return refuse("destroy_view", Errno::BUSY);
+        }
+        match self.views.borrow_mut().remove(&view) {
+            Some(_) => Ok(()),
+            None => refuse("destroy_view", Errno::INVAL),
+        }
+    }
+
+    fn remap(&self, view: ViewId, gfn: Gfn, copy: Gfn) -> Result<(), XenError> {
+        self.change(format!("remap {view}"))?;
+        if !self.memory.borrow().contains_key(&copy) {
+            return refuse("remap", Errno::INVAL);
+        }
+        match self.views.borrow_mut().get_mut(&view) {
+            Some(map) => {
+                map.insert(gfn, copy);
+                Ok(())
+            }
+            None => refuse("remap", Errno::INVAL),
+        }
+    }
+
+    fn binding(&self, request: Binding) -> Result<BindingReply, XenError> {
+        let what = format!("{:?}", request.action);
+        if !self.patched.get() || !self.on.get() {
+            return refuse(&what, Errno::OPNOTSUPP);
+        }
+        if !matches!(request.action, Action::Stats | Action::Get) {
+            self.change(format!("{what} {} {}", request.view, request.root))?;
+        }
+        let known = request.view == ViewId::HOST || self.views.borrow().contains_key(&request.view);
+        let mut table = self.table.borrow_mut();
+        let armed = table.armed.is_some();
+        let poking = table.armed.map(|(root, _)| root);
+        if !armed
+            && !matches!(
+                request.action,
+                Action::Arm | Action::Disable | Action::Stats
+            )
+        {
+            return refuse(&what, Errno::NODEV);
+        }
+        let mut reply = BindingReply::default();
+        match request.action {
+            Action::Arm => match table.armed {
+                Some(old) if old != (request.root, request.value) => {
+                    return refuse(&what, Errno::BUSY);
+                }
+                _ => table.armed = Some((request.root, request.value)),
+            },
+            Action::Enable | Action::Default | Action::Flags if !known => {
+                return refuse(&what, Errno::INVAL);
+            }
+            Action::Enable if table.generation != request.value => {
+                return refuse(&what, Errno::AGAIN);
+            }
+            Action::Enable => {
+                table.enabled = true;
+                table.default = request.view;
+            }
+            Action::Default if !table.enabled => return refuse(&what, Errno::NODEV),
+            Action::Default => table.default = request.view,
+            Action::Flags => {
+                table.flagged.insert(request.view);
+            }
+            Action::Disable => *table = Table::default(),
+            Action::Set if !known || poking == Some(request.root) || request.root.0 % 4096 != 0 => {
+                return refuse(&what, Errno::INVAL);
+            }
+            Action::Set => {
+                if table.bound.len() == self.room.get() && !table.bound.contains_key(&request.root)
+                {
+                    return refuse(&what, Errno::NOSPC);
+                }
+                table.bound.insert(request.root, request.view);
+            }
+            Action::Clear => {
+                if table.bound.remove(&request.root).is_none() {
+                    return refuse(&what, Errno::NOENT);
+                }
+            }
+            Action::Get => {
+                let index = usize::try_from(request.value).expect("a small index");
+                match table.bound.iter().nth(index) {
+                    Some((root, view)) => (reply.root, reply.view) = (*root, *view),
+                    None => return refuse(&what, Errno::NOENT),
+                }
+            }
+            Action::Stats => {
+                reply.view = table.default;
+                reply.flags = u16::from(table.enabled) | u16::from(armed) << 1;
+                reply.value = table.bound.len() as u64;
+                reply.out[3] = table.generation;
+            }
+        }
+        Ok(reply)
+    }
+}
