@@ -19,8 +19,6 @@ schema = 1
 name = "conflict"
 version = 1
 
-[kernel]
-
 [default]
 view = "hardened"
 
@@ -287,6 +285,16 @@ def dead_watcher_means_hardened(w):
 
 
 @scenario
+def apply_takes_over(w):
+    """A new apply takes over what the killed one left, and trusted processes are bound again."""
+    line = w.installer.apply()
+    expect("taken over" in line, line)
+    w.installer.wait_view(w.workers["payroll"].pid, "fast")
+    w.installer.run(f"verify-text {G}")
+    _runs(w)
+
+
+@scenario
 def status_counts(w):
     """status has Xen's counters: CR3 writes, view switches, mirrored pokes, no conflict."""
     counters = w.installer.status()["counters"]
@@ -297,6 +305,7 @@ def status_counts(w):
 @scenario
 def remove_is_complete_and_idempotent(w):
     """remove gives the text back as it was, says so twice, and the guest works."""
+    w.installer.stop_watching()
     w.installer.run(f"remove {G}")
     expect(w.installer.digest() == w.before, "the text is not what it was")
     w.installer.run(f"remove {G}")
