@@ -98,12 +98,7 @@ impl Image {
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
-        let (bytes, packing) = if file.starts_with(b"\x7fELF") {
-            (file, "none")
-        } else {
-            let payload = bzimage::payload(&file)?;
-            unpack::unpack(payload)?
-        };
+        let (bytes, packing) = unpack_file(file)?;
         let elf = elf::read(&bytes)?;
         let relocs = relocs::read(&bytes, elf.end)?;
         let mut image = Image {
@@ -227,4 +222,17 @@ impl Image {
             Fault::damaged("linux_banner", "does not start with `Linux version `")
         })
     }
+}
+
+/// The ELF file in `file`, which is a bzImage or that ELF file itself, and how it was packed.
+fn unpack_file(file: Vec<u8>) -> Result<(Vec<u8>, &'static str), Fault> {
+    if file.starts_with(b"\x7fELF") {
+        return Ok((file, "none"));
+    }
+    unpack::unpack(bzimage::payload(&file)?)
+}
+
+/// The ELF file in `file`, nothing more: what the checker shares with the emitter.
+pub fn unpacked(file: Vec<u8>) -> Result<Vec<u8>, Fault> {
+    Ok(unpack_file(file)?.0)
 }

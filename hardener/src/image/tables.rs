@@ -223,13 +223,14 @@ impl Image {
         tables.fentry.retain(|va| va.0 != 0);
         tables.not_taken.push(table.range());
         if self.symbol("__start_kprobe_blacklist").is_some() {
-            let table = self.in_symbols(
-                "_kprobe_blacklist",
-                "__start_kprobe_blacklist",
-                "__stop_kprobe_blacklist",
-            )?;
+            let name = "_kprobe_blacklist";
+            let table = self.in_symbols(name, "__start_kprobe_blacklist", "__stop_kprobe_blacklist")?;
             tables.no_kprobes = table.all_absolute()?;
             tables.not_taken.push(table.range());
+        }
+        let (start, end) = ("__start_error_injection_whitelist", "__stop_error_injection_whitelist");
+        if self.symbol(start).is_some() {
+            tables.not_taken.push(self.between(start, end)?);
         }
         if self.symbol("__initcall_start").is_some() {
             let table = self.in_symbols("initcalls", "__initcall_start", "__initcall_end")?;

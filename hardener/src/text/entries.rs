@@ -1,23 +1,17 @@
 //! Every address in the text that an indirect branch may reach: those that are taken anywhere in the image.
 
 use super::sweep::taken_in;
-use super::{Regions, Span, Sweep};
+use super::{Functions, Regions, Span, Sweep};
 use crate::image::{Image, Tables};
 use penumbra_bundle::{LinkVa, TextOff};
 
 /// Collects the addresses; sorted.
-pub fn find(span: Span, image: &Image, tables: &Tables, sweep: &Sweep, regions: &Regions) -> Vec<TextOff> {
-    let mut taken: Vec<LinkVa> = Vec::new();
-    let silent = |va: LinkVa| tables.not_taken.iter().any(|range| range.contains(va));
-    // Absolute addresses: function pointers in data and immediates in code, jump tables of computed gotos among them.
-    taken.extend(
-        image
-            .relocs
-            .abs64
-            .iter()
-            .filter(|va| !silent(**va))
-            .filter_map(|va| image.u64_at(*va).map(LinkVa)),
-    );
+///
+/// Labels inside functions are no entries: `_THIS_IP_` takes their addresses but jumps to none, and a slot whose function
+/// has a table of labels (a computed goto) is no slot.
+pub fn find(span: Span, image: &Image, tables: &Tables, sweep: &Sweep, regions: &Regions, functions: &Functions) -> Vec<TextOff> {
+    // Absolute addresses: function pointers in data and immediates in code.
+    let mut taken = pointers(image, tables);
     let sign_extended = |word: u32| LinkVa(i64::from(word as i32) as u64);
     taken.extend(image.relocs.abs32.iter().filter_map(|va| image.u32_at(*va).map(sign_extended)));
     // Addresses relative to the instruction pointer, in the text and in code that runs at boot.
@@ -37,7 +31,7 @@ pub fn find(span: Span, image: &Image, tables: &Tables, sweep: &Sweep, regions: 
         .into_iter()
         .filter(|va| !regions.never_called_indirectly(*va))
         .filter_map(|va| span.offset(va))
-        .filter(|at| sweep.is_boundary(*at))
+        .filter(|at| functions.is_start(*at))
         .collect();
     // With IBT the compiler and objtool say it: ENDBR64 that is not sealed.
     if !tables.sealed_endbr.is_empty() {
@@ -49,4 +43,11 @@ pub fn find(span: Span, image: &Image, tables: &Tables, sweep: &Sweep, regions: 
     found.sort_unstable();
     found.dedup();
     found
+}
+
+/// What the 64-bit absolute addresses in the image point to, without tables that only describe code.
+pub fn pointers(image: &Image, tables: &Tables) -> Vec<LinkVa> {
+    let silent = |va: LinkVa| tables.not_taken.iter().any(|range| range.contains(va));
+    let places = image.relocs.abs64.iter().filter(|va| !silent(**va));
+    places.filter_map(|va| image.u64_at(*va).map(LinkVa)).collect()
 }

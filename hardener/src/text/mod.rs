@@ -12,11 +12,11 @@ mod slots;
 mod sweep;
 
 pub use bitmap::Bitmap;
-pub use caves::Cave;
+pub use caves::{Cave, FILLER};
 pub use error::TextError;
 pub use functions::Functions;
 pub use regions::Regions;
-pub use slots::{Indirect, Return, Slots};
+pub use slots::{Indirect, REGISTERS, Return, Slots};
 pub use sweep::{Call, Sweep};
 
 use crate::image::{Image, Tables};
@@ -80,8 +80,8 @@ impl Text {
         let functions = Functions::find(image, tables, span);
         let cave = caves::find(&bytes, span, &regions)?;
         let slots = slots::find(&bytes, span, image, tables, &sweep, &regions, &functions)?;
-        let return_targets = returns::find(&bytes, span, image, tables, &sweep)?;
-        let entries = entries::find(span, image, tables, &sweep, &regions);
+        let return_targets = returns::find(span, image, tables, &sweep, &regions)?;
+        let entries = entries::find(span, image, tables, &sweep, &regions, &functions);
         Ok(Text {
             range,
             span,

@@ -4,12 +4,13 @@ use super::{Bitmap, Span};
 use crate::image::{Fault, Image, Tables};
 use penumbra_bundle::{LinkVa, TextOff, VaRange};
 
+/// `.text..__x86.*`: retpolines and return thunks.
+const X86_THUNK: &str = "x86-thunk";
+
 /// Special ranges by name.
 pub struct Regions {
     /// Where `.entry.text` starts: interrupts, system calls.
     pub entry: VaRange,
-    /// `.text..__x86.*`: retpolines and return thunks.
-    pub x86_thunks: VaRange,
     /// `__SCT__` trampolines.
     pub static_calls: VaRange,
     list: Vec<(&'static str, VaRange)>,
@@ -24,14 +25,14 @@ impl Regions {
         let static_calls = image.between("__static_call_text_start", "__static_call_text_end")?;
         let mut list = vec![
             ("entry-text", entry),
-            ("x86-thunk", x86_thunks),
+            (X86_THUNK, x86_thunks),
             ("static-call-text", static_calls),
             ("noinstr", image.between("__noinstr_text_start", "__noinstr_text_end")?),
         ];
         for name in ["srso_alias_untrain_ret", "srso_alias_safe_ret", "srso_untrain_ret_alias", "srso_safe_ret_alias"] {
             // Placed apart for the way they alias in the branch predictor.
             if let Some(start) = image.symbol(name).filter(|va| span.code.contains(*va)) {
-                list.push(("x86-thunk", VaRange { start, end: LinkVa(start.0 + 16) }));
+                list.push((X86_THUNK, VaRange { start, end: LinkVa(start.0 + 16) }));
             }
         }
         if let (Some(start), Some(end)) = (image.symbol("__kprobes_text_start"), image.symbol("__kprobes_text_end")) {
@@ -54,7 +55,6 @@ impl Regions {
         }
         Ok(Regions {
             entry,
-            x86_thunks,
             static_calls,
             list,
             faulting,
@@ -73,13 +73,15 @@ impl Regions {
             .map(|(name, _)| *name)
     }
 
+    /// Whether `va` lies in a retpoline or a return thunk.
+    pub fn is_x86_thunk(&self, va: LinkVa) -> bool {
+        self.list.iter().any(|(name, range)| *name == X86_THUNK && range.contains(va))
+    }
+
     /// Whether no indirect branch may reach `va`: entry code, thunks and static-call trampolines are entered by
     /// hardware and by direct branches only.
     pub fn never_called_indirectly(&self, va: LinkVa) -> bool {
-        [self.entry, self.x86_thunks, self.static_calls]
-            .iter()
-            .any(|range| range.contains(va))
-            || self.list.iter().any(|(name, range)| *name == "x86-thunk" && range.contains(va))
+        self.entry.contains(va) || self.static_calls.contains(va) || self.is_x86_thunk(va)
     }
 }
 

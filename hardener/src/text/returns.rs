@@ -1,7 +1,7 @@
 //! Every address that a return may reach: exact, so that `return-cfi` needs no guess.
 
 use super::sweep::call_ends;
-use super::{Span, Sweep, TextError};
+use super::{Regions, Span, Sweep, TextError};
 use crate::image::{Fault, Image, Tables};
 use penumbra_bundle::TextOff;
 
@@ -19,10 +19,12 @@ const SPECIAL: [&str; 6] = [
 ];
 
 /// Collects the addresses; sorted.
-pub fn find(bytes: &[u8], span: Span, image: &Image, tables: &Tables, sweep: &Sweep) -> Result<Vec<TextOff>, TextError> {
+pub fn find(span: Span, image: &Image, tables: &Tables, sweep: &Sweep, regions: &Regions) -> Result<Vec<TextOff>, TextError> {
     // Calls as the file has them: direct, retpoline (the slot's end), fentry, static, paravirt unpatched; a call of a
     // function that does not return counts, its return address is what a backtrace and ftrace see.
-    let mut found: Vec<TextOff> = sweep.calls.iter().map(|call| call.end).collect();
+    // Calls inside retpolines and return thunks are never returned to but by speculation.
+    let calls = sweep.calls.iter().filter(|call| !regions.is_x86_thunk(span.va(call.at)));
+    let mut found: Vec<TextOff> = calls.map(|call| call.end).collect();
     // Static calls: the kernel pokes a 5-byte call there, whatever the file has.
     let calls = tables.static_calls.iter().filter(|site| !site.tail);
     found.extend(calls.filter_map(|site| span.offset(site.site)).map(|at| TextOff(at.0 + 5)));
@@ -41,7 +43,7 @@ pub fn find(bytes: &[u8], span: Span, image: &Image, tables: &Tables, sweep: &Sw
     }
     let special = image.symbols.iter().filter(|symbol| SPECIAL.contains(&symbol.name.as_str()));
     found.extend(special.filter_map(|symbol| span.offset(symbol.va)));
-    found.retain(|at| (at.0 as usize) < bytes.len());
+    found.retain(|at| span.offset(span.va(*at)).is_some());
     found.sort_unstable();
     found.dedup();
     Ok(found)

@@ -1,6 +1,6 @@
 //! The slots that passes may edit: whole instructions that nobody pokes after boot (design, invariant 3).
 
-use super::{Bitmap, Functions, Regions, Span, Sweep, TextError};
+use super::{Bitmap, Functions, Regions, Span, Sweep, TextError, entries};
 use crate::image::{Image, Tables};
 use penumbra_bundle::{LinkVa, TextOff};
 use std::collections::BTreeMap;
@@ -47,6 +47,9 @@ pub const REGISTERS: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 ];
 
+/// Sites in initialisation code: they are gone when views exist, and are not counted.
+const ELSEWHERE: &str = "elsewhere";
+
 /// Finds all slots.
 pub fn find(
     bytes: &[u8],
@@ -67,7 +70,7 @@ pub fn find(
     let poked = poked(span, tables);
     let mut slots = Slots::default();
     let why_not = |va: LinkVa, len: usize| -> Result<TextOff, &'static str> {
-        let at = span.offset(va).ok_or("not-in-text")?;
+        let at = span.offset(va).ok_or(ELSEWHERE)?;
         let start = at.0 as usize;
         if let Some(reason) = regions.forbids(span, at) {
             return Err(reason);
@@ -97,10 +100,22 @@ pub fn find(
         });
         match slot {
             Ok(slot) => slots.returns.push(slot),
+            Err(ELSEWHERE) => {}
             Err(reason) => *slots.returns_left.entry(reason.to_owned()).or_default() += 1,
         }
     }
     let inline_asm_plain = inline_asm_is_plain(image);
+    let mut labels: Vec<TextOff> = entries::pointers(image, tables)
+        .into_iter()
+        .filter_map(|va| span.offset(va))
+        .filter(|at| !functions.is_start(*at))
+        .collect();
+    labels.sort_unstable();
+    let has_labels = |at: TextOff| {
+        let function = functions.around(at);
+        let first = labels.partition_point(|label| *label < function.start);
+        labels.get(first).is_some_and(|label| *label < function.end)
+    };
     for va in &tables.retpolines {
         let slot = why_not(*va, 6).or_else(|_| why_not(*va, 5)).and_then(|at| {
             let start = at.0 as usize;
@@ -112,13 +127,17 @@ pub fn find(
                     if sweep.is_boundary(TextOff(at.0 + prefix as u32 + 5)) =>
                 {
                     let jump = opcode == 0xe9;
+                    if jump && has_labels(at) {
+                        // It may go to a label, with any register live.
+                        return Err("computed-goto");
+                    }
                     Ok(Indirect {
                         at,
                         len: 5 + prefix as u8,
                         register: *register,
                         jump,
-                        // A jump may be a computed goto, and around inline assembly nothing is lost for sure.
-                        scratch_free: !jump && !inline_asm_plain && functions.has_fentry(at),
+                        // Around inline assembly no register is lost for sure.
+                        scratch_free: !inline_asm_plain && functions.has_fentry(at),
                     })
                 }
                 _ => Err("unexpected-bytes"),
@@ -126,6 +145,7 @@ pub fn find(
         });
         match slot {
             Ok(slot) => slots.indirect.push(slot),
+            Err(ELSEWHERE) => {}
             Err(reason) => *slots.indirect_left.entry(reason.to_owned()).or_default() += 1,
         }
     }

@@ -1,0 +1,283 @@
+//! `hardener emit`: from an image to a bundle.
+
+use crate::image::{Fault, Image, ImageError};
+use crate::passes::{self, Context, PassError};
+use crate::text::{self, REGISTERS, Text, TextError};
+use crate::thunks::{self, CaveContents, KernelThunks};
+use penumbra_bundle::{
+    Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, RunTimeModel, SCHEMA, Symbol, Symbols, Variant, VaRange, WriteError,
+};
+use std::collections::BTreeMap;
+use std::path::Path;
+use thiserror::Error;
+
+/// Structure members whose offsets the installer reads guests with.
+const LAYOUT: &[(&str, &[&str])] = &[
+    (
+        "task_struct",
+        &[
+            "tasks", "mm", "active_mm", "pid", "tgid", "comm", "cred", "real_cred", "start_time", "start_boottime", "stack",
+            "flags", "real_parent", "group_leader", "thread_node", "signal", "exit_state", "__state",
+        ],
+    ),
+    ("signal_struct", &["thread_head"]),
+    ("mm_struct", &["pgd", "exe_file", "mm_users", "mm_count", "start_code", "arg_start", "arg_end"]),
+    ("file", &["f_path", "f_inode"]),
+    ("path", &["mnt", "dentry"]),
+    ("dentry", &["d_name", "d_parent", "d_inode", "d_iname"]),
+    ("qstr", &["name", "len"]),
+    ("vfsmount", &["mnt_root", "mnt_sb"]),
+    ("mount", &["mnt", "mnt_parent", "mnt_mountpoint"]),
+    ("cred", &["uid", "euid", "gid"]),
+    ("list_head", &["next"]),
+];
+/// Members that not every kernel has.
+const LAYOUT_OPTIONAL: &[(&str, &[&str])] = &[("task_struct", &["thread_group", "thread_info", "thread", "on_cpu"])];
+/// Structures whose sizes the installer needs.
+const SIZES: &[&str] = &["task_struct", "mm_struct"];
+/// 16 KiB on x86-64 without KASAN (arch/x86/include/asm/page_64_types.h, `THREAD_SIZE_ORDER` 2).
+const THREAD_SIZE: u32 = 0x4000;
+/// Data symbols that the installer needs, and those that not every kernel has.
+const DATA: &[&str] = &[
+    "init_task", "poking_mm", "poking_addr", "init_top_pgt", "page_offset_base", "vmemmap_base", "phys_base", "linux_banner",
+    "init_mm", "__per_cpu_offset",
+];
+const DATA_OPTIONAL: &[&str] = &["efi_mm", "nr_cpu_ids", "_text", "_end", "__start_rodata", "hypercall_page"];
+
+/// Why there is no bundle.
+#[derive(Debug, Error)]
+pub enum EmitError {
+    /// The image cannot be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The kernel in it cannot be taken.
+    #[error("{file}: {source}")]
+    Text {
+        /// The image.
+        file: String,
+        /// Why.
+        source: TextError,
+    },
+    /// A pass is at fault.
+    #[error("{file}: {source}")]
+    Pass {
+        /// The image.
+        file: String,
+        /// Why.
+        source: PassError,
+    },
+    /// The bundle cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+/// The stages of the work, for progress.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// Unpacking the image and reading its tables.
+    Image,
+    /// Sweeping the text, finding slots and targets.
+    Text,
+    /// Modelling what the kernel itself edits.
+    Model,
+    /// Assembling thunks and tables.
+    Thunks,
+    /// Running the passes.
+    Passes,
+    /// Writing the bundle.
+    Write,
+}
+
+impl Stage {
+    /// What a person is told.
+    pub fn label(self) -> &'static str {
+        match self {
+            Stage::Image => "unpacking the kernel, reading its tables",
+            Stage::Text => "sweeping the text",
+            Stage::Model => "modelling what the kernel edits itself",
+            Stage::Thunks => "assembling thunks and tables",
+            Stage::Passes => "running the passes",
+            Stage::Write => "writing the bundle",
+        }
+    }
+}
+
+/// Reads the kernel at `image` and makes its bundle; `progress` hears of each stage as it starts.
+pub fn emit(image: &Path, progress: &mut dyn FnMut(Stage)) -> Result<Bundle, EmitError> {
+    let file = image.display().to_string();
+    progress(Stage::Image);
+    let image = Image::open(image)?;
+    bundle(&image, progress).map_err(|error| match error {
+        Failure::Text(source) => EmitError::Text { file, source },
+        Failure::Pass(source) => EmitError::Pass { file, source },
+    })
+}
+
+/// What can fail between the image and the bundle.
+enum Failure {
+    Text(TextError),
+    Pass(PassError),
+}
+
+impl<E: Into<TextError>> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure::Text(error.into())
+    }
+}
+
+fn bundle(image: &Image, progress: &mut dyn FnMut(Stage)) -> Result<Bundle, Failure> {
+    let tables = image.tables()?;
+    progress(Stage::Text);
+    let text = Text::analyse(image, &tables)?;
+    progress(Stage::Model);
+    let model = text::model::build(image, &tables, text.span)?;
+    progress(Stage::Thunks);
+    let cave = thunks::build(&text, &kernel_thunks(image)?)?;
+    progress(Stage::Passes);
+    let context = Context {
+        text: &text,
+        cave: &cave,
+    };
+    let (mut variants, mut edits) = (Vec::new(), Vec::new());
+    for (name, passes) in passes::VARIANTS {
+        let made = passes::run(name, passes, &context).map_err(Failure::Pass)?;
+        variants.push(Variant {
+            name: name.to_owned(),
+            passes: made.passes,
+            drops: made.drops,
+            edits: file_ref(&format!("{name}.edits")),
+            edit_count: made.edits.0.len() as u64,
+        });
+        edits.push(made.edits);
+    }
+    let manifest = manifest(image, &text, &cave, variants)?;
+    let symbols = symbols(image, &text);
+    Ok(assemble(manifest, text, model, symbols, cave, edits))
+}
+
+fn assemble(
+    manifest: Manifest,
+    text: Text,
+    model: RunTimeModel,
+    symbols: Symbols,
+    cave: CaveContents,
+    edits: Vec<penumbra_bundle::Edits>,
+) -> Bundle {
+    Bundle {
+        manifest,
+        text: text.bytes,
+        model,
+        symbols,
+        cave: cave.elf,
+        edits,
+    }
+}
+
+/// The kernel's own thunks, by symbol.
+pub fn kernel_thunks(image: &Image) -> Result<KernelThunks, Fault> {
+    let mut indirect = BTreeMap::new();
+    for (number, name) in (0u8..).zip(REGISTERS) {
+        if let Some(va) = image.symbol(&format!("__x86_indirect_thunk_{name}")) {
+            indirect.insert(number, va);
+        }
+    }
+    Ok(KernelThunks {
+        return_thunk: image.need_symbol("__x86_return_thunk")?,
+        indirect,
+    })
+}
+
+/// A file of the bundle; its digest is computed when the bundle is written.
+fn file_ref(name: &str) -> FileRef {
+    FileRef {
+        name: name.to_owned(),
+        sha256: String::new(),
+    }
+}
+
+fn manifest(image: &Image, text: &Text, cave: &CaveContents, variants: Vec<Variant>) -> Result<Manifest, Fault> {
+    let banner = image.banner()?;
+    let release = banner.split(' ').nth(2).unwrap_or_default().to_owned();
+    let notes = image.section(".notes").map(|section| section.range);
+    Ok(Manifest {
+        schema: SCHEMA.to_owned(),
+        generator: concat!("hardener ", env!("CARGO_PKG_VERSION")).to_owned(),
+        kernel: Kernel {
+            build_id: image.build_id.hex.clone(),
+            release,
+            banner,
+            image_sha256: image.sha256.clone(),
+            notes: notes.unwrap_or(VaRange {
+                start: LinkVa(0),
+                end: LinkVa(0),
+            }),
+            syscall_entry: image.need_symbol("entry_SYSCALL_64")?,
+        },
+        text: penumbra_bundle::Text {
+            start: text.range.start,
+            end: text.range.end,
+            file: file_ref("text.bin"),
+        },
+        model: file_ref("model.postcard"),
+        symbols: file_ref("symbols.postcard"),
+        cave: Cave {
+            range: cave.range,
+            filler: text::FILLER,
+            file: file_ref("cave.elf"),
+            relocs: cave.relocs.clone(),
+            return_tails: cave.return_tails.clone(),
+            tables: cave.tables.clone(),
+        },
+        variants,
+        layout: layout(image)?,
+        data: data(image)?,
+    })
+}
+
+fn layout(image: &Image) -> Result<BTreeMap<String, u32>, Fault> {
+    let mut layout = BTreeMap::from([("const.THREAD_SIZE".to_owned(), THREAD_SIZE)]);
+    let offset = |structure: &str, member: &str| image.btf.member(structure, member)?.byte();
+    let members = |list: &'static [(&str, &[&str])]| {
+        list.iter().flat_map(|(structure, members)| members.iter().map(move |member| (*structure, *member)))
+    };
+    for (structure, member) in members(LAYOUT) {
+        let found = offset(structure, member).ok_or_else(|| {
+            Fault::unsupported(".BTF", format!("`struct {structure}` has no member `{member}`, which the installer reads"))
+        })?;
+        layout.insert(format!("{structure}.{member}"), found);
+    }
+    for (structure, member) in members(LAYOUT_OPTIONAL) {
+        if let Some(found) = offset(structure, member) {
+            layout.insert(format!("{structure}.{member}"), found);
+        }
+    }
+    for structure in SIZES {
+        let size = image.btf.size_of(structure);
+        let size = size.ok_or_else(|| Fault::unsupported(".BTF", format!("does not describe `struct {structure}`")))?;
+        layout.insert(format!("sizeof.{structure}"), size);
+    }
+    Ok(layout)
+}
+
+fn data(image: &Image) -> Result<BTreeMap<String, LinkVa>, Fault> {
+    let mut data = BTreeMap::new();
+    for name in DATA {
+        data.insert((*name).to_owned(), image.need_symbol(name)?);
+    }
+    for name in DATA_OPTIONAL {
+        if let Some(va) = image.symbol(name) {
+            data.insert((*name).to_owned(), va);
+        }
+    }
+    Ok(data)
+}
+
+/// Every symbol in the text's pages, whatever its kind.
+fn symbols(image: &Image, text: &Text) -> Symbols {
+    let inside = image.symbols.iter().filter(|symbol| text.range.contains(symbol.va));
+    let named = inside.map(|symbol| Symbol {
+        at: penumbra_bundle::TextOff((symbol.va.0 - text.range.start.0) as u32),
+        name: symbol.name.clone(),
+    });
+    Symbols(named.collect())
+}

@@ -1,0 +1,30 @@
+//! `forward-cfi`: every indirect call and jump checks that its target is an entry whose address is taken.
+
+use super::{CALL, Context, JMP, Pass, PassError};
+use crate::thunks::forward_cfi;
+use penumbra_bundle::{Edit, SlotKind};
+use std::collections::BTreeMap;
+
+/// See the module.
+pub struct ForwardCfi;
+
+impl Pass for ForwardCfi {
+    fn name(&self) -> &'static str {
+        "forward-cfi"
+    }
+
+    fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {
+        let edits = context.indirect().map(|slot| {
+            let name = forward_cfi::name(slot.register, slot.scratch_free);
+            let thunk = context.thunk(self.name(), &name)?;
+            let opcode = if slot.jump { JMP } else { CALL };
+            // The prefix stays: the return address does too.
+            Ok(Edit {
+                at: slot.at,
+                slot: SlotKind::Indirect,
+                bytes: context.branch(slot.at, usize::from(slot.len) - 5, opcode, thunk),
+            })
+        });
+        Ok((edits.collect::<Result<_, PassError>>()?, context.text.slots.indirect_left.clone()))
+    }
+}

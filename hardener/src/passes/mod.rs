@@ -1,0 +1,158 @@
+//! The passes: each turns slots into edits. Where to add one: a file here, and its name in [`VARIANTS`].
+
+mod forward_cfi;
+mod no_rethunk;
+mod no_retpoline;
+mod return_cfi;
+
+use crate::text::{Indirect, Return, Text};
+use crate::thunks::CaveContents;
+use penumbra_bundle::{Edit, Edits, LinkVa, Mitigation, PassSummary, TextOff};
+use std::collections::BTreeMap;
+use thiserror::Error;
+
+/// What a pass works on.
+pub struct Context<'a> {
+    /// The kernel's text and its slots.
+    pub text: &'a Text,
+    /// The thunks that edits may jump to.
+    pub cave: &'a CaveContents,
+}
+
+/// A pass: edits slots of one kind.
+pub trait Pass: Sync {
+    /// Its name, as the design has it.
+    fn name(&self) -> &'static str;
+
+    /// The speculation mitigation that its edits leave out.
+    fn drops(&self) -> Option<Mitigation> {
+        None
+    }
+
+    /// Its edits, and the slots of its kind that it left alone, by reason.
+    fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError>;
+}
+
+/// Why a variant cannot be made. Each is a mistake in a pass: the slots were checked before.
+#[derive(Debug, Error)]
+pub enum PassError {
+    /// A thunk that an edit needs was not made.
+    #[error("{pass}: there is no thunk {thunk}; report it")]
+    NoThunk {
+        /// The pass.
+        pass: &'static str,
+        /// The thunk.
+        thunk: String,
+    },
+    /// The edits of a variant contradict each other or the text.
+    #[error("variant {variant}: the edit at {at} {detail}; report it")]
+    SelfCheck {
+        /// The variant.
+        variant: &'static str,
+        /// Where.
+        at: LinkVa,
+        /// What is wrong.
+        detail: &'static str,
+    },
+}
+
+/// The variants of every bundle: name and passes. `stock` comes first.
+pub const VARIANTS: [(&str, &[&dyn Pass]); 3] = [
+    ("stock", &[]),
+    ("fast", &[&no_retpoline::NoRetpoline, &no_rethunk::NoRethunk]),
+    ("hardened", &[&return_cfi::ReturnCfi, &forward_cfi::ForwardCfi]),
+];
+
+/// A variant as its passes made it.
+pub struct Made {
+    /// Its name.
+    pub name: &'static str,
+    /// What each pass did.
+    pub passes: Vec<PassSummary>,
+    /// What the passes leave out.
+    pub drops: Vec<Mitigation>,
+    /// The edits, by address.
+    pub edits: Edits,
+}
+
+/// Runs the passes of one variant and checks that their edits fit together.
+pub fn run(name: &'static str, passes: &[&dyn Pass], context: &Context<'_>) -> Result<Made, PassError> {
+    let mut made = Made {
+        name,
+        passes: Vec::new(),
+        drops: Vec::new(),
+        edits: Edits::default(),
+    };
+    for pass in passes {
+        let (edits, left) = pass.run(context)?;
+        made.passes.push(PassSummary {
+            name: pass.name().to_owned(),
+            edited: edits.len() as u64,
+            left,
+        });
+        made.drops.extend(pass.drops());
+        made.edits.0.extend(edits);
+    }
+    made.drops.sort();
+    made.edits.0.sort_by_key(|edit| edit.at);
+    self_check(name, context.text, &made.edits)?;
+    Ok(made)
+}
+
+/// Stays in release builds: edits are whole instructions, apart from one another (design, invariant 1).
+fn self_check(variant: &'static str, text: &Text, edits: &Edits) -> Result<(), PassError> {
+    let mut free = 0;
+    for edit in &edits.0 {
+        let end = TextOff(edit.at.0 + edit.bytes.len() as u32);
+        let inner = edit.at.0 as usize + 1..end.0 as usize;
+        let detail = if edit.at.0 < free {
+            "overlaps the one before"
+        } else if !text.sweep.is_boundary(edit.at) || !text.sweep.is_boundary(end) {
+            "is not a whole instruction"
+        } else if text.sweep.boundaries.any(inner) {
+            "covers more than one instruction"
+        } else {
+            free = end.0;
+            continue;
+        };
+        return Err(PassError::SelfCheck {
+            variant,
+            at: text.va(edit.at),
+            detail,
+        });
+    }
+    Ok(())
+}
+
+impl Context<'_> {
+    fn thunk(&self, pass: &'static str, name: &str) -> Result<LinkVa, PassError> {
+        self.cave.thunks.get(name).copied().ok_or_else(|| PassError::NoThunk {
+            pass,
+            thunk: name.to_owned(),
+        })
+    }
+
+    /// `opcode rel32` to `target`, behind `prefixes` CS prefixes.
+    fn branch(&self, at: TextOff, prefixes: usize, opcode: u8, target: LinkVa) -> Vec<u8> {
+        let next = self.text.va(at).0 + prefixes as u64 + 5;
+        // The cave lies in the same text: well inside 2 GiB.
+        let displacement = target.0.wrapping_sub(next) as u32;
+        let mut bytes = vec![CS; prefixes];
+        bytes.push(opcode);
+        bytes.extend(displacement.to_le_bytes());
+        bytes
+    }
+
+    fn returns(&self) -> impl Iterator<Item = &Return> {
+        self.text.slots.returns.iter()
+    }
+
+    fn indirect(&self) -> impl Iterator<Item = &Indirect> {
+        self.text.slots.indirect.iter()
+    }
+}
+
+/// The CS segment prefix: ignored in 64-bit mode (SDM volume 2, 2.1.1).
+const CS: u8 = 0x2e;
+const CALL: u8 = 0xe8;
+const JMP: u8 = 0xe9;

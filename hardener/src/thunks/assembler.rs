@@ -1,0 +1,123 @@
+//! A section of thunks under construction, on iced's assembler: it remembers where absolute addresses and return tails stand.
+
+use super::Named;
+use iced_x86::code_asm::CodeAssembler;
+use iced_x86::{BlockEncoderOptions, IcedError};
+use penumbra_bundle::{LinkVa, Reloc, RelocKind, VaRange};
+
+/// Thunks start on a cache line's half, as the kernel's own do.
+const ALIGN: u64 = 32;
+const FILLER: u8 = 0xcc;
+
+/// Thunks, one after another.
+pub struct Section {
+    start: LinkVa,
+    bytes: Vec<u8>,
+    named: Vec<Named>,
+    relocs: Vec<Reloc>,
+    return_tails: Vec<LinkVa>,
+}
+
+/// One thunk under construction.
+pub struct Thunk {
+    /// iced's assembler.
+    pub asm: CodeAssembler,
+    absolute: Vec<usize>,
+    tails: Vec<usize>,
+}
+
+impl Thunk {
+    /// Says that the instruction assembled last holds a 32-bit sign-extended absolute address.
+    pub fn absolute(&mut self) {
+        self.absolute.push(self.asm.instructions().len() - 1);
+    }
+
+    /// Ends the thunk by returning as the kernel's return sites do.
+    pub fn return_tail(&mut self, return_thunk: LinkVa) -> Result<(), IcedError> {
+        self.tails.push(self.asm.instructions().len());
+        self.asm.jmp(return_thunk.0)
+    }
+}
+
+/// An address as the sign-extended 32-bit constant that instructions hold.
+pub fn imm32(va: LinkVa) -> i32 {
+    // The kernel is linked into the top 2 GiB (-mcmodel=kernel).
+    va.0 as u32 as i32
+}
+
+impl Section {
+    /// An empty section at `start`.
+    pub fn new(start: LinkVa) -> Section {
+        Section {
+            start,
+            bytes: Vec::new(),
+            named: Vec::new(),
+            relocs: Vec::new(),
+            return_tails: Vec::new(),
+        }
+    }
+
+    /// Assembles one thunk and gives its address.
+    ///
+    /// # Panics
+    /// When iced refuses an instruction or a jump's length: a mistake in a thunk's source, not in any input.
+    pub fn thunk(&mut self, name: &str, write: impl FnOnce(&mut Thunk) -> Result<(), IcedError>) -> LinkVa {
+        let at = (self.start.0 + self.bytes.len() as u64).next_multiple_of(ALIGN);
+        self.bytes.resize((at - self.start.0) as usize, FILLER);
+        let mut thunk = Thunk {
+            asm: CodeAssembler::new(64).expect("64 is a bitness"),
+            absolute: Vec::new(),
+            tails: Vec::new(),
+        };
+        write(&mut thunk).expect("the thunk's instructions exist");
+        let options = BlockEncoderOptions::RETURN_CONSTANT_OFFSETS
+            | BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
+        let done = thunk.asm.assemble_options(at, options).expect("the thunk's branches reach").inner;
+        for index in thunk.absolute {
+            let constants = done.constant_offsets[index];
+            let inside = match (constants.has_displacement(), constants.has_immediate()) {
+                (true, false) => (constants.displacement_offset(), constants.displacement_size()),
+                (false, true) => (constants.immediate_offset(), constants.immediate_size()),
+                both => panic!("{name}: one constant expected, {both:?}"),
+            };
+            assert_eq!(inside.1, 4, "{name}: an absolute address has 32 bits");
+            self.relocs.push(Reloc {
+                at: LinkVa(at + u64::from(done.new_instruction_offsets[index]) + inside.0 as u64),
+                kind: RelocKind::Abs32,
+            });
+        }
+        for index in thunk.tails {
+            let tail = done.new_instruction_offsets[index] as usize;
+            assert_eq!(done.code_buffer[tail..].len().min(6), 5, "{name}: a return tail is 5 bytes and last");
+            assert_eq!(done.code_buffer[tail], 0xe9, "{name}: a return tail is a near jump");
+            self.return_tails.push(LinkVa(at + tail as u64));
+        }
+        self.bytes.extend(&done.code_buffer);
+        let end = LinkVa(self.start.0 + self.bytes.len() as u64);
+        self.named.push(Named {
+            name: name.to_owned(),
+            range: VaRange { start: LinkVa(at), end },
+        });
+        LinkVa(at)
+    }
+
+    /// The code so far.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The thunks' symbols.
+    pub fn named(&self) -> &[Named] {
+        &self.named
+    }
+
+    /// Absolute addresses in the code.
+    pub fn relocs(&self) -> &[Reloc] {
+        &self.relocs
+    }
+
+    /// Return tails in the code.
+    pub fn return_tails(&self) -> &[LinkVa] {
+        &self.return_tails
+    }
+}

@@ -1,0 +1,93 @@
+//! `forward_cfi_REG`: the target in REG must be an entry whose address is taken, or lie outside the kernel's text.
+
+use super::assembler::{Section, Thunk, imm32};
+use super::{KernelThunks, Targets, lookup};
+use crate::text::{REGISTERS, Text};
+use iced_x86::IcedError;
+use iced_x86::code_asm::registers::*;
+use iced_x86::code_asm::*;
+use penumbra_bundle::LinkVa;
+
+/// Where an illegal call ends: an invalid instruction that is in no bug table, so the kernel kills the task.
+pub const VIOLATION: &str = "forward_cfi_violation";
+
+/// The thunk for register number `register`: r11 and the flags are free at calls that the compiler made in functions compiled
+/// with `-pg`; everywhere else everything is kept.
+pub fn name(register: u8, scratch_free: bool) -> String {
+    let form = if scratch_free { "" } else { "saving_" };
+    format!("forward_cfi_{form}{}", REGISTERS[usize::from(register)])
+}
+
+/// Assembles the thunks that the text's slots need.
+pub fn emit(section: &mut Section, targets: &Targets, kernel: &KernelThunks, text: &Text) {
+    let violation = section.thunk(VIOLATION, |thunk| thunk.asm.ud2());
+    let mut needed: Vec<(u8, bool)> = text
+        .slots
+        .indirect
+        .iter()
+        .map(|slot| (slot.register, slot.scratch_free))
+        .collect();
+    needed.sort_unstable();
+    needed.dedup();
+    for (register, scratch_free) in needed {
+        let Some(retpoline) = kernel.indirect.get(&register) else {
+            continue;
+        };
+        section.thunk(&name(register, scratch_free), |thunk| {
+            one(thunk, register, scratch_free, targets, *retpoline, violation)
+        });
+    }
+}
+
+fn one(
+    thunk: &mut Thunk,
+    register: u8,
+    scratch_free: bool,
+    targets: &Targets,
+    retpoline: LinkVa,
+    violation: LinkVa,
+) -> Result<(), IcedError> {
+    // r11 is never an argument nor the static chain, which is r10 (System V ABI, 3.2.3); a target in r11 is looked at
+    // through r10, saved.
+    let (scratch, scratch32, scratch8) = if register == 11 { (r10, r10d, r10b) } else { (r11, r11d, r11b) };
+    let save_scratch = !scratch_free || register == 11;
+    let target = [
+        rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15,
+    ][usize::from(register)];
+    let a = &mut thunk.asm;
+    let (mut ok, mut sparse, mut sorted) = (a.create_label(), a.create_label(), a.create_label());
+    if save_scratch {
+        a.push(scratch)?;
+    }
+    if !scratch_free {
+        a.pushfq()?;
+    }
+    a.mov(scratch, target)?;
+    a.sub(scratch, imm32(targets.text.start))?;
+    thunk.absolute();
+    let a = &mut thunk.asm;
+    a.cmp(scratch, targets.dense as i32)?;
+    a.jae(sparse)?;
+    a.test(scratch8, targets.granule as i32 - 1)?;
+    a.jne(sorted)?;
+    a.shr(scratch, targets.granule.trailing_zeros())?;
+    a.bt(qword_ptr(i64::from(imm32(targets.bitmap))), scratch)?;
+    thunk.absolute();
+    let a = &mut thunk.asm;
+    a.jae(violation.0)?;
+    a.set_label(&mut ok)?;
+    if !scratch_free {
+        a.popfq()?;
+    }
+    if save_scratch {
+        a.pop(scratch)?;
+    }
+    a.jmp(retpoline.0)?;
+    a.set_label(&mut sparse)?;
+    a.cmp(scratch, targets.text.len() as i32)?;
+    a.jae(ok)?;
+    a.set_label(&mut sorted)?;
+    lookup::sorted(thunk, scratch32, targets)?;
+    thunk.asm.je(ok)?;
+    thunk.asm.jmp(violation.0)
+}
