@@ -18,11 +18,16 @@ pub(crate) struct Table<'t, 'i> {
     pub(crate) head: usize,
 }
 
+/// The most findings that are kept: each costs a walk to its line, and nobody reads more.
+pub(crate) const MAX_FOUND: usize = 200;
+
 /// Reads the values of one file and collects what is wrong with them.
 pub(crate) struct Reader<'a> {
     pub(crate) file: &'a str,
     pub(crate) src: &'a str,
     pub(crate) found: Vec<Diagnostic>,
+    /// Stands for every finding after the last that is kept.
+    pub(crate) overflow: Option<Diagnostic>,
     /// The file does not parse as TOML, so a missing key may be one that the parser could not see.
     pub(crate) broken: bool,
 }
@@ -46,10 +51,15 @@ impl Reader<'_> {
         span: Range<usize>,
         message: impl Into<String>,
     ) -> &mut Diagnostic {
-        let place = (self.file, self.src);
         let index = self.found.len();
-        self.found
-            .push(Diagnostic::new(place, severity, code, span, message));
+        if index == MAX_FOUND {
+            let place = (self.file, "");
+            let hidden = || Diagnostic::new(place, Severity::Error, code, 0..0, "");
+            return self.overflow.get_or_insert_with(hidden);
+        }
+        let place = (self.file, self.src);
+        let diagnostic = Diagnostic::new(place, severity, code, span, message);
+        self.found.push(diagnostic);
         &mut self.found[index]
     }
 

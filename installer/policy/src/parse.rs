@@ -1,7 +1,7 @@
 //! From TOML to [`Policy`]: schema 1.
 
 use crate::diagnostic::{Diagnostic, Severity};
-use crate::fields::{Reader, Table, Value, list, suggest};
+use crate::fields::{MAX_FOUND, Reader, Table, Value, list, suggest};
 use crate::{Condition, DEFAULT_RULE, Glob, Policy, Process, Rule, Test, View};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -41,6 +41,7 @@ impl Policy {
             file: name,
             src,
             found: Vec::new(),
+            overflow: None,
             broken: false,
         };
         let policy = read(&mut reader);
@@ -48,6 +49,17 @@ impl Policy {
         found.sort_by_key(|diagnostic| (diagnostic.span.start, diagnostic.code));
         // The TOML parser says once for each of many open brackets that the file ends.
         found.dedup();
+        if reader.overflow.is_some() {
+            let message = format!("more than {MAX_FOUND} findings; the rest was not looked at");
+            let end = src.len()..src.len();
+            found.push(Diagnostic::new(
+                (name, src),
+                Severity::Error,
+                "P001",
+                end,
+                message,
+            ));
+        }
         let refused = |diagnostic: &Diagnostic| diagnostic.severity == Severity::Error;
         match policy {
             Some(policy) if !found.iter().any(refused) => Ok(Policy {
@@ -271,10 +283,7 @@ fn read_rules(reader: &mut Reader<'_>, root: Table<'_, '_>) -> BTreeMap<usize, R
         if let (Some(View::Fast), Some(value)) = (view, table.fields.get("match")) {
             warn_wide(reader, value, when.as_ref());
         }
-        // `unless` that is there and bad must not become one that is not there.
-        if let (Some((id, span)), Some(view), Some(when), None | Some(Some(_))) =
-            (id, view, when, &unless)
-        {
+        if let (Some((id, span)), Some(view), Some(when)) = (id, view, when) {
             let rule = Rule {
                 id,
                 reason,

@@ -3,7 +3,7 @@
 //! `BLESS=1 cargo test -p penumbra-policy` writes the expectations anew; read the difference before it is committed.
 #![allow(missing_docs, reason = "a test")]
 
-use penumbra_policy::{Policy, check_file, render};
+use penumbra_policy::{Policy, Severity, check_file, render};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -122,5 +122,58 @@ fn damaged_policies_never_panic() {
     assert!(
         refused > 5_000 && read > 500,
         "{refused} refused, {read} read"
+    );
+}
+
+/// Files made to keep a reader busy: as many findings as fit, in many lines and in one.
+#[test]
+fn hostile_sizes_are_refused_in_good_order() {
+    let head = "schema = 1\nname = \"t\"\nversion = 1\n";
+    let rule = "[[rule]]\nid = \"a\"\nreason = \"r\"\nview = \"fast\"\nmatch = ";
+    let many = |item: &str| item.repeat(900_000 / item.len());
+    for (what, body) in [
+        (
+            "unknown keys",
+            (0..90_000).map(|n| format!("k{n} = 1\n")).collect(),
+        ),
+        (
+            "bad values in one line",
+            format!("{rule}{{ uid = [{}] }}\n", many("\"x\", ")),
+        ),
+        // Warnings alone, so many that an error after them is not among the findings that are kept.
+        (
+            "warnings before an error",
+            format!(
+                "{rule}{{ exe = [{}] }}\n[[rule]]\nid = \"b\"\n",
+                many("\"/tmp/x\", ")
+            ),
+        ),
+        (
+            "warnings only",
+            format!("{rule}{{ exe = [{}] }}\n", many("\"/tmp/x\", ")),
+        ),
+        ("brackets", many("[[")),
+        ("quotes", many("\"\"\"")),
+        ("errors", many("= \n")),
+        ("rules", many("[[rule]]\n")),
+    ] {
+        let src = format!("{head}{body}");
+        let found = Policy::parse("p", &src).expect_err(what);
+        assert!(
+            !found.is_empty() && found.len() <= 201,
+            "{what}: {}",
+            found.len()
+        );
+        assert!(
+            found.iter().any(|found| found.severity == Severity::Error),
+            "{what}"
+        );
+        assert!(render(&src, &found).len() < 1 << 20, "{what}");
+    }
+    let large = format!("{head}{}", "#".repeat(1 << 20));
+    assert!(
+        Policy::parse("p", &large).unwrap_err()[0]
+            .message
+            .contains("larger than")
     );
 }
