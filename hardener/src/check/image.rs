@@ -5,7 +5,7 @@ use super::kernel::Kernel;
 use super::kernel::btf::Btf;
 use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
-use penumbra_bundle::{LinkVa, SiteKind, SlotKind, TextOff, VaRange};
+use penumbra_bundle::{LinkVa, Site, SiteKind, SlotKind, TextOff, VaRange};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -157,7 +157,18 @@ fn model(subject: &Subject<'_>, findings: &mut Findings<'_>) {
         (SiteKind::Paravirt, starts(&tables.paravirt)),
         (SiteKind::Alternative, starts(&alternatives)),
     ] {
+        // A part of an alternative may be a site of its own: it explains no byte that the alternative does not.
+        let enclosed = |site: &&Site| {
+            let start = place(&site.at);
+            let range = VaRange {
+                start,
+                end: LinkVa(start.0 + u64::from(site.len)),
+            };
+            kind == SiteKind::Alternative && alternatives.iter().any(|other| other.encloses(&range))
+        };
         let said = model.sites.iter().filter(|site| site.kind == kind);
+        let known: HashSet<LinkVa> = found.iter().copied().collect();
+        let said = said.filter(|site| known.contains(&place(&site.at)) || !enclosed(site));
         let said: HashSet<LinkVa> = said.map(|site| place(&site.at)).collect();
         let found = found.into_iter().filter(|at| kernel.in_text(*at));
         let found: HashSet<LinkVa> = found.collect();

@@ -219,12 +219,6 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
     let forbidden = forbidden(kernel)?;
     let returns: HashSet<LinkVa> = kernel.tables.return_sites.iter().copied().collect();
     let retpolines: HashSet<LinkVa> = kernel.tables.retpoline_sites.iter().copied().collect();
-    // The longest stretch bounds how far back an overlapping one may start.
-    let longest = forbidden
-        .iter()
-        .map(|part| part.range.len())
-        .max()
-        .unwrap_or(0);
     let (mut r, mut i) = (0, 0);
     for (variant, edit) in subject.edits() {
         let at = subject.place(edit);
@@ -254,16 +248,14 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
             findings.broken(Some(variant), Some(at), what);
             clean = false;
         }
-        let from = forbidden.partition_point(|part| part.range.start.0 + longest <= at.0);
+        let from = forbidden.partition_point(|part| part.range.end <= at);
         for part in &forbidden[from..] {
             if part.range.start >= end {
                 break;
             }
-            if part.range.end > at {
-                let what = format!("edits {} at {}", part.why, hex(part.range.start));
-                findings.broken(Some(variant), Some(at), what);
-                clean = false;
-            }
+            let what = format!("edits {} at {}", part.why, hex(part.range.start));
+            findings.broken(Some(variant), Some(at), what);
+            clean = false;
         }
         match edit.slot {
             SlotKind::Return => r += u64::from(clean),
@@ -340,5 +332,12 @@ fn forbidden(kernel: &Kernel) -> Result<Vec<Forbidden>, KernelError> {
         add(kernel.symbols.between(start, end)?, why);
     }
     list.sort_by_key(|part| part.range.start);
+    // Apart from one another: of overlapping ones each keeps what those before it leave.
+    let mut end = LinkVa(0);
+    for part in &mut list {
+        part.range.start = part.range.start.max(end);
+        end = end.max(part.range.end);
+    }
+    list.retain(|part| !part.range.is_empty());
     Ok(list)
 }

@@ -34,6 +34,13 @@ pub fn decoded_tables(bundle: &Bundle, image: &CaveImage) -> Vec<Vec<u64>> {
                 .map(|word| u64::from(u32::from_le_bytes(word.try_into().expect("4 bytes"))))
                 .collect(),
         };
+        if table.kind == TableKind::SortedOffsets {
+            // An offset that no text reaches fills the table up behind its last member.
+            while members
+                .pop_if(|member| *member == u64::from(u32::MAX))
+                .is_some()
+            {}
+        }
         for member in &mut members {
             *member = member.wrapping_add(table.covers.start.0);
         }

@@ -1,7 +1,7 @@
 //! Rule 4: every thunk that an edit reaches keeps what its slots must keep and lets through exactly what its tables hold.
 
 use super::cave::CaveImage;
-use super::exec::machine::{Code, Contract, Exit, Fault, Machine, register_name};
+use super::exec::machine::{Code, Contract, Exit, Fault, Machine};
 use super::exec::tree::{Lookup, Tree, Wrong};
 use super::kernel::Kernel;
 use super::kernel::symbols::hex;
@@ -245,110 +245,126 @@ fn fields(subject: &Subject<'_>, image: &CaveImage, findings: &mut Findings<'_>)
     findings.proved("return tails", tails.len() as u64);
 }
 
+/// A thunk and what its slots ask of it.
+type Key = (LinkVa, Contract);
+/// The tables that a thunk reads, or where it fails and how.
+type Verdict = Result<Vec<usize>, (LinkVa, String)>;
+
 fn prove(
     subject: &Subject<'_>,
     image: &CaveImage,
-    groups: &BTreeMap<(LinkVa, Contract), Group<'_>>,
+    groups: &BTreeMap<Key, Group<'_>>,
     findings: &mut Findings<'_>,
     roles: &mut Roles,
 ) {
-    let cave = &subject.bundle.manifest.cave;
     let tables = decoded_tables(subject.bundle, image);
-    let mut faulty = BTreeSet::new();
-    for slide in SLIDES {
-        let bytes = image.relocated(cave, slide);
-        let code = Code {
-            start: cave.range.start.0.wrapping_add(slide),
-            bytes: &bytes,
-            executable: (
-                image.thunks.start.0.wrapping_add(slide),
-                image.thunks.end.0.wrapping_add(slide),
-            ),
+    let keys: Vec<Key> = groups.keys().copied().collect();
+    let (keys, tables) = (&keys, &tables);
+    // Evaluating a decision for every address takes longest by far, so each slide has its own thread.
+    let proofs: Vec<(Vec<Verdict>, u64)> = std::thread::scope(|scope| {
+        let threads =
+            SLIDES.map(|slide| scope.spawn(move || prove_at(subject, image, keys, tables, slide)));
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
-        let moved: Vec<Vec<u64>> = tables
-            .iter()
-            .map(|members| members.iter().map(|at| at.wrapping_add(slide)).collect())
-            .collect();
-        let lookups: Vec<Lookup<'_>> = cave
-            .tables
-            .iter()
-            .zip(&moved)
-            .map(|(table, members)| {
-                let at = |va: LinkVa| va.0.wrapping_add(slide);
-                Lookup {
-                    place: (at(table.range.start), at(table.range.end)),
-                    covers: (at(table.covers.start), at(table.covers.end)),
-                    members,
-                }
-            })
-            .collect();
-        let exit = |at: u64| {
-            let at = LinkVa(at.wrapping_sub(slide));
-            if cave.return_tails.binary_search(&at).is_ok() {
-                return Some(Exit::Return);
-            }
-            subject
-                .thunks
-                .indirect
-                .get(&at)
-                .map(|register| Exit::Indirect(*register))
-        };
-        let mut proved: Vec<(Tree, Result<BTreeSet<usize>, Wrong>)> = Vec::new();
-        for ((thunk, contract), group) in groups {
-            if faulty.contains(&(*thunk, *contract)) {
-                continue;
-            }
-            let name = image.describe(*thunk);
-            let mut broken = |address: LinkVa, what: String| {
-                let what = format!(
-                    "{name} {what}; {} slots use it, the first is {}",
-                    group.slots,
-                    hex(group.first)
-                );
-                findings.broken(Some(group.variant), Some(address), what);
-                faulty.insert((*thunk, *contract));
-            };
-            let tree = match Machine::run(&code, &exit, *contract, thunk.0.wrapping_add(slide)) {
-                Ok(tree) => tree,
-                Err(Fault { at, what }) => {
-                    let at = LinkVa(at.wrapping_sub(slide));
-                    broken(at, format!("fails at {}: it {what}", image.describe(at)));
-                    continue;
-                }
-            };
-            let known = proved.iter().position(|(other, _)| *other == tree);
-            let index = known.unwrap_or_else(|| {
-                let verdict = tree.prove(&code, &lookups);
-                proved.push((tree, verdict));
-                proved.len() - 1
-            });
-            match &proved[index].1 {
-                Ok(seen) => {
-                    let seen: Vec<usize> = seen.iter().copied().collect();
-                    match contract.target {
-                        None => roles.returns.insert(seen),
-                        Some(_) => roles.entries.insert(seen),
-                    };
-                }
-                Err(wrong) => broken(*thunk, explain(subject, *wrong, slide)),
-            }
+        threads.into_iter().map(join).collect()
+    });
+    let (mut contracts, mut slots, mut kinds) = (0, 0, BTreeSet::new());
+    for (index, (key, group)) in groups.iter().enumerate() {
+        let (thunk, contract) = key;
+        let verdicts = proofs.iter().map(|(verdicts, _)| &verdicts[index]);
+        if let Some(Err((at, what))) = verdicts.clone().find(|verdict| verdict.is_err()) {
+            let what = format!(
+                "{} {what}; {} slots use it, the first is {}",
+                image.describe(*thunk),
+                group.slots,
+                hex(group.first)
+            );
+            findings.broken(Some(group.variant), Some(*at), what);
+            continue;
         }
-        if slide == 0 {
-            findings.proved("decisions evaluated for every address", proved.len() as u64);
+        for seen in verdicts.flatten() {
+            match contract.target {
+                None => roles.returns.insert(seen.clone()),
+                Some(_) => roles.entries.insert(seen.clone()),
+            };
         }
+        contracts += 1;
+        slots += group.slots;
+        kinds.insert((contract.target, contract.flags));
     }
-    let good = groups.keys().filter(|key| !faulty.contains(key));
-    let keeps: BTreeSet<String> = good
-        .clone()
-        .map(|(_, contract)| match contract.target {
-            None if contract.flags => "return thunk that may lose r10, r11, flags".to_owned(),
-            None => "return thunk that keeps all".to_owned(),
-            Some(register) => format!("thunk for {}", register_name(register)),
+    let decisions = proofs.iter().map(|(_, decisions)| *decisions).max();
+    findings.proved(
+        "decisions evaluated for every address",
+        decisions.unwrap_or(0),
+    );
+    findings.proved("kinds of thunk", kinds.len() as u64);
+    findings.proved("thunk contracts", contracts);
+    findings.proved("slots behind them", slots);
+}
+
+/// The verdict on each thunk with the kernel at `slide`, and how many different decisions there were.
+fn prove_at(
+    subject: &Subject<'_>,
+    image: &CaveImage,
+    keys: &[Key],
+    tables: &[Vec<u64>],
+    slide: u64,
+) -> (Vec<Verdict>, u64) {
+    let cave = &subject.bundle.manifest.cave;
+    let bytes = image.relocated(cave, slide);
+    let up = |va: LinkVa| va.0.wrapping_add(slide);
+    let down = |at: u64| LinkVa(at.wrapping_sub(slide));
+    let code = Code {
+        start: up(cave.range.start),
+        bytes: &bytes,
+        executable: (up(image.thunks.start), up(image.thunks.end)),
+    };
+    let moved: Vec<Vec<u64>> = tables
+        .iter()
+        .map(|members| members.iter().map(|at| at.wrapping_add(slide)).collect())
+        .collect();
+    let lookups: Vec<Lookup<'_>> = cave
+        .tables
+        .iter()
+        .zip(&moved)
+        .map(|(table, members)| Lookup {
+            place: (up(table.range.start), up(table.range.end)),
+            covers: (up(table.covers.start), up(table.covers.end)),
+            members,
         })
         .collect();
-    findings.proved("thunk contracts", good.clone().count() as u64);
-    findings.proved("kinds of thunk", keeps.len() as u64);
-    findings.proved("slots behind them", good.map(|key| groups[key].slots).sum());
+    let exit = |at: u64| {
+        let at = down(at);
+        if cave.return_tails.binary_search(&at).is_ok() {
+            return Some(Exit::Return);
+        }
+        let register = subject.thunks.indirect.get(&at)?;
+        Some(Exit::Indirect(*register))
+    };
+    let mut proved: Vec<(Tree, Result<BTreeSet<usize>, Wrong>)> = Vec::new();
+    let verdict = |(thunk, contract): &Key| {
+        let tree = Machine::run(&code, &exit, *contract, up(*thunk)).map_err(|fault| {
+            let Fault { at, what } = fault;
+            let at = down(at);
+            (at, format!("fails at {}, which {what}", image.describe(at)))
+        })?;
+        // Thunks that decide alike are proved once.
+        let known = proved.iter().position(|(other, _)| *other == tree);
+        let index = known.unwrap_or_else(|| {
+            let verdict = tree.prove(&code, &lookups);
+            proved.push((tree, verdict));
+            proved.len() - 1
+        });
+        match &proved[index].1 {
+            Ok(seen) => Ok(seen.iter().copied().collect()),
+            Err(wrong) => Err((*thunk, explain(subject, *wrong, slide))),
+        }
+    };
+    let verdicts = keys.iter().map(verdict).collect();
+    (verdicts, proved.len() as u64)
 }
 
 fn explain(subject: &Subject<'_>, wrong: Wrong, slide: u64) -> String {

@@ -341,7 +341,24 @@ pub fn sign_extend(value: u64, bits: u32) -> u64 {
     ((value << unused) as i64 >> unused) as u64
 }
 
+/// Applies an operation to each place: `place op operand`.
+pub fn apply_all(op: Bin, places: &mut [u64], operands: impl Iterator<Item = u64>) {
+    // One loop an operation, so that the operation is not chosen again for each place.
+    macro_rules! each {
+        ($($op:ident),*) => {
+            match op {
+                $(Bin::$op => places
+                    .iter_mut()
+                    .zip(operands)
+                    .for_each(|(place, operand)| *place = apply(Bin::$op, *place, operand)),)*
+            }
+        };
+    }
+    each!(Add, Sub, And, Or, Xor, Shl, Shr, Sar, Eq, Below, Less);
+}
+
 /// What an operation gives.
+#[inline(always)]
 pub fn apply(op: Bin, a: u64, b: u64) -> u64 {
     match op {
         Bin::Add => a.wrapping_add(b),

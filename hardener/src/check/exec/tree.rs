@@ -2,13 +2,13 @@
 
 use super::interval::Set;
 use super::machine::Code;
-use super::term::{Arena, Op, Term, apply, sign_extend};
+use super::term::{Arena, Op, Term, apply_all, sign_extend};
 use std::collections::{BTreeSet, HashMap};
 
 /// More subjects than any table speaks about.
 const MAX_SUBJECTS: u64 = 1 << 28;
 /// Subjects evaluated at a time.
-const LANES: usize = 1024;
+const LANES: u64 = 4096;
 
 /// A node in a [`Tree`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -111,6 +111,8 @@ impl Tree {
         let mut bounded = Set::none();
         for node in &self.nodes {
             match node {
+                // What stands at a fixed place may be read for every subject.
+                Node::Touch { load, .. } if self.is_fixed(*load) => {}
                 Node::Touch { subjects, .. } | Node::Leaf(Leaf::Trap, subjects) => {
                     bounded = bounded.union(subjects);
                 }
@@ -184,7 +186,14 @@ impl Tree {
         }
     }
 
-    /// Evaluates every subject from `low` to `high`, both inside; adds those that pass.
+    fn is_fixed(&self, load: Term) -> bool {
+        match self.ops[load.0 as usize] {
+            Op::Load(_, address) => matches!(self.ops[address.0 as usize], Op::Const(_)),
+            _ => false,
+        }
+    }
+
+    /// Evaluates every subject from `low` to `high`, both inside; adds those that pass, in order.
     fn evaluate(
         &self,
         code: &Code<'_>,
@@ -194,99 +203,110 @@ impl Tree {
         seen: &mut BTreeSet<usize>,
         passed: &mut Vec<u64>,
     ) -> Result<(), Wrong> {
-        let mut lanes = vec![[0u64; LANES]; self.ops.len()];
-        let mut next = low;
+        let mut first = low;
         loop {
-            let count = (high - next).min(LANES as u64 - 1) as usize + 1;
-            self.fill(code, next, count, &mut lanes);
-            for lane in 0..count {
-                let subject = next + lane as u64;
-                let leaf = self.walk(
-                    lane,
-                    |load| {
-                        let Op::Load(bytes, address) = self.ops[load.0 as usize] else {
-                            return Ok(());
-                        };
-                        let at = lanes[address.0 as usize][lane];
-                        let inside = |table: &Lookup<'_>| table.place.0 <= at && at < table.place.1;
-                        if let Some(table) = tables.iter().position(inside) {
-                            seen.insert(table);
-                        } else if code.load(at, bytes).is_some() {
-                            return Err(Wrong::NotATable(subject, at));
+            let last = first.saturating_add(LANES - 1).min(high);
+            let before = passed.len();
+            // Lanes part at branches and go on as smaller groups.
+            let mut groups: Vec<(NodeId, Vec<u64>)> = vec![(self.root, (first..=last).collect())];
+            while let Some((at, lanes)) = groups.pop() {
+                match &self.nodes[at.0] {
+                    Node::Branch { cond, yes, no } => {
+                        let truths = self.values(code, *cond, &lanes);
+                        let (mut taken, mut not) = (Vec::new(), Vec::new());
+                        for (lane, truth) in lanes.into_iter().zip(truths) {
+                            match truth {
+                                0 => not.push(lane),
+                                _ => taken.push(lane),
+                            }
                         }
-                        match code.load(at, bytes) {
-                            Some(_) => Ok(()),
-                            None => Err(Wrong::Reads(subject, at)),
-                        }
-                    },
-                    &lanes,
-                )?;
-                if leaf == Leaf::Pass {
-                    passed.push(subject);
+                        let arms = [(*yes, taken), (*no, not)];
+                        groups.extend(arms.into_iter().filter(|(_, lanes)| !lanes.is_empty()));
+                    }
+                    Node::Touch { load, next, .. } => {
+                        self.touch(code, tables, *load, &lanes, seen)?;
+                        groups.push((*next, lanes));
+                    }
+                    Node::Leaf(Leaf::Pass, _) => passed.extend(lanes),
+                    Node::Leaf(Leaf::Trap, _) => {}
                 }
             }
-            match next.checked_add(count as u64) {
-                Some(after) if after <= high => next = after,
-                _ => return Ok(()),
+            passed[before..].sort_unstable();
+            if last == high {
+                return Ok(());
             }
+            first = last + 1;
         }
     }
 
-    fn fill(&self, code: &Code<'_>, first: u64, count: usize, lanes: &mut [[u64; LANES]]) {
-        for (index, op) in self.ops.iter().enumerate() {
-            // Operands stand before what uses them.
-            let (done, rest) = lanes.split_at_mut(index);
-            let out = &mut rest[0][..count];
-            match op {
-                Op::Subject => {
-                    let mut subject = first;
-                    for place in out {
-                        *place = subject;
-                        subject = subject.wrapping_add(1);
-                    }
-                }
-                Op::Const(value) => out.fill(*value),
-                Op::Bin(op, left, right) => {
-                    let (left, right) = (&done[left.0 as usize], &done[right.0 as usize]);
-                    for (place, (a, b)) in out.iter_mut().zip(left.iter().zip(right)) {
-                        *place = apply(*op, *a, *b);
-                    }
-                }
-                Op::SignExtend(bits, inner) => {
-                    for (place, value) in out.iter_mut().zip(&done[inner.0 as usize]) {
-                        *place = sign_extend(*value, u32::from(*bits));
-                    }
-                }
-                Op::Load(bytes, address) => {
-                    for (place, at) in out.iter_mut().zip(&done[address.0 as usize]) {
-                        // An address that no path reads may be anything; one that a path reads is checked there.
-                        *place = code.load(*at, *bytes).unwrap_or(0);
-                    }
-                }
-                _ => unreachable!("conditions depend on the subject only"),
-            }
-        }
-    }
-
-    fn walk(
+    /// Every read is of a table.
+    fn touch(
         &self,
-        lane: usize,
-        mut touch: impl FnMut(Term) -> Result<(), Wrong>,
-        lanes: &[[u64; LANES]],
-    ) -> Result<Leaf, Wrong> {
-        let mut at = self.root;
-        loop {
-            at = match &self.nodes[at.0] {
-                Node::Branch { cond, yes, no } => match lanes[cond.0 as usize][lane] {
-                    0 => *no,
-                    _ => *yes,
-                },
-                Node::Touch { load, next, .. } => {
-                    touch(*load)?;
-                    *next
+        code: &Code<'_>,
+        tables: &[Lookup<'_>],
+        load: Term,
+        lanes: &[u64],
+        seen: &mut BTreeSet<usize>,
+    ) -> Result<(), Wrong> {
+        let Op::Load(bytes, address) = self.ops[load.0 as usize] else {
+            return Ok(());
+        };
+        let values = self.values(code, address, lanes);
+        let (low, high) = values.iter().fold((u64::MAX, 0), |(low, high), at| {
+            (low.min(*at), high.max(*at))
+        });
+        let whole = tables
+            .iter()
+            .position(|table| table.place.0 <= low && high < table.place.1);
+        if let (Some(table), Some(_)) = (whole, code.load(high, bytes)) {
+            seen.insert(table);
+            return Ok(());
+        }
+        for (lane, at) in lanes.iter().zip(values) {
+            if code.load(at, bytes).is_none() {
+                return Err(Wrong::Reads(*lane, at));
+            }
+            let table = tables
+                .iter()
+                .position(|table| table.place.0 <= at && at < table.place.1);
+            seen.insert(table.ok_or(Wrong::NotATable(*lane, at))?);
+        }
+        Ok(())
+    }
+
+    /// The value of `term` for each subject.
+    fn values(&self, code: &Code<'_>, term: Term, lanes: &[u64]) -> Vec<u64> {
+        match self.ops[term.0 as usize] {
+            Op::Subject => lanes.to_vec(),
+            Op::Const(value) => vec![value; lanes.len()],
+            Op::Bin(op, left, right) => {
+                let mut out = self.values(code, left, lanes);
+                if let Op::Const(value) = self.ops[right.0 as usize] {
+                    apply_all(op, &mut out, std::iter::repeat(value));
+                } else {
+                    let right = self.values(code, right, lanes);
+                    apply_all(op, &mut out, right.into_iter());
                 }
-                Node::Leaf(leaf, _) => return Ok(*leaf),
-            };
+                out
+            }
+            Op::SignExtend(bits, inner) => {
+                let mut out = self.values(code, inner, lanes);
+                for place in &mut out {
+                    *place = sign_extend(*place, u32::from(bits));
+                }
+                out
+            }
+            Op::Load(bytes, address) => {
+                let mut out = self.values(code, address, lanes);
+                // `touch` has refused reads outside the cave on every path that gets here.
+                for place in &mut out {
+                    *place = code.load(*place, bytes).unwrap_or(0);
+                }
+                out
+            }
+            Op::Reg(_) | Op::Flag(_) | Op::Stack(_) | Op::Unknown(_) | Op::Flags(_) => {
+                unreachable!("the machine refuses conditions and addresses on anything else")
+            }
         }
     }
 }
