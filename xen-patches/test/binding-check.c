@@ -3,7 +3,8 @@
  * Drives HVMOP_altp2m_binding on a live guest, from dom0.
  *
  *   binding-check api   DOMID POKING_MM POKING_ADDR PGD_OFFSET
- *   binding-check storm DOMID POKING_MM POKING_ADDR PGD_OFFSET TEXT END SECONDS
+ *   binding-check storm DOMID POKING_MM POKING_ADDR PGD_OFFSET TEXT END SECONDS [logdirty]
+ *   binding-check lost  DOMID POKING_MM POKING_ADDR PGD_OFFSET
  *
  * POKING_MM and POKING_ADDR are the addresses of the guest kernel's variables
  * of these names, PGD_OFFSET that of pgd in its struct mm_struct, TEXT and END
@@ -13,6 +14,9 @@
  * storm: two views, each with its own copy of the whole text, bound to the
  * roots the guest uses; the default view changes all the time.  Afterwards all
  * copies have to equal the guest's text, whatever it wrote to it meanwhile.
+ * With logdirty, log-dirty mode goes on and off at each turn: all of the guest's
+ * p2m entries change under the views.
+ * lost: takes away a page that a bound view needs; the guest has to be crashed.
  *
  * One line per check, "ok ..." or "FAIL ...".  Exit code 0: all ok, 1: not
  * all, 2: could not be run.
@@ -394,7 +398,7 @@ static unsigned long differing(unsigned int copy)
 }
 
 static void storm(uint64_t poking_root, uint64_t poking_addr, uint64_t text, uint64_t end,
-                  unsigned int seconds)
+                  unsigned int seconds, bool logdirty)
 {
     uint16_t view[3] = { 0 };
     xen_pfn_t *gfns, *text_gfn;
@@ -462,8 +466,16 @@ static void storm(uint64_t poking_root, uint64_t poking_addr, uint64_t text, uin
         if ( act(DEFAULT, view[rand() % 3], 0, 0) )
             die("DEFAULT");
         flips++;
+        if ( logdirty &&
+             xc_logdirty_control(xch, dom, flips & 1 ? XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY
+                                                     : XEN_DOMCTL_SHADOW_OP_OFF,
+                                 NULL, 0, 0, NULL) < 0 )
+            die("log-dirty mode");
         usleep(rand() % 3000);
     }
+
+    if ( logdirty && flips & 1 )
+        xc_logdirty_control(xch, dom, XEN_DOMCTL_SHADOW_OP_OFF, NULL, 0, 0, NULL);
 
     /* Compare at a moment without a write under way. */
     for ( tries = 1; tries <= 200; tries++ )
@@ -497,20 +509,48 @@ static void storm(uint64_t poking_root, uint64_t poking_addr, uint64_t text, uin
     check(!xc_domain_decrease_reservation_exact(xch, dom, 2 * pages, 0, gfns), "copies freed");
 }
 
+static void lost(uint64_t poking_root, uint64_t poking_addr)
+{
+    xen_pfn_t gfn = COPIES;
+    xc_domaininfo_t info;
+    uint16_t view;
+    unsigned int i;
+
+    if ( xc_domain_setmaxmem(xch, dom, 1UL << 20) ||
+         xc_domain_populate_physmap_exact(xch, dom, 1, 0, 0, &gfn) ||
+         xc_altp2m_set_domain_state(xch, dom, true) )
+        die("prepare");
+    view = new_view();
+    /* Any page of the guest's will do, as long as nobody runs in the view. */
+    if ( xc_altp2m_change_gfn(xch, dom, view, 0x100, gfn) ||
+         act(ARM, 0, poking_root, poking_addr) )
+        die("prepare");
+    for ( i = 0; i < 20 && act(ENABLE, 0, 0, stats().out[3]) == EAGAIN; i++ )
+        ;
+    expect("SET", 0, act(SET, view, 0x1000, 0));
+    check(!xc_domain_decrease_reservation_exact(xch, dom, 1, 0, &gfn), "page taken away");
+    if ( xc_domain_getinfolist(xch, dom, 1, &info) != 1 || info.domain != dom )
+        die("state of the domain");
+    check((info.flags & XEN_DOMINF_shutdown) &&
+          ((info.flags >> XEN_DOMINF_shutdownshift) & XEN_DOMINF_shutdownmask) == SHUTDOWN_crash,
+          "the guest has been crashed");
+}
+
 int main(int argc, char **argv)
 {
     uint64_t arg[8] = { 0 }, root;
     bool is_storm = argc > 1 && !strcmp(argv[1], "storm");
+    bool logdirty = is_storm && argc == 10 && !strcmp(argv[9], "logdirty");
     int i;
 
-    if ( argc != (is_storm ? 9 : 6) )
+    if ( argc != (is_storm ? 9 + logdirty : 6) )
     {
-        fprintf(stderr, "usage: %s api DOMID POKING_MM POKING_ADDR PGD_OFFSET\n"
-                "       %s storm DOMID POKING_MM POKING_ADDR PGD_OFFSET TEXT END SECONDS\n",
+        fprintf(stderr, "usage: %s api|lost DOMID POKING_MM POKING_ADDR PGD_OFFSET\n"
+                "       %s storm DOMID POKING_MM POKING_ADDR PGD_OFFSET TEXT END SECONDS [logdirty]\n",
                 argv[0], argv[0]);
         return 2;
     }
-    for ( i = 2; i < argc; i++ )
+    for ( i = 2; i < argc - logdirty; i++ )
         arg[i - 2] = strtoull(argv[i], NULL, 0);
 
     xch = xc_interface_open(NULL, NULL, 0);
@@ -522,7 +562,9 @@ int main(int argc, char **argv)
     root = phys(read64(read64(arg[1]) + arg[3]));
 
     if ( is_storm )
-        storm(root, read64(arg[2]), arg[4], arg[5], arg[6]);
+        storm(root, read64(arg[2]), arg[4], arg[5], arg[6], logdirty);
+    else if ( !strcmp(argv[1], "lost") )
+        lost(root, read64(arg[2]));
     else
         api(root, read64(arg[2]));
 
