@@ -5,7 +5,8 @@ use crate::passes::{self, Context, PassError};
 use crate::text::{self, REGISTERS, Text, TextError};
 use crate::thunks::{self, CaveContents, KernelThunks};
 use penumbra_bundle::{
-    Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, RunTimeModel, SCHEMA, Symbol, Symbols, Variant, VaRange, WriteError,
+    Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, RunTimeModel, SCHEMA, Symbol, Symbols,
+    VaRange, Variant, WriteError,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,12 +17,39 @@ const LAYOUT: &[(&str, &[&str])] = &[
     (
         "task_struct",
         &[
-            "tasks", "mm", "active_mm", "pid", "tgid", "comm", "cred", "real_cred", "start_time", "start_boottime", "stack",
-            "flags", "real_parent", "group_leader", "thread_node", "signal", "exit_state", "__state",
+            "tasks",
+            "mm",
+            "active_mm",
+            "pid",
+            "tgid",
+            "comm",
+            "cred",
+            "real_cred",
+            "start_time",
+            "start_boottime",
+            "stack",
+            "flags",
+            "real_parent",
+            "group_leader",
+            "thread_node",
+            "signal",
+            "exit_state",
+            "__state",
         ],
     ),
     ("signal_struct", &["thread_head"]),
-    ("mm_struct", &["pgd", "exe_file", "mm_users", "mm_count", "start_code", "arg_start", "arg_end"]),
+    (
+        "mm_struct",
+        &[
+            "pgd",
+            "exe_file",
+            "mm_users",
+            "mm_count",
+            "start_code",
+            "arg_start",
+            "arg_end",
+        ],
+    ),
     ("file", &["f_path", "f_inode"]),
     ("path", &["mnt", "dentry"]),
     ("dentry", &["d_name", "d_parent", "d_inode", "d_iname"]),
@@ -32,17 +60,35 @@ const LAYOUT: &[(&str, &[&str])] = &[
     ("list_head", &["next"]),
 ];
 /// Members that not every kernel has.
-const LAYOUT_OPTIONAL: &[(&str, &[&str])] = &[("task_struct", &["thread_group", "thread_info", "thread", "on_cpu"])];
+const LAYOUT_OPTIONAL: &[(&str, &[&str])] = &[(
+    "task_struct",
+    &["thread_group", "thread_info", "thread", "on_cpu"],
+)];
 /// Structures whose sizes the installer needs.
 const SIZES: &[&str] = &["task_struct", "mm_struct"];
 /// 16 KiB on x86-64 without KASAN (arch/x86/include/asm/page_64_types.h, `THREAD_SIZE_ORDER` 2).
 const THREAD_SIZE: u32 = 0x4000;
 /// Data symbols that the installer needs, and those that not every kernel has.
 const DATA: &[&str] = &[
-    "init_task", "poking_mm", "poking_addr", "init_top_pgt", "page_offset_base", "vmemmap_base", "phys_base", "linux_banner",
-    "init_mm", "__per_cpu_offset",
+    "init_task",
+    "poking_mm",
+    "poking_addr",
+    "init_top_pgt",
+    "page_offset_base",
+    "vmemmap_base",
+    "phys_base",
+    "linux_banner",
+    "init_mm",
+    "__per_cpu_offset",
 ];
-const DATA_OPTIONAL: &[&str] = &["efi_mm", "nr_cpu_ids", "_text", "_end", "__start_rodata", "hypercall_page"];
+const DATA_OPTIONAL: &[&str] = &[
+    "efi_mm",
+    "nr_cpu_ids",
+    "_text",
+    "_end",
+    "__start_rodata",
+    "hypercall_page",
+];
 
 /// Why there is no bundle.
 #[derive(Debug, Error)]
@@ -195,7 +241,12 @@ fn file_ref(name: &str) -> FileRef {
     }
 }
 
-fn manifest(image: &Image, text: &Text, cave: &CaveContents, variants: Vec<Variant>) -> Result<Manifest, Fault> {
+fn manifest(
+    image: &Image,
+    text: &Text,
+    cave: &CaveContents,
+    variants: Vec<Variant>,
+) -> Result<Manifest, Fault> {
     let banner = image.banner()?;
     let release = banner.split(' ').nth(2).unwrap_or_default().to_owned();
     let notes = image.section(".notes").map(|section| section.range);
@@ -238,11 +289,16 @@ fn layout(image: &Image) -> Result<BTreeMap<String, u32>, Fault> {
     let mut layout = BTreeMap::from([("const.THREAD_SIZE".to_owned(), THREAD_SIZE)]);
     let offset = |structure: &str, member: &str| image.btf.member(structure, member)?.byte();
     let members = |list: &'static [(&str, &[&str])]| {
-        list.iter().flat_map(|(structure, members)| members.iter().map(move |member| (*structure, *member)))
+        list.iter().flat_map(|(structure, members)| {
+            members.iter().map(move |member| (*structure, *member))
+        })
     };
     for (structure, member) in members(LAYOUT) {
         let found = offset(structure, member).ok_or_else(|| {
-            Fault::unsupported(".BTF", format!("`struct {structure}` has no member `{member}`, which the installer reads"))
+            Fault::unsupported(
+                ".BTF",
+                format!("`struct {structure}` has no member `{member}`, which the installer reads"),
+            )
         })?;
         layout.insert(format!("{structure}.{member}"), found);
     }
@@ -253,7 +309,9 @@ fn layout(image: &Image) -> Result<BTreeMap<String, u32>, Fault> {
     }
     for structure in SIZES {
         let size = image.btf.size_of(structure);
-        let size = size.ok_or_else(|| Fault::unsupported(".BTF", format!("does not describe `struct {structure}`")))?;
+        let size = size.ok_or_else(|| {
+            Fault::unsupported(".BTF", format!("does not describe `struct {structure}`"))
+        })?;
         layout.insert(format!("sizeof.{structure}"), size);
     }
     Ok(layout)
@@ -274,7 +332,10 @@ fn data(image: &Image) -> Result<BTreeMap<String, LinkVa>, Fault> {
 
 /// Every symbol in the text's pages, whatever its kind.
 fn symbols(image: &Image, text: &Text) -> Symbols {
-    let inside = image.symbols.iter().filter(|symbol| text.range.contains(symbol.va));
+    let inside = image
+        .symbols
+        .iter()
+        .filter(|symbol| text.range.contains(symbol.va));
     let named = inside.map(|symbol| Symbol {
         at: penumbra_bundle::TextOff((symbol.va.0 - text.range.start.0) as u32),
         name: symbol.name.clone(),

@@ -1,12 +1,15 @@
 //! Rewrites a distribution kernel's text into variants, from the image as the distribution ships it.
 //!
 //! Data flows one way: [`image`] (unpacked, its tables read) to [`text`] (swept, slots and caves found) to [`passes`] (slot
-//! edits) with [`thunks`] (what the edits call) to a bundle ([`emit`]), which `report` prints and [`check`] verifies afresh.
+//! edits) with [`thunks`] (what the edits call) to a bundle ([`emit`]), which [`report`] prints and [`check`] verifies afresh.
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod cli;
 pub mod emit;
+pub mod exit;
 pub mod image;
 pub mod passes;
+pub mod report;
 pub mod text;
 pub mod thunks;

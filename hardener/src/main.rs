@@ -1,1 +1,6 @@
-fn main() {}
+//! The `hardener` command.
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    hardener::cli::main()
+}

@@ -60,14 +60,21 @@ impl Btf {
         }
         let fields = || -> Option<[u32; 5]> {
             let mut reader = Reader::new(section, 4);
-            Some([reader.u32()?, reader.u32()?, reader.u32()?, reader.u32()?, reader.u32()?])
+            Some([
+                reader.u32()?,
+                reader.u32()?,
+                reader.u32()?,
+                reader.u32()?,
+                reader.u32()?,
+            ])
         };
         let [header_len, type_off, type_len, str_off, str_len] =
             fields().ok_or_else(|| damaged("ends inside its header".to_owned()))?;
         let part = |what: &str, offset: u32, len: u32| {
             let start = u64::from(header_len) + u64::from(offset);
             let end = start + u64::from(len);
-            let bytes = (end <= section.len() as u64).then(|| &section[start as usize..end as usize]);
+            let bytes =
+                (end <= section.len() as u64).then(|| &section[start as usize..end as usize]);
             bytes.ok_or_else(|| damaged(format!("its {what} leave the section")))
         };
         let mut btf = Btf {
@@ -80,8 +87,11 @@ impl Btf {
         let mut id = 1;
         while reader.position() < btf.types.len() {
             let at = reader.position();
-            let one = read_type(&mut reader)
-                .ok_or_else(|| damaged(format!("type {id} at {at:#x} leaves the section or is of an unknown kind")))?;
+            let one = read_type(&mut reader).ok_or_else(|| {
+                damaged(format!(
+                    "type {id} at {at:#x} leaves the section or is of an unknown kind"
+                ))
+            })?;
             if let Some((name, composite)) = one {
                 composites.push((id, name, composite));
             }
@@ -90,7 +100,11 @@ impl Btf {
         for (id, name, composite) in composites {
             btf.composites.insert(id, composite);
             // Structures come before forward declarations and never twice under one name in a kernel; the first wins.
-            if let Some(name) = btf.string(name).filter(|name| !name.is_empty()).map(str::to_owned) {
+            if let Some(name) = btf
+                .string(name)
+                .filter(|name| !name.is_empty())
+                .map(str::to_owned)
+            {
                 btf.by_name.entry(name).or_insert(id);
             }
         }
@@ -121,7 +135,11 @@ impl Btf {
         for _ in 0..composite.count {
             let (name, kind, offset) = (reader.u32()?, reader.u32()?, reader.u32()?);
             // With bit-fields the upper eight bits are the width.
-            let bit = if composite.bitfields { offset & 0xff_ffff } else { offset };
+            let bit = if composite.bitfields {
+                offset & 0xff_ffff
+            } else {
+                offset
+            };
             match self.string(name) {
                 Some("") | None => inner.push((kind, bit)),
                 Some(name) if name == wanted => return Some(bit),
@@ -129,9 +147,9 @@ impl Btf {
             }
         }
         let deeper = depth.checked_sub(1)?;
-        inner.into_iter().find_map(|(kind, bit)| {
-            self.find(kind, wanted, deeper)?.checked_add(bit)
-        })
+        inner
+            .into_iter()
+            .find_map(|(kind, bit)| self.find(kind, wanted, deeper)?.checked_add(bit))
     }
 }
 

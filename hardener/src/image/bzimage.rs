@@ -19,7 +19,9 @@ pub fn payload(file: &[u8]) -> Result<&[u8], Fault> {
     if version < 0x208 {
         return Err(Fault::unsupported(
             "setup header",
-            format!("boot protocol {version:#06x} is older than 2.08 (Linux 2.6.26) and does not say where the kernel is"),
+            format!(
+                "boot protocol {version:#06x} is older than 2.08 (Linux 2.6.26) and does not say where the kernel is"
+            ),
         ));
     }
     let sectors = match file[0x1f1] {

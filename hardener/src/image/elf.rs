@@ -58,11 +58,16 @@ pub fn read(bytes: &[u8]) -> Result<Elf, Fault> {
         ));
     }
     let file_range = |what: &str, offset: u64, size: u64| {
-        let end = offset.checked_add(size).filter(|end| *end <= bytes.len() as u64);
+        let end = offset
+            .checked_add(size)
+            .filter(|end| *end <= bytes.len() as u64);
         end.map(|end| offset as usize..end as usize).ok_or_else(|| {
             Fault::damaged(
                 what.to_owned(),
-                format!("{size} bytes at offset {offset:#x} leave the file of {}", bytes.len()),
+                format!(
+                    "{size} bytes at offset {offset:#x} leave the file of {}",
+                    bytes.len()
+                ),
             )
         })
     };
@@ -72,7 +77,11 @@ pub fn read(bytes: &[u8]) -> Result<Elf, Fault> {
             segments.push(Segment {
                 va: program.p_vaddr,
                 pa: program.p_paddr,
-                file: file_range(&format!("ELF segment {index}"), program.p_offset, program.p_filesz)?,
+                file: file_range(
+                    &format!("ELF segment {index}"),
+                    program.p_offset,
+                    program.p_filesz,
+                )?,
             });
         }
     }
@@ -84,7 +93,11 @@ pub fn read(bytes: &[u8]) -> Result<Elf, Fault> {
         let file = if section.sh_type == SHT_NOBITS {
             0..0
         } else {
-            file_range(&format!("ELF section {name}"), section.sh_offset, section.sh_size)?
+            file_range(
+                &format!("ELF section {name}"),
+                section.sh_offset,
+                section.sh_size,
+            )?
         };
         end = end.max(file.end);
         sections.push(Section {
@@ -99,7 +112,10 @@ pub fn read(bytes: &[u8]) -> Result<Elf, Fault> {
         });
     }
     if sections.is_empty() || segments.is_empty() {
-        return Err(Fault::not_a_kernel("ELF headers", "there are no sections or no segments"));
+        return Err(Fault::not_a_kernel(
+            "ELF headers",
+            "there are no sections or no segments",
+        ));
     }
     let symbols = symbols(&elf, &sections);
     Ok(Elf {
@@ -116,7 +132,10 @@ fn symbols(elf: &goblin::elf::Elf<'_>, sections: &[Section]) -> Vec<KernelSymbol
         .iter()
         .filter(|symbol| symbol.st_shndx != SHN_UNDEF as usize && symbol.st_type() <= 2)
         .filter_map(|symbol| {
-            let name = elf.strtab.get_at(symbol.st_name).filter(|name| !name.is_empty())?;
+            let name = elf
+                .strtab
+                .get_at(symbol.st_name)
+                .filter(|name| !name.is_empty())?;
             let section = sections.get(symbol.st_shndx);
             let lower = match section {
                 _ if symbol.st_shndx == SHN_ABS as usize => b'a',

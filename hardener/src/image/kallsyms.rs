@@ -24,7 +24,9 @@ pub fn read(image: &Image) -> Result<Vec<KernelSymbol>, Fault> {
     let missing = |what: &str| {
         Fault::unsupported(
             "kallsyms",
-            format!("{what}; Penumbra needs a kernel built with CONFIG_KALLSYMS, or a vmlinux with .symtab"),
+            format!(
+                "{what}; Penumbra needs a kernel built with CONFIG_KALLSYMS, or a vmlinux with .symtab"
+            ),
         )
     };
     let mut near_miss = "no token table in .rodata";
@@ -48,17 +50,19 @@ pub fn read(image: &Image) -> Result<Vec<KernelSymbol>, Fault> {
 /// Offsets that may hold `kallsyms_token_index`.
 fn token_indexes(rodata: &[u8]) -> impl Iterator<Item = usize> + '_ {
     let word = move |at: usize| u16::from_le_bytes([rodata[at], rodata[at + 1]]);
-    (0..rodata.len().saturating_sub(512)).step_by(8).filter(move |&at| {
-        let mut last = word(at);
-        // A token has one byte or more, and its NUL.
-        last == 0
-            && (1..256).all(|n| {
-                let next = word(at + 2 * n);
-                let step = next.wrapping_sub(last);
-                last = next;
-                (2..=MAX_NAME as u16).contains(&step)
-            })
-    })
+    (0..rodata.len().saturating_sub(512))
+        .step_by(8)
+        .filter(move |&at| {
+            let mut last = word(at);
+            // A token has one byte or more, and its NUL.
+            last == 0
+                && (1..256).all(|n| {
+                    let next = word(at + 2 * n);
+                    let step = next.wrapping_sub(last);
+                    last = next;
+                    (2..=MAX_NAME as u16).contains(&step)
+                })
+        })
 }
 
 /// `kallsyms_token_table` and `kallsyms_token_index`.
@@ -96,8 +100,9 @@ impl<'a> Tokens<'a> {
                     .collect::<Option<Vec<_>>>()?;
                 let end = start + offsets[255] + text[255].len() + 1;
                 // Only padding may follow.
-                (end.next_multiple_of(8) >= index && rodata[end..index].iter().all(|byte| *byte == 0))
-                    .then_some(Tokens { start, index, text })
+                (end.next_multiple_of(8) >= index
+                    && rodata[end..index].iter().all(|byte| *byte == 0))
+                .then_some(Tokens { start, index, text })
             })
     }
 }
@@ -114,35 +119,39 @@ impl<'a> Names<'a> {
     /// The nearest place before the tokens where a count is followed by so many names and by markers that fit them.
     fn before(rodata: &'a [u8], tokens: &Tokens<'_>) -> Option<Names<'a>> {
         let word = |at: usize| Reader::new(rodata, at).u32().map(|word| word as usize);
-        (0..tokens.start).rev().filter(|at| at % 8 == 0).find_map(|start| {
-            let count = word(start).filter(|count| (PER_MARKER..MAX_SYMBOLS).contains(count))?;
-            if word(start + 4)? != 0 {
-                return None;
-            }
-            let names = Names {
-                start,
-                count,
-                bytes: &rodata[start + 8..tokens.start],
-            };
-            let mut markers = Vec::new();
-            let mut at = 0;
-            for n in 0..count {
-                if n % PER_MARKER == 0 {
-                    markers.push(at);
-                }
-                let (packed, next) = names.entry(at)?;
-                // The first letter of a name is its kind.
-                if !tokens.text[usize::from(packed[0])][0].is_ascii_alphabetic() {
+        (0..tokens.start)
+            .rev()
+            .filter(|at| at % 8 == 0)
+            .find_map(|start| {
+                let count =
+                    word(start).filter(|count| (PER_MARKER..MAX_SYMBOLS).contains(count))?;
+                if word(start + 4)? != 0 {
                     return None;
                 }
-                at = next;
-            }
-            let table = start + 8 + at.next_multiple_of(8);
-            (0..)
-                .zip(markers)
-                .all(|(n, marker)| word(table + 4 * n) == Some(marker))
-                .then_some(names)
-        })
+                let names = Names {
+                    start,
+                    count,
+                    bytes: &rodata[start + 8..tokens.start],
+                };
+                let mut markers = Vec::new();
+                let mut at = 0;
+                for n in 0..count {
+                    if n % PER_MARKER == 0 {
+                        markers.push(at);
+                    }
+                    let (packed, next) = names.entry(at)?;
+                    // The first letter of a name is its kind.
+                    if !tokens.text[usize::from(packed[0])][0].is_ascii_alphabetic() {
+                        return None;
+                    }
+                    at = next;
+                }
+                let table = start + 8 + at.next_multiple_of(8);
+                (0..)
+                    .zip(markers)
+                    .all(|(n, marker)| word(table + 4 * n) == Some(marker))
+                    .then_some(names)
+            })
     }
 
     /// The packed name at `at`, and where the next one is.
@@ -157,11 +166,20 @@ impl<'a> Names<'a> {
         Some((packed, reader.position()))
     }
 
-    fn decode(&self, tokens: &Tokens<'_>, addresses: &[LinkVa]) -> Result<Vec<KernelSymbol>, Fault> {
+    fn decode(
+        &self,
+        tokens: &Tokens<'_>,
+        addresses: &[LinkVa],
+    ) -> Result<Vec<KernelSymbol>, Fault> {
         let mut symbols = Vec::with_capacity(self.count);
         let mut at = 0;
         for (n, va) in addresses.iter().enumerate() {
-            let broken = || Fault::damaged("kallsyms", format!("name {n} of {} does not decode", self.count));
+            let broken = || {
+                Fault::damaged(
+                    "kallsyms",
+                    format!("name {n} of {} does not decode", self.count),
+                )
+            };
             let (packed, next) = self.entry(at).ok_or_else(broken)?;
             at = next;
             let mut text = Vec::with_capacity(32);
@@ -197,7 +215,9 @@ fn addresses(rodata: &[u8], tokens: &Tokens<'_>, names: &Names<'_>) -> Option<Ve
         Some((behind, behind + size.next_multiple_of(8))),
     ];
     places.into_iter().flatten().find_map(|(offsets, base)| {
-        let base = Reader::new(rodata, base).u64().filter(|base| base >> 31 == 0x1_ffff_ffff)?;
+        let base = Reader::new(rodata, base)
+            .u64()
+            .filter(|base| base >> 31 == 0x1_ffff_ffff)?;
         let offsets: Vec<i32> = rodata
             .get(offsets..offsets + size)?
             .chunks_exact(4)

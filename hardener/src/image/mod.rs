@@ -82,7 +82,9 @@ impl Image {
         };
         let file = File::open(path).map_err(io)?;
         let mut bytes = Vec::new();
-        file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(io)?;
+        file.take(MAX_FILE + 1)
+            .read_to_end(&mut bytes)
+            .map_err(io)?;
         if bytes.len() as u64 > MAX_FILE {
             return Err(ImageError::Bad {
                 file: name,
@@ -156,7 +158,9 @@ impl Image {
     /// The `len` bytes that the kernel has at `va` before it runs; `None` when the file has not all of them.
     pub fn at(&self, va: LinkVa, len: usize) -> Option<&[u8]> {
         let start = self.file_offset(va)?;
-        self.bytes.get(start.start..start.start.checked_add(len)?).filter(|_| start.start + len <= start.end)
+        self.bytes
+            .get(start.start..start.start.checked_add(len)?)
+            .filter(|_| start.start + len <= start.end)
     }
 
     /// Where `va` stands in the file, to the end of its segment's bytes.
@@ -205,7 +209,10 @@ impl Image {
             end: self.need_symbol(end)?,
         };
         if range.start > range.end {
-            return Err(Fault::damaged("symbols", format!("`{start}` lies after `{end}`")));
+            return Err(Fault::damaged(
+                "symbols",
+                format!("`{start}` lies after `{end}`"),
+            ));
         }
         Ok(range)
     }
@@ -218,9 +225,9 @@ impl Image {
             .and_then(|bytes| bytes.split(|byte| *byte == 0).next())
             .and_then(|bytes| std::str::from_utf8(bytes).ok())
             .filter(|banner| banner.starts_with("Linux version "));
-        bytes.map(|banner| banner.trim_end().to_owned()).ok_or_else(|| {
-            Fault::damaged("linux_banner", "does not start with `Linux version `")
-        })
+        bytes
+            .map(|banner| banner.trim_end().to_owned())
+            .ok_or_else(|| Fault::damaged("linux_banner", "does not start with `Linux version `"))
     }
 }
 

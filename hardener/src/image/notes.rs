@@ -15,10 +15,17 @@ pub struct BuildId {
 pub fn build_id(section: &[u8]) -> Result<BuildId, Fault> {
     let mut found = BuildId::default();
     let mut reader = Reader::new(section, 0);
-    while let (Some(name_len), Some(desc_len), Some(kind)) = (reader.u32(), reader.u32(), reader.u32()) {
+    while let (Some(name_len), Some(desc_len), Some(kind)) =
+        (reader.u32(), reader.u32(), reader.u32())
+    {
         let at = reader.position();
-        let (Some(name), Some(desc)) = (padded(&mut reader, name_len), padded(&mut reader, desc_len)) else {
-            return Err(Fault::damaged(".notes", format!("the note at {at:#x} leaves the section")));
+        let (Some(name), Some(desc)) =
+            (padded(&mut reader, name_len), padded(&mut reader, desc_len))
+        else {
+            return Err(Fault::damaged(
+                ".notes",
+                format!("the note at {at:#x} leaves the section"),
+            ));
         };
         if name == b"GNU\0" && kind == NT_GNU_BUILD_ID && (16..=64).contains(&desc.len()) {
             found.hex = desc.iter().map(|byte| format!("{byte:02x}")).collect();

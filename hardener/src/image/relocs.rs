@@ -23,7 +23,10 @@ pub fn read(bytes: &[u8], end: usize) -> Result<Relocs, Fault> {
             "none follow the ELF file, so which functions have their address taken is not known; give the vmlinuz, or the vmlinux inside it as it is unpacked",
         )
     };
-    let tail = bytes.get(end..).filter(|tail| tail.len() >= 12).ok_or_else(missing)?;
+    let tail = bytes
+        .get(end..)
+        .filter(|tail| tail.len() >= 12)
+        .ok_or_else(missing)?;
     // Section headers end on a multiple of 8, lists hold words of 4.
     let words = tail
         .rchunks_exact(4)
@@ -49,7 +52,10 @@ pub fn read(bytes: &[u8], end: usize) -> Result<Relocs, Fault> {
     }
     for list in &mut lists {
         list.sort_unstable();
-        if list.first().is_some_and(|first| first.0 >> 31 != 0x1_ffff_ffff) {
+        if list
+            .first()
+            .is_some_and(|first| first.0 >> 31 != 0x1_ffff_ffff)
+        {
             return Err(Fault::damaged(
                 "relocations",
                 format!("{} is no kernel address", list[0]),

@@ -112,7 +112,9 @@ impl Table<'_> {
 
     fn array<const N: usize>(&self, at: usize) -> [u8; N] {
         // Entries are whole (see `entries`) and `need_member` checked that members fit.
-        self.bytes[at..at + N].try_into().expect("the slice has this length")
+        self.bytes[at..at + N]
+            .try_into()
+            .expect("the slice has this length")
     }
 
     /// The address that the 32-bit offset at `at`, relative to its own place, points to.
@@ -149,7 +151,10 @@ impl Image {
             name,
             start: range.start,
             bytes: bytes.ok_or_else(|| {
-                Fault::damaged(name, format!("{} to {} is not in the file", range.start, range.end))
+                Fault::damaged(
+                    name,
+                    format!("{} to {} is not in the file", range.start, range.end),
+                )
             })?,
         })
     }
@@ -169,7 +174,10 @@ impl Image {
             .filter(|byte| byte.checked_add(width).is_some_and(|end| end <= size))
             .map(|byte| byte as usize)
             .ok_or_else(|| {
-                Fault::unsupported(".BTF", format!("`struct {name}` has no `{member}` of {width} bytes"))
+                Fault::unsupported(
+                    ".BTF",
+                    format!("`struct {name}` has no `{member}` of {width} bytes"),
+                )
             })
     }
 
@@ -190,7 +198,9 @@ impl Image {
         }
         if let Some(table) = self.in_section(".smp_locks") {
             // The section is padded with zeros to whole pages.
-            let words = table.entries(4)?.filter(|at| table.array::<4>(*at) != [0; 4]);
+            let words = table
+                .entries(4)?
+                .filter(|at| table.array::<4>(*at) != [0; 4]);
             tables.smp_locks = words.map(|at| table.relative(at)).collect();
         }
         self.alternatives(&need(".altinstructions", "alternatives")?, &mut tables)?;
@@ -202,19 +212,27 @@ impl Image {
         if let Some(table) = self.in_section("__bug_table") {
             let size = self.need_size("bug_entry")?;
             let at = self.need_member("bug_entry", "bug_addr_disp", 4)?;
-            tables.bugs = table.entries(size)?.map(|entry| table.relative(entry + at)).collect();
+            tables.bugs = table
+                .entries(size)?
+                .map(|entry| table.relative(entry + at))
+                .collect();
         }
         for name in ["__ksymtab", "__ksymtab_gpl"] {
             if let Some(table) = self.in_section(name) {
                 let size = self.need_size("kernel_symbol")?;
                 let at = self.need_member("kernel_symbol", "value_offset", 4)?;
-                tables.exports.extend(table.entries(size)?.map(|entry| table.relative(entry + at)));
+                tables
+                    .exports
+                    .extend(table.entries(size)?.map(|entry| table.relative(entry + at)));
             }
         }
         if let Some(table) = self.in_section(".pci_fixup") {
             let size = self.need_size("pci_fixup")?;
             let at = self.need_member("pci_fixup", "hook_offset", 4)?;
-            tables.pci_hooks = table.entries(size)?.map(|entry| table.relative(entry + at)).collect();
+            tables.pci_hooks = table
+                .entries(size)?
+                .map(|entry| table.relative(entry + at))
+                .collect();
         }
 
         let table = self.in_symbols("__mcount_loc", "__start_mcount_loc", "__stop_mcount_loc")?;
@@ -224,11 +242,15 @@ impl Image {
         tables.not_taken.push(table.range());
         if self.symbol("__start_kprobe_blacklist").is_some() {
             let name = "_kprobe_blacklist";
-            let table = self.in_symbols(name, "__start_kprobe_blacklist", "__stop_kprobe_blacklist")?;
+            let table =
+                self.in_symbols(name, "__start_kprobe_blacklist", "__stop_kprobe_blacklist")?;
             tables.no_kprobes = table.all_absolute()?;
             tables.not_taken.push(table.range());
         }
-        let (start, end) = ("__start_error_injection_whitelist", "__stop_error_injection_whitelist");
+        let (start, end) = (
+            "__start_error_injection_whitelist",
+            "__stop_error_injection_whitelist",
+        );
         if self.symbol(start).is_some() {
             tables.not_taken.push(self.between(start, end)?);
         }
@@ -282,7 +304,11 @@ impl Image {
     }
 
     fn jump_labels(&self, tables: &mut Tables) -> Result<(), Fault> {
-        let table = self.in_symbols("__jump_table", "__start___jump_table", "__stop___jump_table")?;
+        let table = self.in_symbols(
+            "__jump_table",
+            "__start___jump_table",
+            "__stop___jump_table",
+        )?;
         let size = self.need_size("jump_entry")?;
         let code = self.need_member("jump_entry", "code", 4)?;
         let target = self.need_member("jump_entry", "target", 4)?;

@@ -45,22 +45,24 @@ pub fn unpack(payload: &[u8]) -> Result<(Vec<u8>, &'static str), Fault> {
         ));
     }
     let broken = |error: &dyn std::fmt::Display| {
-        Fault::damaged("payload", format!("{format} stream does not unpack: {error}"))
+        Fault::damaged(
+            "payload",
+            format!("{format} stream does not unpack: {error}"),
+        )
     };
     let bytes = match format {
         "lz4" => lz4_legacy(&payload[..payload.len() - 4], size).map_err(|error| broken(&error))?,
-        "gzip" => read_all(flate2::read::GzDecoder::new(payload), size)
-            .map_err(|error| broken(&error))?,
+        "gzip" => {
+            read_all(flate2::read::GzDecoder::new(payload), size).map_err(|error| broken(&error))?
+        }
         "xz" => {
             let stream = lzma_rust2::XzReader::new_mem_limit(payload, false, XZ_MEMORY_KIB);
             read_all(stream, size).map_err(|error| broken(&error))?
         }
         _ => {
-            let stream = ruzstd::decoding::StreamingDecoder::new_with_max_window_size(
-                payload,
-                ZSTD_WINDOW,
-            )
-            .map_err(|error| broken(&error))?;
+            let stream =
+                ruzstd::decoding::StreamingDecoder::new_with_max_window_size(payload, ZSTD_WINDOW)
+                    .map_err(|error| broken(&error))?;
             read_all(stream, size).map_err(|error| broken(&error))?
         }
     };
@@ -80,7 +82,9 @@ pub fn unpack(payload: &[u8]) -> Result<(Vec<u8>, &'static str), Fault> {
 fn foreign(format: &str) -> Fault {
     Fault::unsupported(
         "payload",
-        format!("is packed with {format}; Penumbra reads gzip, xz, lz4 and zstd. Unpack it with the kernel's scripts/extract-vmlinux"),
+        format!(
+            "is packed with {format}; Penumbra reads gzip, xz, lz4 and zstd. Unpack it with the kernel's scripts/extract-vmlinux"
+        ),
     )
 }
 

@@ -25,6 +25,9 @@ impl Pass for ForwardCfi {
                 bytes: context.branch(slot.at, usize::from(slot.len) - 5, opcode, thunk),
             })
         });
-        Ok((edits.collect::<Result<_, PassError>>()?, context.text.slots.indirect_left.clone()))
+        Ok((
+            edits.collect::<Result<_, PassError>>()?,
+            context.text.slots.indirect_left.clone(),
+        ))
     }
 }

@@ -59,8 +59,14 @@ pub enum PassError {
 /// The variants of every bundle: name and passes. `stock` comes first.
 pub const VARIANTS: [(&str, &[&dyn Pass]); 3] = [
     ("stock", &[]),
-    ("fast", &[&no_retpoline::NoRetpoline, &no_rethunk::NoRethunk]),
-    ("hardened", &[&return_cfi::ReturnCfi, &forward_cfi::ForwardCfi]),
+    (
+        "fast",
+        &[&no_retpoline::NoRetpoline, &no_rethunk::NoRethunk],
+    ),
+    (
+        "hardened",
+        &[&return_cfi::ReturnCfi, &forward_cfi::ForwardCfi],
+    ),
 ];
 
 /// A variant as its passes made it.
@@ -76,7 +82,11 @@ pub struct Made {
 }
 
 /// Runs the passes of one variant and checks that their edits fit together.
-pub fn run(name: &'static str, passes: &[&dyn Pass], context: &Context<'_>) -> Result<Made, PassError> {
+pub fn run(
+    name: &'static str,
+    passes: &[&dyn Pass],
+    context: &Context<'_>,
+) -> Result<Made, PassError> {
     let mut made = Made {
         name,
         passes: Vec::new(),
@@ -126,10 +136,14 @@ fn self_check(variant: &'static str, text: &Text, edits: &Edits) -> Result<(), P
 
 impl Context<'_> {
     fn thunk(&self, pass: &'static str, name: &str) -> Result<LinkVa, PassError> {
-        self.cave.thunks.get(name).copied().ok_or_else(|| PassError::NoThunk {
-            pass,
-            thunk: name.to_owned(),
-        })
+        self.cave
+            .thunks
+            .get(name)
+            .copied()
+            .ok_or_else(|| PassError::NoThunk {
+                pass,
+                thunk: name.to_owned(),
+            })
     }
 
     /// `opcode rel32` to `target`, behind `prefixes` CS prefixes.

@@ -51,7 +51,13 @@ mod tests {
     fn each_slot_is_one_instruction_of_the_same_length_on_the_same_register() {
         for register in 0..16u8 {
             for (len, jump) in [(5, false), (6, false), (5, true), (6, true)] {
-                let slot = Indirect { at: TextOff(0), len, register, jump, scratch_free: true };
+                let slot = Indirect {
+                    at: TextOff(0),
+                    len,
+                    register,
+                    jump,
+                    scratch_free: true,
+                };
                 let bytes = branch(&slot);
                 let decoded = Decoder::new(64, &bytes, DecoderOptions::NONE).decode();
                 assert_eq!(decoded.len(), usize::from(len), "{bytes:02x?}");
@@ -59,7 +65,10 @@ mod tests {
                 GasFormatter::new().format(&decoded, &mut text);
                 let name = crate::text::REGISTERS[usize::from(register)];
                 let operation = if jump { "jmp" } else { "call" };
-                assert!(text.contains(operation) && text.ends_with(&format!("*%{name}")), "{text}");
+                assert!(
+                    text.contains(operation) && text.ends_with(&format!("*%{name}")),
+                    "{text}"
+                );
             }
         }
     }

@@ -19,7 +19,12 @@ impl Pass for ReturnCfi {
         let edits = context.returns().map(|slot| Edit {
             at: slot.at,
             slot: SlotKind::Return,
-            bytes: context.branch(slot.at, 0, JMP, if slot.scratch_free { plain } else { saving }),
+            bytes: context.branch(
+                slot.at,
+                0,
+                JMP,
+                if slot.scratch_free { plain } else { saving },
+            ),
         });
         Ok((edits.collect(), context.text.slots.returns_left.clone()))
     }

@@ -30,7 +30,10 @@ impl Bitmap {
 
     /// How many numbers are in.
     pub fn count(&self) -> u64 {
-        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+        self.words
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
     }
 
     /// Whether any of `range` is in.
@@ -40,7 +43,11 @@ impl Bitmap {
 
     /// The bits as bytes, least significant first, `len` of them.
     pub fn bytes(&self, len: usize) -> Vec<u8> {
-        let mut bytes: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut bytes: Vec<u8> = self
+            .words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
         bytes.resize(len, 0);
         bytes
     }

@@ -21,10 +21,15 @@ pub struct Cave {
 
 /// The largest run of filler before `.entry.text`.
 pub fn find(bytes: &[u8], span: Span, regions: &Regions) -> Result<Cave, TextError> {
-    let limit = span.offset(regions.entry.start).map_or(0, |at| at.0 as usize);
+    let limit = span
+        .offset(regions.entry.start)
+        .map_or(0, |at| at.0 as usize);
     let (mut best, mut at) = (0..0, 0);
     while at < limit {
-        let len = bytes[at..limit].iter().take_while(|byte| **byte == FILLER).count();
+        let len = bytes[at..limit]
+            .iter()
+            .take_while(|byte| **byte == FILLER)
+            .count();
         if len > best.len() {
             best = at..at + len;
         }

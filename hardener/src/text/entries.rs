@@ -9,11 +9,24 @@ use penumbra_bundle::{LinkVa, TextOff};
 ///
 /// Labels inside functions are no entries: `_THIS_IP_` takes their addresses but jumps to none, and a slot whose function
 /// has a table of labels (a computed goto) is no slot.
-pub fn find(span: Span, image: &Image, tables: &Tables, sweep: &Sweep, regions: &Regions, functions: &Functions) -> Vec<TextOff> {
+pub fn find(
+    span: Span,
+    image: &Image,
+    tables: &Tables,
+    sweep: &Sweep,
+    regions: &Regions,
+    functions: &Functions,
+) -> Vec<TextOff> {
     // Absolute addresses: function pointers in data and immediates in code.
     let mut taken = pointers(image, tables);
     let sign_extended = |word: u32| LinkVa(i64::from(word as i32) as u64);
-    taken.extend(image.relocs.abs32.iter().filter_map(|va| image.u32_at(*va).map(sign_extended)));
+    taken.extend(
+        image
+            .relocs
+            .abs32
+            .iter()
+            .filter_map(|va| image.u32_at(*va).map(sign_extended)),
+    );
     // Addresses relative to the instruction pointer, in the text and in code that runs at boot.
     taken.extend(&sweep.taken);
     for section in image.sections() {
@@ -35,9 +48,16 @@ pub fn find(span: Span, image: &Image, tables: &Tables, sweep: &Sweep, regions: 
         .collect();
     // With IBT the compiler and objtool say it: ENDBR64 that is not sealed.
     if !tables.sealed_endbr.is_empty() {
-        let mut sealed: Vec<TextOff> = tables.sealed_endbr.iter().filter_map(|va| span.offset(*va)).collect();
+        let mut sealed: Vec<TextOff> = tables
+            .sealed_endbr
+            .iter()
+            .filter_map(|va| span.offset(*va))
+            .collect();
         sealed.sort_unstable();
-        let open = sweep.endbr.iter().filter(|at| sealed.binary_search(at).is_err());
+        let open = sweep
+            .endbr
+            .iter()
+            .filter(|at| sealed.binary_search(at).is_err());
         found.extend(open.filter(|at| !regions.never_called_indirectly(span.va(**at))));
     }
     found.sort_unstable();
@@ -49,5 +69,7 @@ pub fn find(span: Span, image: &Image, tables: &Tables, sweep: &Sweep, regions: 
 pub fn pointers(image: &Image, tables: &Tables) -> Vec<LinkVa> {
     let silent = |va: LinkVa| tables.not_taken.iter().any(|range| range.contains(va));
     let places = image.relocs.abs64.iter().filter(|va| !silent(**va));
-    places.filter_map(|va| image.u64_at(*va).map(LinkVa)).collect()
+    places
+        .filter_map(|va| image.u64_at(*va).map(LinkVa))
+        .collect()
 }

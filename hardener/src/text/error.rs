@@ -32,7 +32,9 @@ pub enum TextError {
         at: LinkVa,
     },
     /// Too few filler bytes.
-    #[error("{needed} bytes are needed for thunks and tables, the largest cave before .entry.text has {found}")]
+    #[error(
+        "{needed} bytes are needed for thunks and tables, the largest cave before .entry.text has {found}"
+    )]
     Cave {
         /// Bytes that are needed.
         needed: u64,

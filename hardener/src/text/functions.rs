@@ -22,18 +22,32 @@ impl Functions {
     /// Collects starts from symbols and from `__mcount_loc`: a weak function that another overrode keeps its code and
     /// its `__fentry__` site but loses its symbol.
     pub fn find(image: &Image, tables: &Tables, span: Span) -> Functions {
-        let mut sites: Vec<TextOff> = tables.fentry.iter().filter_map(|va| span.offset(*va)).collect();
+        let mut sites: Vec<TextOff> = tables
+            .fentry
+            .iter()
+            .filter_map(|va| span.offset(*va))
+            .collect();
         sites.sort_unstable();
         let code = image.symbols.iter().filter(|symbol| symbol.is_code());
         let mut starts: Vec<Start> = code
             .filter_map(|symbol| span.offset(symbol.va))
             .map(|at| {
                 // With CONFIG_X86_KERNEL_IBT the call stands behind ENDBR64.
-                let traced = [at, TextOff(at.0 + 4)].iter().any(|at| sites.binary_search(at).is_ok());
-                Start { at, named: true, traced }
+                let traced = [at, TextOff(at.0 + 4)]
+                    .iter()
+                    .any(|at| sites.binary_search(at).is_ok());
+                Start {
+                    at,
+                    named: true,
+                    traced,
+                }
             })
             .collect();
-        let unnamed = sites.into_iter().map(|at| Start { at, named: false, traced: true });
+        let unnamed = sites.into_iter().map(|at| Start {
+            at,
+            named: false,
+            traced: true,
+        });
         starts.extend(unnamed);
         starts.sort_unstable();
         // Of a symbol and its own site, the symbol stays (it sorts last).
@@ -47,19 +61,28 @@ impl Functions {
     /// assumes that r10, r11 and the flags are lost (System V ABI, 3.2.3). Split-off `.cold` parts count as not.
     pub fn has_fentry(&self, at: TextOff) -> bool {
         let after = self.starts.partition_point(|start| start.at <= at);
-        self.starts[..after].last().is_some_and(|start| start.named && start.traced)
+        self.starts[..after]
+            .last()
+            .is_some_and(|start| start.named && start.traced)
     }
 
     /// Whether a function starts at `at`.
     pub fn is_start(&self, at: TextOff) -> bool {
-        self.starts.binary_search_by_key(&at, |start| start.at).is_ok()
+        self.starts
+            .binary_search_by_key(&at, |start| start.at)
+            .is_ok()
     }
 
     /// The function around `at`: its first offset, and the next function's.
     pub fn around(&self, at: TextOff) -> std::ops::Range<TextOff> {
         let after = self.starts.partition_point(|start| start.at <= at);
-        let start = after.checked_sub(1).map_or(TextOff(0), |n| self.starts[n].at);
-        let end = self.starts.get(after).map_or(TextOff(u32::MAX), |next| next.at);
+        let start = after
+            .checked_sub(1)
+            .map_or(TextOff(0), |n| self.starts[n].at);
+        let end = self
+            .starts
+            .get(after)
+            .map_or(TextOff(u32::MAX), |next| next.at);
         start..end
     }
 }

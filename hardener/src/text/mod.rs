@@ -67,7 +67,9 @@ impl Text {
         // The last page's rest lies in the same segment; what the file does not have is zero when the kernel runs.
         let mut bytes = image
             .at(start, code.len() as usize)
-            .ok_or(TextError::Missing { what: "the bytes of .text" })?
+            .ok_or(TextError::Missing {
+                what: "the bytes of .text",
+            })?
             .to_vec();
         match image.at(start, range.len() as usize) {
             Some(whole) => bytes = whole.to_vec(),

@@ -27,19 +27,39 @@ impl Regions {
             ("entry-text", entry),
             (X86_THUNK, x86_thunks),
             ("static-call-text", static_calls),
-            ("noinstr", image.between("__noinstr_text_start", "__noinstr_text_end")?),
+            (
+                "noinstr",
+                image.between("__noinstr_text_start", "__noinstr_text_end")?,
+            ),
         ];
-        for name in ["srso_alias_untrain_ret", "srso_alias_safe_ret", "srso_untrain_ret_alias", "srso_safe_ret_alias"] {
+        for name in [
+            "srso_alias_untrain_ret",
+            "srso_alias_safe_ret",
+            "srso_untrain_ret_alias",
+            "srso_safe_ret_alias",
+        ] {
             // Placed apart for the way they alias in the branch predictor.
             if let Some(start) = image.symbol(name).filter(|va| span.code.contains(*va)) {
-                list.push((X86_THUNK, VaRange { start, end: LinkVa(start.0 + 16) }));
+                list.push((
+                    X86_THUNK,
+                    VaRange {
+                        start,
+                        end: LinkVa(start.0 + 16),
+                    },
+                ));
             }
         }
-        if let (Some(start), Some(end)) = (image.symbol("__kprobes_text_start"), image.symbol("__kprobes_text_end")) {
+        if let (Some(start), Some(end)) = (
+            image.symbol("__kprobes_text_start"),
+            image.symbol("__kprobes_text_end"),
+        ) {
             list.push(("no-kprobes", VaRange { start, end }));
         }
         // ftrace copies its callers from here into trampolines (create_trampoline, arch/x86/kernel/ftrace.c).
-        for (start, end) in [("ftrace_caller", "ftrace_caller_end"), ("ftrace_regs_caller", "ftrace_regs_caller_end")] {
+        for (start, end) in [
+            ("ftrace_caller", "ftrace_caller_end"),
+            ("ftrace_regs_caller", "ftrace_regs_caller_end"),
+        ] {
             if let (Some(start), Some(end)) = (image.symbol(start), image.symbol(end)) {
                 list.push(("copied", VaRange { start, end }));
             }
@@ -75,7 +95,9 @@ impl Regions {
 
     /// Whether `va` lies in a retpoline or a return thunk.
     pub fn is_x86_thunk(&self, va: LinkVa) -> bool {
-        self.list.iter().any(|(name, range)| *name == X86_THUNK && range.contains(va))
+        self.list
+            .iter()
+            .any(|(name, range)| *name == X86_THUNK && range.contains(va))
     }
 
     /// Whether no indirect branch may reach `va`: entry code, thunks and static-call trampolines are entered by
@@ -90,9 +112,14 @@ fn thunks(image: &Image) -> Result<VaRange, Fault> {
     let start = image
         .symbol("__indirect_thunk_start")
         .map_or_else(|| image.need_symbol("__x86_indirect_thunk_array"), Ok)?;
-    let end = image
-        .symbol("__indirect_thunk_end")
-        .map_or_else(|| image.need_symbol("__x86_return_thunk").map(|va| LinkVa(va.0 + 16)), Ok)?;
+    let end = image.symbol("__indirect_thunk_end").map_or_else(
+        || {
+            image
+                .need_symbol("__x86_return_thunk")
+                .map(|va| LinkVa(va.0 + 16))
+        },
+        Ok,
+    )?;
     Ok(VaRange { start, end })
 }
 

@@ -44,7 +44,8 @@ pub struct Slots {
 
 /// The register names in the order in which x86 numbers them.
 pub const REGISTERS: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15",
 ];
 
 /// Sites in initialisation code: they are gone when views exist, and are not counted.
@@ -84,7 +85,9 @@ pub fn find(
         let start = at.0 as usize + opcode_at;
         let displacement = bytes.get(start + 1..start + 5)?;
         let displacement = i32::from_le_bytes(displacement.try_into().ok()?);
-        Some(LinkVa((span.va(at).0 + opcode_at as u64 + 5).wrapping_add_signed(i64::from(displacement))))
+        Some(LinkVa(
+            (span.va(at).0 + opcode_at as u64 + 5).wrapping_add_signed(i64::from(displacement)),
+        ))
     };
     for va in &tables.returns {
         let slot = why_not(*va, 5).and_then(|at| {
@@ -161,7 +164,9 @@ pub fn find(
 fn inline_asm_is_plain(image: &Image) -> bool {
     let banner = image.banner().unwrap_or_default();
     let release = banner.split(' ').nth(2).unwrap_or_default();
-    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().ok());
+    let mut numbers = release
+        .split(['.', '-'])
+        .map(|part| part.parse::<u32>().ok());
     match (numbers.next().flatten(), numbers.next().flatten()) {
         (Some(major), Some(minor)) => (major, minor) > (6, 13),
         _ => true,

@@ -97,7 +97,10 @@ fn taken(instruction: &Instruction) -> Option<LinkVa> {
 /// All addresses that RIP-relative `lea`s in other code (initialisation, replacements) take.
 pub fn taken_in(code: &[u8], start: LinkVa) -> Vec<LinkVa> {
     let decoder = Decoder::with_ip(64, code, start.0, DecoderOptions::NONE);
-    decoder.into_iter().filter_map(|instruction| taken(&instruction)).collect()
+    decoder
+        .into_iter()
+        .filter_map(|instruction| taken(&instruction))
+        .collect()
 }
 
 /// Where the calls of a replacement return to, as offsets from its start.
@@ -116,21 +119,30 @@ pub fn gate(sweep: &Sweep, image: &Image, tables: &Tables, span: Span) -> Result
         let end = LinkVa(entry.site.0 + u64::from(entry.site_len));
         [entry.site, end]
     });
-    let jumps = tables.jump_labels.iter().flat_map(|entry| [entry.code, entry.target]);
+    let jumps = tables
+        .jump_labels
+        .iter()
+        .flat_map(|entry| [entry.code, entry.target]);
     let functions = image.symbols.iter().filter(|symbol| symbol.is_code());
     let lists: [(&'static str, Vec<LinkVa>); 13] = [
         (".retpoline_sites", tables.retpolines.clone()),
         (".return_sites", tables.returns.clone()),
         (".ibt_endbr_seal", tables.sealed_endbr.clone()),
         (".altinstructions", alternatives.collect()),
-        (".parainstructions", tables.paravirt.iter().map(|site| site.site).collect()),
+        (
+            ".parainstructions",
+            tables.paravirt.iter().map(|site| site.site).collect(),
+        ),
         (".smp_locks", tables.smp_locks.clone()),
         ("__ex_table (instructions)", tables.faulting.clone()),
         ("__ex_table (fixups)", tables.fixups.clone()),
         ("__bug_table", tables.bugs.clone()),
         ("__mcount_loc", tables.fentry.clone()),
         ("__jump_table", jumps.collect()),
-        (".static_call_sites", tables.static_calls.iter().map(|site| site.site).collect()),
+        (
+            ".static_call_sites",
+            tables.static_calls.iter().map(|site| site.site).collect(),
+        ),
         ("symbols", functions.map(|symbol| symbol.va).collect()),
     ];
     for (table, addresses) in lists {

@@ -61,7 +61,11 @@ impl Section {
     ///
     /// # Panics
     /// When iced refuses an instruction or a jump's length: a mistake in a thunk's source, not in any input.
-    pub fn thunk(&mut self, name: &str, write: impl FnOnce(&mut Thunk) -> Result<(), IcedError>) -> LinkVa {
+    pub fn thunk(
+        &mut self,
+        name: &str,
+        write: impl FnOnce(&mut Thunk) -> Result<(), IcedError>,
+    ) -> LinkVa {
         let at = (self.start.0 + self.bytes.len() as u64).next_multiple_of(ALIGN);
         self.bytes.resize((at - self.start.0) as usize, FILLER);
         let mut thunk = Thunk {
@@ -72,11 +76,18 @@ impl Section {
         write(&mut thunk).expect("the thunk's instructions exist");
         let options = BlockEncoderOptions::RETURN_CONSTANT_OFFSETS
             | BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
-        let done = thunk.asm.assemble_options(at, options).expect("the thunk's branches reach").inner;
+        let done = thunk
+            .asm
+            .assemble_options(at, options)
+            .expect("the thunk's branches reach")
+            .inner;
         for index in thunk.absolute {
             let constants = done.constant_offsets[index];
             let inside = match (constants.has_displacement(), constants.has_immediate()) {
-                (true, false) => (constants.displacement_offset(), constants.displacement_size()),
+                (true, false) => (
+                    constants.displacement_offset(),
+                    constants.displacement_size(),
+                ),
                 (false, true) => (constants.immediate_offset(), constants.immediate_size()),
                 both => panic!("{name}: one constant expected, {both:?}"),
             };
@@ -88,15 +99,25 @@ impl Section {
         }
         for index in thunk.tails {
             let tail = done.new_instruction_offsets[index] as usize;
-            assert_eq!(done.code_buffer[tail..].len().min(6), 5, "{name}: a return tail is 5 bytes and last");
-            assert_eq!(done.code_buffer[tail], 0xe9, "{name}: a return tail is a near jump");
+            assert_eq!(
+                done.code_buffer[tail..].len().min(6),
+                5,
+                "{name}: a return tail is 5 bytes and last"
+            );
+            assert_eq!(
+                done.code_buffer[tail], 0xe9,
+                "{name}: a return tail is a near jump"
+            );
             self.return_tails.push(LinkVa(at + tail as u64));
         }
         self.bytes.extend(&done.code_buffer);
         let end = LinkVa(self.start.0 + self.bytes.len() as u64);
         self.named.push(Named {
             name: name.to_owned(),
-            range: VaRange { start: LinkVa(at), end },
+            range: VaRange {
+                start: LinkVa(at),
+                end,
+            },
         });
         LinkVa(at)
     }

@@ -20,8 +20,20 @@ pub struct Part<'a> {
 /// Writes the file.
 pub fn write(tables: &Part<'_>, thunks: &Part<'_>) -> Vec<u8> {
     let parts = [
-        (&b".tables"[..], tables, elf::PF_R, elf::SHF_ALLOC, elf::STT_OBJECT),
-        (&b".thunks"[..], thunks, elf::PF_R | elf::PF_X, elf::SHF_ALLOC | elf::SHF_EXECINSTR, elf::STT_FUNC),
+        (
+            &b".tables"[..],
+            tables,
+            elf::PF_R,
+            elf::SHF_ALLOC,
+            elf::STT_OBJECT,
+        ),
+        (
+            &b".thunks"[..],
+            thunks,
+            elf::PF_R | elf::PF_X,
+            elf::SHF_ALLOC | elf::SHF_EXECINSTR,
+            elf::STT_FUNC,
+        ),
     ];
     let mut file = Vec::new();
     let mut writer = Writer::new(Endianness::Little, true, &mut file);
@@ -29,7 +41,12 @@ pub fn write(tables: &Part<'_>, thunks: &Part<'_>) -> Vec<u8> {
     writer.reserve_program_headers(parts.len() as u32);
     // Offsets and addresses agree modulo the page: both start on one.
     let offsets = parts.map(|(_, part, ..)| writer.reserve(part.bytes.len(), PAGE));
-    let names = parts.map(|(name, ..)| (writer.add_section_name(name), writer.reserve_section_index()));
+    let names = parts.map(|(name, ..)| {
+        (
+            writer.add_section_name(name),
+            writer.reserve_section_index(),
+        )
+    });
     let mut symbols = Vec::new();
     for ((_, part, _, _, kind), (_, section)) in parts.iter().zip(&names) {
         for one in part.named {
@@ -63,7 +80,9 @@ pub fn write(tables: &Part<'_>, thunks: &Part<'_>) -> Vec<u8> {
         e_flags: 0,
     };
     // Writing into memory fails only when it is out of step with what was reserved.
-    writer.write_file_header(&header).expect("the file is small");
+    writer
+        .write_file_header(&header)
+        .expect("the file is small");
     writer.write_align_program_headers();
     for ((_, part, flags, ..), offset) in parts.iter().zip(offsets) {
         writer.write_program_header(&ProgramHeader {

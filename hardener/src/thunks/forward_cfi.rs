@@ -34,7 +34,14 @@ pub fn emit(section: &mut Section, targets: &Targets, kernel: &KernelThunks, tex
             continue;
         };
         section.thunk(&name(register, scratch_free), |thunk| {
-            one(thunk, register, scratch_free, targets, *retpoline, violation)
+            one(
+                thunk,
+                register,
+                scratch_free,
+                targets,
+                *retpoline,
+                violation,
+            )
         });
     }
 }
@@ -49,7 +56,11 @@ fn one(
 ) -> Result<(), IcedError> {
     // r11 is never an argument nor the static chain, which is r10 (System V ABI, 3.2.3); a target in r11 is looked at
     // through r10, saved.
-    let (scratch, scratch32, scratch8) = if register == 11 { (r10, r10d, r10b) } else { (r11, r11d, r11b) };
+    let (scratch, scratch32, scratch8) = if register == 11 {
+        (r10, r10d, r10b)
+    } else {
+        (r11, r11d, r11b)
+    };
     let save_scratch = !scratch_free || register == 11;
     let target = [
         rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15,

@@ -9,7 +9,11 @@ use iced_x86::code_asm::*;
 /// only: two registers are saved around.
 ///
 /// The list's length is a power of two: each step halves the distance that may still be added.
-pub fn sorted(thunk: &mut Thunk, offset: AsmRegister32, targets: &Targets) -> Result<(), IcedError> {
+pub fn sorted(
+    thunk: &mut Thunk,
+    offset: AsmRegister32,
+    targets: &Targets,
+) -> Result<(), IcedError> {
     let list = i64::from(imm32(targets.sorted));
     let a = &mut thunk.asm;
     let (mut again, mut skip) = (a.create_label(), a.create_label());

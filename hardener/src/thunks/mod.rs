@@ -89,10 +89,22 @@ pub fn build(text: &Text, kernel: &KernelThunks) -> Result<CaveContents, TextErr
     Ok(CaveContents {
         range,
         elf: elf::write(
-            &elf::Part { start, bytes: &table_bytes, named: &named },
-            &elf::Part { start: code_start, bytes: code.bytes(), named: code.named() },
+            &elf::Part {
+                start,
+                bytes: &table_bytes,
+                named: &named,
+            },
+            &elf::Part {
+                start: code_start,
+                bytes: code.bytes(),
+                named: code.named(),
+            },
         ),
-        thunks: code.named().iter().map(|one| (one.name.clone(), one.range.start)).collect(),
+        thunks: code
+            .named()
+            .iter()
+            .map(|one| (one.name.clone(), one.range.start))
+            .collect(),
         tables,
         relocs,
         return_tails,

@@ -36,7 +36,14 @@ pub struct Targets {
 
 impl TargetTables {
     /// Encodes `addresses` (sorted) and places both tables from `at` on.
-    pub fn build(name: &str, addresses: &[TextOff], text: VaRange, dense_end: LinkVa, granule: u32, at: LinkVa) -> TargetTables {
+    pub fn build(
+        name: &str,
+        addresses: &[TextOff],
+        text: VaRange,
+        dense_end: LinkVa,
+        granule: u32,
+        at: LinkVa,
+    ) -> TargetTables {
         let dense = VaRange {
             start: text.start,
             end: dense_end,
@@ -47,7 +54,8 @@ impl TargetTables {
         let (mut in_bitmap, mut sorted) = (0, Vec::new());
         for address in addresses {
             let bit = (address.0 / granule) as usize;
-            if bit < bits && u64::from(address.0) < dense.len() && address.0.is_multiple_of(granule) {
+            if bit < bits && u64::from(address.0) < dense.len() && address.0.is_multiple_of(granule)
+            {
                 bitmap_bytes[bit / 8] |= 1 << (bit % 8);
                 in_bitmap += 1;
             } else {
@@ -62,7 +70,10 @@ impl TargetTables {
             end: LinkVa(start.0 + len as u64),
         };
         let bitmap_range = place(at, bitmap_bytes.len());
-        let sorted_range = place(LinkVa(bitmap_range.end.0.next_multiple_of(64)), sorted_bytes.len());
+        let sorted_range = place(
+            LinkVa(bitmap_range.end.0.next_multiple_of(64)),
+            sorted_bytes.len(),
+        );
         TargetTables {
             bitmap: Table {
                 name: name.to_owned(),
@@ -104,8 +115,17 @@ impl TargetTables {
     }
 
     /// Appends both tables' bytes, symbols and descriptions.
-    pub fn append(self, start: LinkVa, bytes: &mut Vec<u8>, named: &mut Vec<Named>, tables: &mut Vec<Table>) {
-        for (table, own) in [(self.bitmap, self.bitmap_bytes), (self.sorted, self.sorted_bytes)] {
+    pub fn append(
+        self,
+        start: LinkVa,
+        bytes: &mut Vec<u8>,
+        named: &mut Vec<Named>,
+        tables: &mut Vec<Table>,
+    ) {
+        for (table, own) in [
+            (self.bitmap, self.bitmap_bytes),
+            (self.sorted, self.sorted_bytes),
+        ] {
             bytes.resize((table.range.start.0 - start.0) as usize, 0);
             bytes.extend(own);
             named.push(Named {

@@ -24,8 +24,17 @@ struct State {
 }
 
 /// Adds the sites of all three tables.
-pub fn sites(image: &Image, tables: &Tables, span: Span, sites: &mut Vec<Site>) -> Result<(), TextError> {
-    let mut entries: Vec<&AltEntry> = tables.alternatives.iter().filter(|entry| span.offset(entry.site).is_some()).collect();
+pub fn sites(
+    image: &Image,
+    tables: &Tables,
+    span: Span,
+    sites: &mut Vec<Site>,
+) -> Result<(), TextError> {
+    let mut entries: Vec<&AltEntry> = tables
+        .alternatives
+        .iter()
+        .filter(|entry| span.offset(entry.site).is_some())
+        .collect();
     // Stable: entries of one site stay in the order in which the kernel applies them.
     entries.sort_by_key(|entry| entry.site);
     let mut rest = &entries[..];
@@ -44,7 +53,13 @@ pub fn sites(image: &Image, tables: &Tables, span: Span, sites: &mut Vec<Site>) 
         let (group, later) = rest.split_at(together);
         rest = later;
         if end > first.site.0 {
-            sites.extend(group_sites(image, tables, span, group, (end - first.site.0) as usize)?);
+            sites.extend(group_sites(
+                image,
+                tables,
+                span,
+                group,
+                (end - first.site.0) as usize,
+            )?);
         }
     }
     for one in &tables.paravirt {
@@ -53,20 +68,33 @@ pub fn sites(image: &Image, tables: &Tables, span: Span, sites: &mut Vec<Site>) 
         sites.extend(site(span, one.site, one.len, SiteKind::Paravirt, forms));
     }
     for va in &tables.smp_locks {
-        sites.extend(site(span, *va, 1, SiteKind::SmpLock, vec![exact(&[NO_LOCK])]));
+        sites.extend(site(
+            span,
+            *va,
+            1,
+            SiteKind::SmpLock,
+            vec![exact(&[NO_LOCK])],
+        ));
     }
     Ok(())
 }
 
 /// The sites of entries that overlap: one for all states, one for each run of NOPs that may be optimised alone because a
 /// paravirt call before it was patched first.
-fn group_sites(image: &Image, tables: &Tables, span: Span, group: &[&AltEntry], len: usize) -> Result<Vec<Site>, TextError> {
+fn group_sites(
+    image: &Image,
+    tables: &Tables,
+    span: Span,
+    group: &[&AltEntry],
+    len: usize,
+) -> Result<Vec<Site>, TextError> {
     let start = group[0].site;
     let damaged = |what: String| Fault::damaged(".altinstructions", what);
     let original = image
         .at(start, len)
         .ok_or_else(|| damaged(format!("the site {start} leaves the text")))?;
-    let short_len = u8::try_from(len).map_err(|_| damaged(format!("the site {start} has {len} bytes")))?;
+    let short_len =
+        u8::try_from(len).map_err(|_| damaged(format!("the site {start} has {len} bytes")))?;
     let original = state(image, start, original);
     let mut states = BTreeSet::new();
     for longest in nops::LONGEST {
@@ -85,7 +113,10 @@ fn group_sites(image: &Image, tables: &Tables, span: Span, group: &[&AltEntry], 
                 }
             }
             if next.len() > MAX_STATES {
-                return Err(damaged(format!("the site {start} has more than {MAX_STATES} states")).into());
+                return Err(damaged(format!(
+                    "the site {start} has more than {MAX_STATES} states"
+                ))
+                .into());
             }
             reached = next;
         }
@@ -118,7 +149,13 @@ fn group_sites(image: &Image, tables: &Tables, span: Span, group: &[&AltEntry], 
         abs32: state.abs32.into_iter().collect(),
         inverse32: state.inverse32.into_iter().collect(),
     });
-    sites.extend(site(span, start, short_len, SiteKind::Alternative, forms.collect()));
+    sites.extend(site(
+        span,
+        start,
+        short_len,
+        SiteKind::Alternative,
+        forms.collect(),
+    ));
     Ok(sites)
 }
 
@@ -140,19 +177,31 @@ fn state(image: &Image, va: LinkVa, bytes: &[u8]) -> State {
 }
 
 /// `before` with the entry's replacement: branches out of it keep their targets; a long jump may become a short one.
-fn apply(image: &Image, entry: &AltEntry, before: &State, room: std::ops::Range<usize>) -> Result<Vec<State>, TextError> {
+fn apply(
+    image: &Image,
+    entry: &AltEntry,
+    before: &State,
+    room: std::ops::Range<usize>,
+) -> Result<Vec<State>, TextError> {
     let len = usize::from(entry.replacement_len);
-    let replacement = image.at(entry.replacement, len).filter(|_| len <= room.len()).ok_or_else(|| {
-        Fault::damaged(
-            ".altinstructions",
-            format!("the replacement {} of {} is not in the file or too long", entry.replacement, entry.site),
-        )
-    })?;
+    let replacement = image
+        .at(entry.replacement, len)
+        .filter(|_| len <= room.len())
+        .ok_or_else(|| {
+            Fault::damaged(
+                ".altinstructions",
+                format!(
+                    "the replacement {} of {} is not in the file or too long",
+                    entry.replacement, entry.site
+                ),
+            )
+        })?;
     let moved = state(image, entry.replacement, replacement);
     let mut code = moved.bytes.clone();
     let mut short = None;
     let inside = entry.replacement.0..entry.replacement.0 + len as u64;
-    for instruction in Decoder::with_ip(64, replacement, entry.replacement.0, DecoderOptions::NONE) {
+    for instruction in Decoder::with_ip(64, replacement, entry.replacement.0, DecoderOptions::NONE)
+    {
         let at = (instruction.ip() - entry.replacement.0) as usize;
         let end = at + instruction.len();
         let target = instruction.near_branch_target();
@@ -175,23 +224,34 @@ fn apply(image: &Image, entry: &AltEntry, before: &State, room: std::ops::Range<
         let mut after = before.clone();
         after.bytes[room.clone()].fill(NOP);
         after.bytes[room.start..room.start + len].copy_from_slice(&code);
-        for (list, new) in [(&mut after.abs32, &moved.abs32), (&mut after.inverse32, &moved.inverse32)] {
+        for (list, new) in [
+            (&mut after.abs32, &moved.abs32),
+            (&mut after.inverse32, &moved.inverse32),
+        ] {
             list.retain(|at| !room.contains(&usize::from(*at)));
             list.extend(new.iter().map(|at| at + room.start as u8));
         }
         after
     };
-    Ok([Some(code), short].into_iter().flatten().map(place).collect())
+    Ok([Some(code), short]
+        .into_iter()
+        .flatten()
+        .map(place)
+        .collect())
 }
 
 fn is_rel32(instruction: &Instruction) -> bool {
-    matches!(instruction.code(), Code::Call_rel32_64 | Code::Jmp_rel32_64) || instruction.is_jcc_near()
+    matches!(instruction.code(), Code::Call_rel32_64 | Code::Jmp_rel32_64)
+        || instruction.is_jcc_near()
 }
 
 /// `optimize_nops`: runs of one-byte NOPs become longer ones.
 fn optimise(state: &mut State, room: std::ops::Range<usize>, longest: usize) {
     for run in one_byte_nops(&state.bytes[room.clone()]) {
-        nops::fill(&mut state.bytes[room.start + run.start..room.start + run.end], longest);
+        nops::fill(
+            &mut state.bytes[room.start + run.start..room.start + run.end],
+            longest,
+        );
     }
 }
 
@@ -218,7 +278,13 @@ fn nop_runs(span: Span, start: LinkVa, original: &[u8]) -> Vec<Site> {
     let runs = one_byte_nops(original).into_iter();
     runs.filter_map(|run| {
         let at = LinkVa(start.0 + run.start as u64);
-        site(span, at, run.len() as u8, SiteKind::Alternative, vec![Form::Nops])
+        site(
+            span,
+            at,
+            run.len() as u8,
+            SiteKind::Alternative,
+            vec![Form::Nops],
+        )
     })
     .collect()
 }

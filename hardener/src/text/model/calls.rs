@@ -14,7 +14,12 @@ const RETURN: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
 const FTRACE_CALLS: [&str; 2] = ["ftrace_call", "ftrace_regs_call"];
 
 /// Adds the sites.
-pub fn sites(image: &Image, tables: &Tables, span: Span, sites: &mut Vec<Site>) -> Result<(), TextError> {
+pub fn sites(
+    image: &Image,
+    tables: &Tables,
+    span: Span,
+    sites: &mut Vec<Site>,
+) -> Result<(), TextError> {
     for va in &tables.fentry {
         // Traced: a call of ftrace_caller or of a trampoline that ftrace allocated.
         let forms = vec![exact(&NOP5), Form::CallAnywhere];
@@ -34,16 +39,40 @@ pub fn sites(image: &Image, tables: &Tables, span: Span, sites: &mut Vec<Site>) 
     for one in &tables.static_calls {
         // The function may be a module's. A tail call of nothing is a return; a call of nothing is a NOP.
         let forms = if one.tail {
-            vec![Form::Jump, Form::JumpAnywhere, exact(&RETURN), Form::JumpReturnThunk]
+            vec![
+                Form::Jump,
+                Form::JumpAnywhere,
+                exact(&RETURN),
+                Form::JumpReturnThunk,
+            ]
         } else {
-            vec![Form::Call, Form::CallAnywhere, exact(&NOP5), exact(&RETURN0)]
+            vec![
+                Form::Call,
+                Form::CallAnywhere,
+                exact(&NOP5),
+                exact(&RETURN0),
+            ]
         };
         sites.extend(site(span, one.site, 5, SiteKind::StaticCall, forms));
     }
-    let trampolines = image.symbols.iter().filter(|symbol| symbol.name.starts_with("__SCT__"));
+    let trampolines = image
+        .symbols
+        .iter()
+        .filter(|symbol| symbol.name.starts_with("__SCT__"));
     for symbol in trampolines {
-        let forms = vec![Form::Jump, Form::JumpAnywhere, exact(&RETURN), Form::JumpReturnThunk];
-        sites.extend(site(span, symbol.va, 5, SiteKind::StaticCallTrampoline, forms));
+        let forms = vec![
+            Form::Jump,
+            Form::JumpAnywhere,
+            exact(&RETURN),
+            Form::JumpReturnThunk,
+        ];
+        sites.extend(site(
+            span,
+            symbol.va,
+            5,
+            SiteKind::StaticCallTrampoline,
+            forms,
+        ));
     }
     Ok(())
 }
@@ -51,12 +80,15 @@ pub fn sites(image: &Image, tables: &Tables, span: Span, sites: &mut Vec<Site>) 
 /// A jump label's length, as the file's instruction has it, and its other state.
 fn jump_label(image: &Image, code: LinkVa, target: LinkVa) -> Result<(u8, Vec<Form>), Fault> {
     let damaged = |what: &str| Fault::damaged("__jump_table", format!("the site {code} {what}"));
-    let bytes = image.at(code, 5).ok_or_else(|| damaged("is not in the file"))?;
+    let bytes = image
+        .at(code, 5)
+        .ok_or_else(|| damaged("is not in the file"))?;
     let short = bytes.starts_with(&NOP2) || bytes[0] == 0xeb;
     let long = bytes == NOP5 || bytes[0] == 0xe9;
     if short {
         let displacement = i8::try_from(target.0.wrapping_sub(code.0 + 2) as i64);
-        let displacement = displacement.map_err(|_| damaged("is a short jump, its target is far"))?;
+        let displacement =
+            displacement.map_err(|_| damaged("is a short jump, its target is far"))?;
         Ok((2, vec![exact(&NOP2), exact(&[0xeb, displacement as u8])]))
     } else if long {
         let displacement = i32::try_from(target.0.wrapping_sub(code.0 + 5) as i64);

@@ -14,7 +14,9 @@ const NOPS: [&[u8]; 11] = [
     &[0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
     &[0x66, 0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
     &[0x66, 0x2e, 0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
-    &[0x66, 0x66, 0x2e, 0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
+    &[
+        0x66, 0x66, 0x2e, 0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00,
+    ],
 ];
 
 /// Fills `room` with NOPs of at most `longest` bytes (`add_nops`).
@@ -35,8 +37,13 @@ mod tests {
             for len in 1..40 {
                 let mut room = vec![0xff; len];
                 fill(&mut room, longest);
-                let decoded: Vec<_> = Decoder::new(64, &room, DecoderOptions::NONE).iter().collect();
-                assert!(decoded.iter().all(|one| one.mnemonic() == Mnemonic::Nop), "{room:02x?}");
+                let decoded: Vec<_> = Decoder::new(64, &room, DecoderOptions::NONE)
+                    .iter()
+                    .collect();
+                assert!(
+                    decoded.iter().all(|one| one.mnemonic() == Mnemonic::Nop),
+                    "{room:02x?}"
+                );
                 assert_eq!(decoded.len(), len.div_ceil(longest));
             }
         }

@@ -36,7 +36,12 @@ pub fn return_thunks(image: &Image, span: Span) -> Vec<TextOff> {
 }
 
 /// Adds the sites.
-pub fn sites(image: &Image, tables: &Tables, span: Span, sites: &mut Vec<Site>) -> Result<(), TextError> {
+pub fn sites(
+    image: &Image,
+    tables: &Tables,
+    span: Span,
+    sites: &mut Vec<Site>,
+) -> Result<(), TextError> {
     let plain_return = exact(&[0xc3, INT3, INT3, INT3, INT3]);
     for va in &tables.returns {
         let forms = vec![plain_return.clone(), Form::JumpReturnThunk];

@@ -1,0 +1,168 @@
+//! The command line. Data goes to stdout, messages to stderr; `--json` changes stdout only.
+
+use crate::exit::{self, Error};
+use crate::report::{Progress, Summary};
+use crate::{check, emit};
+use clap::{CommandFactory, Parser, Subcommand};
+use penumbra_bundle::{Bundle, WriteError};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Rewrites a distribution kernel's text into variants: stock, fast and hardened.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Exit codes: 0 done or proved; 1 the check found violations; 2 wrong usage, bad input or cannot be done.\n\
+                  No command needs root, Xen or the network."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a bundle of variants for a kernel
+    #[command(after_help = "Examples:\n  \
+        hardener emit /boot/vmlinuz-6.1.0-56-cloud-amd64 -o bundle\n  \
+        hardener check bundle --image /boot/vmlinuz-6.1.0-56-cloud-amd64\n  \
+        signer sign bundle --key alice.pem\n\n\
+        The same image always makes the same bytes. Look at the thunks with: objdump -d bundle/cave.elf")]
+    Emit {
+        /// The kernel: a vmlinuz (gzip, xz, lz4 or zstd), or the vmlinux inside it
+        #[arg(value_name = "VMLINUZ")]
+        image: PathBuf,
+        /// The directory to write
+        #[arg(short, long, value_name = "BUNDLE")]
+        output: PathBuf,
+        /// Replace the bundle that is there
+        #[arg(long)]
+        force: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Prove a bundle against its kernel, by an analysis apart from the one that made it
+    #[command(after_help = "Example:\n  \
+        hardener check bundle --image /boot/vmlinuz-6.1.0-56-cloud-amd64\n\n\
+        Proves that every edit is one whole instruction of the same length in a slot that the kernel never\n\
+        writes, that thunks keep every register they must, and that the tables hold exactly the legal targets.")]
+    Check {
+        /// The bundle
+        bundle: PathBuf,
+        /// The kernel that it was made from
+        #[arg(long, value_name = "VMLINUZ")]
+        image: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what is in a bundle
+    #[command(
+        after_help = "Examples:\n  hardener inspect bundle\n  hardener inspect bundle --json | jq .variants"
+    )]
+    Inspect {
+        /// The bundle
+        bundle: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Emit {
+            image,
+            output,
+            force,
+            json,
+        } => emit_bundle(&image, &output, force, json),
+        Command::Check {
+            bundle,
+            image,
+            json,
+        } => return check_bundle(&bundle, &image, json),
+        Command::Inspect { bundle, json } => inspect_bundle(&bundle, json),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "hardener", &mut script);
+            Ok(String::from_utf8_lossy(&script).into_owned())
+        }
+    };
+    match result {
+        Ok(text) => {
+            print(&text);
+            ExitCode::from(exit::YES)
+        }
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &Error) -> ExitCode {
+    eprintln!("hardener: {error}");
+    ExitCode::from(error)
+}
+
+/// A reader that has gone away (`hardener inspect bundle | head -1`) is no error.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+fn emit_bundle(image: &Path, output: &Path, force: bool, json: bool) -> Result<String, Error> {
+    // Said before the work is done; writing looks again.
+    if output.exists() && !force {
+        return Err(emit::EmitError::from(WriteError::Exists(output.to_owned())).into());
+    }
+    let progress = Progress::start();
+    let mut bundle = emit::emit(image, &mut |stage| progress.stage(stage.label()))?;
+    progress.stage(emit::Stage::Write.label());
+    bundle
+        .write_dir(output, force)
+        .map_err(emit::EmitError::from)?;
+    drop(progress);
+    let summary = Summary::of(&bundle);
+    Ok(if json {
+        summary.json("penumbra.emit/v1")
+    } else {
+        format!("wrote {}\n{}", output.display(), summary.variants_table())
+    })
+}
+
+fn inspect_bundle(dir: &Path, json: bool) -> Result<String, Error> {
+    let bundle = Bundle::read_dir(dir)?;
+    let summary = Summary::of(&bundle);
+    Ok(if json {
+        summary.json("penumbra.inspect/v1")
+    } else {
+        summary.text()
+    })
+}
+
+fn check_bundle(bundle: &Path, image: &Path, json: bool) -> ExitCode {
+    match check::run(bundle, image, json) {
+        Ok(outcome) => {
+            print(&outcome.render());
+            ExitCode::from(if outcome.clean { exit::YES } else { exit::NO })
+        }
+        Err(error) => fail(&error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cli;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

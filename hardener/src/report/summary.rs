@@ -1,0 +1,186 @@
+//! What is in a bundle, as tables and as JSON.
+
+use comfy_table::{CellAlignment, Table as Grid, presets};
+use penumbra_bundle::{Bundle, Cave, Kernel, Mitigation, SiteKind, Text, Variant};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+/// A bundle summed up.
+pub struct Summary<'a> {
+    bundle: &'a Bundle,
+    sites: BTreeMap<String, u64>,
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    schema: &'a str,
+    generator: &'a str,
+    kernel: &'a Kernel,
+    text: &'a Text,
+    cave: &'a Cave,
+    variants: &'a [Variant],
+    poke_sites: &'a BTreeMap<String, u64>,
+    functions: usize,
+    symbols: usize,
+    layout: &'a BTreeMap<String, u32>,
+    data: &'a BTreeMap<String, penumbra_bundle::LinkVa>,
+}
+
+impl<'a> Summary<'a> {
+    /// Sums up.
+    pub fn of(bundle: &'a Bundle) -> Summary<'a> {
+        let mut sites = BTreeMap::new();
+        for site in &bundle.model.sites {
+            *sites.entry(kind_name(site.kind)).or_default() += 1;
+        }
+        Summary { bundle, sites }
+    }
+
+    /// For programs; addresses are strings.
+    pub fn json(&self, schema: &str) -> String {
+        let manifest = &self.bundle.manifest;
+        let json = Json {
+            schema,
+            generator: &manifest.generator,
+            kernel: &manifest.kernel,
+            text: &manifest.text,
+            cave: &manifest.cave,
+            variants: &manifest.variants,
+            poke_sites: &self.sites,
+            functions: self.bundle.model.functions.len(),
+            symbols: self.bundle.symbols.0.len(),
+            layout: &manifest.layout,
+            data: &manifest.data,
+        };
+        let mut text =
+            serde_json::to_string_pretty(&json).expect("plain data with string keys encodes");
+        text.push('\n');
+        text
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        let manifest = &self.bundle.manifest;
+        let (kernel, cave) = (&manifest.kernel, &manifest.cave);
+        let mut text = String::new();
+        let mut line = |name: &str, value: String| {
+            let _ = writeln!(text, "{name:<10} {value}");
+        };
+        line("kernel", kernel.release.clone());
+        line("build-id", kernel.build_id.clone());
+        line("image", format!("sha256 {}", kernel.image_sha256));
+        line(
+            "text",
+            format!(
+                "{} to {}, {} KiB",
+                manifest.text.start,
+                manifest.text.end,
+                manifest.text.range().len() / 1024
+            ),
+        );
+        line(
+            "cave",
+            format!(
+                "{} to {}, {} KiB, {} relocations, {} return tails",
+                cave.range.start,
+                cave.range.end,
+                cave.range.len() / 1024,
+                cave.relocs.len(),
+                cave.return_tails.len()
+            ),
+        );
+        line("written by", manifest.generator.clone());
+        text.push('\n');
+        text.push_str(&self.variants_table());
+
+        let mut tables = grid(&["table", "addresses", "bytes", "speaks about"]);
+        for table in &cave.tables {
+            tables.add_row([
+                table.name.clone(),
+                table.count.to_string(),
+                table.range.len().to_string(),
+                format!("{} to {}", table.covers.start, table.covers.end),
+            ]);
+        }
+        right(&mut tables, &[1, 2]);
+        let mut sites = grid(&["what the kernel itself edits", "sites"]);
+        for (kind, count) in &self.sites {
+            sites.add_row([kind.clone(), count.to_string()]);
+        }
+        right(&mut sites, &[1]);
+        let _ = write!(text, "\n{}\n\n{}\n", trimmed(&tables), trimmed(&sites));
+        text
+    }
+
+    /// The variants and what each pass did.
+    pub fn variants_table(&self) -> String {
+        let mut variants = grid(&["variant", "pass", "edited", "left alone", "leaves out"]);
+        for variant in &self.bundle.manifest.variants {
+            let drops: Vec<&str> = variant.drops.iter().map(|one| mitigation(*one)).collect();
+            let drops = drops.join(", ");
+            if variant.passes.is_empty() {
+                variants.add_row([variant.name.as_str(), "-", "0", "", &drops]);
+            }
+            for (n, pass) in variant.passes.iter().enumerate() {
+                let left: Vec<String> = pass
+                    .left
+                    .iter()
+                    .map(|(reason, count)| format!("{reason} {count}"))
+                    .collect();
+                let (name, drops) = if n == 0 {
+                    (variant.name.as_str(), drops.as_str())
+                } else {
+                    ("", "")
+                };
+                variants.add_row([
+                    name,
+                    &pass.name,
+                    &pass.edited.to_string(),
+                    &left.join(", "),
+                    drops,
+                ]);
+            }
+        }
+        right(&mut variants, &[2]);
+        trimmed(&variants) + "\n"
+    }
+}
+
+fn grid(header: &[&str]) -> Grid {
+    let mut grid = Grid::new();
+    grid.load_preset(presets::NOTHING).set_header(header);
+    grid
+}
+
+fn right(grid: &mut Grid, columns: &[usize]) {
+    for column in columns {
+        if let Some(column) = grid.column_mut(*column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
+/// Without the blanks that fill each line's end.
+fn trimmed(grid: &Grid) -> String {
+    let lines: Vec<String> = grid
+        .lines()
+        .map(|line| line.trim_end().to_owned())
+        .collect();
+    lines.join("\n")
+}
+
+fn mitigation(one: Mitigation) -> &'static str {
+    match one {
+        Mitigation::Retpoline => "retpoline",
+        Mitigation::ReturnThunk => "return-thunk",
+    }
+}
+
+/// As in the bundle's own spelling.
+fn kind_name(kind: SiteKind) -> String {
+    match serde_json::to_value(kind) {
+        Ok(serde_json::Value::String(name)) => name,
+        _ => format!("{kind:?}"),
+    }
+}
