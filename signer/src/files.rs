@@ -155,6 +155,7 @@ fn read_at(
         path: shown.to_owned(),
         limit,
     };
+    // Before memory is asked for.
     let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
     if size > limit {
         return Err(too_large());

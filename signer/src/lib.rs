@@ -6,7 +6,7 @@
 //! | [`trust`] | which keys count, how many are needed, and the one place where that is decided |
 //! | [`dsse`] | the envelope: what is signed, byte for byte |
 //! | [`statement`] | the in-toto Statement inside it |
-//! | [`sign`], [`verify`] | the two operations on bundle directories and policy files |
+//! | [`mod@sign`], [`verify`] | the two operations on bundle directories and policy files |
 //! | `files` | bounded reading that follows no links, writing that is whole or not at all |
 //! | [`cli`], [`exit`] | the command line and its exit codes |
 //!
