@@ -5,9 +5,8 @@ use std::process::ExitCode;
 
 /// Done, or yes.
 pub const YES: u8 = 0;
-/// A clean no: not signed by enough trusted keys, or not what was signed.
-pub const NO: u8 = 1;
-/// Wrong usage, bad input, or a thing that cannot be done. clap's own code for usage errors is the same.
+/// Wrong usage, bad input (what is not verified counts as such), or a thing that cannot be done. clap's own code for
+/// usage errors is the same.
 pub const CANNOT: u8 = 2;
 
 /// Everything that the commands can fail with.
@@ -26,18 +25,8 @@ pub enum Error {
     File(#[from] crate::FileError),
 }
 
-impl Error {
-    /// The exit code.
-    pub fn code(&self) -> u8 {
-        match self {
-            Error::Verify(error) if error.is_no() => NO,
-            _ => CANNOT,
-        }
-    }
-}
-
 impl From<&Error> for ExitCode {
-    fn from(error: &Error) -> ExitCode {
-        ExitCode::from(error.code())
+    fn from(_: &Error) -> ExitCode {
+        ExitCode::from(CANNOT)
     }
 }

@@ -110,14 +110,6 @@ impl VerifyError {
             VerifyError::Digest { .. } => "digest",
         }
     }
-
-    /// Whether this is a "no" (the question was answered) rather than a question that could not be asked.
-    pub fn is_no(&self) -> bool {
-        !matches!(
-            self,
-            VerifyError::File(FileError::Io { .. }) | VerifyError::Envelope { .. }
-        )
-    }
 }
 
 /// A bundle whose every byte is signed.

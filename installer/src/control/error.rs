@@ -109,7 +109,6 @@ impl From<ApplyError> for CliError {
 impl Exits for CliError {
     fn exit(&self) -> Exit {
         match self {
-            CliError::Verify(error) if error.is_no() => Exit::No,
             CliError::Resolve(error) => error.exit(),
             CliError::Xen(error) => error.exit(),
             CliError::Find(error) => error.exit(),
