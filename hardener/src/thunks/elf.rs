@@ -17,8 +17,8 @@ pub struct Part<'a> {
     pub named: &'a [Named],
 }
 
-/// Writes the file.
-pub fn write(tables: &Part<'_>, thunks: &Part<'_>) -> Vec<u8> {
+/// Writes the file. `kernel` names the kernel's own thunks, so that a disassembly says where jumps out of the cave go.
+pub fn write(tables: &Part<'_>, thunks: &Part<'_>, kernel: &[(String, LinkVa)]) -> Vec<u8> {
     let parts = [
         (
             &b".tables"[..],
@@ -62,6 +62,19 @@ pub fn write(tables: &Part<'_>, thunks: &Part<'_>) -> Vec<u8> {
                 st_size: one.range.len(),
             });
         }
+    }
+    for (name, va) in kernel {
+        let name = writer.add_string(name.as_bytes());
+        writer.reserve_symbol_index(None);
+        symbols.push(Sym {
+            name: Some(name),
+            section: None,
+            st_info: elf::STB_GLOBAL << 4 | elf::STT_NOTYPE,
+            st_other: elf::STV_DEFAULT,
+            st_shndx: elf::SHN_ABS,
+            st_value: va.0,
+            st_size: 0,
+        });
     }
     writer.reserve_symtab_section_index();
     writer.reserve_strtab_section_index();

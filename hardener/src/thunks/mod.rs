@@ -48,6 +48,17 @@ pub struct KernelThunks {
     pub indirect: BTreeMap<u8, LinkVa>,
 }
 
+impl KernelThunks {
+    fn named(&self) -> Vec<(String, LinkVa)> {
+        let indirect = self.indirect.iter().map(|(register, va)| {
+            let register = crate::text::REGISTERS[usize::from(*register)];
+            (format!("__x86_indirect_thunk_{register}"), *va)
+        });
+        let own = ("__x86_return_thunk".to_owned(), self.return_thunk);
+        indirect.chain([own]).collect()
+    }
+}
+
 /// Builds the cave for a text: tables first, thunks behind them.
 pub fn build(text: &Text, kernel: &KernelThunks) -> Result<CaveContents, TextError> {
     let start = text.cave.pages.start;
@@ -99,6 +110,7 @@ pub fn build(text: &Text, kernel: &KernelThunks) -> Result<CaveContents, TextErr
                 bytes: code.bytes(),
                 named: code.named(),
             },
+            &kernel.named(),
         ),
         thunks: code
             .named()
