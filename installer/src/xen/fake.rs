@@ -42,6 +42,8 @@ pub struct Fake {
     pub log: RefCell<Vec<String>>,
     /// The changing call (counted from 0) that fails, and how.
     pub fail: Cell<Option<(usize, Errno)>>,
+    /// Every later call fails too: as if the installer had been killed there.
+    pub for_good: Cell<bool>,
     pub hook: RefCell<Option<Hook>>,
 }
 
@@ -70,6 +72,7 @@ impl Fake {
             room: Cell::new(8192),
             log: RefCell::default(),
             fail: Cell::new(None),
+            for_good: Cell::new(false),
             hook: RefCell::default(),
         };
         for page in 0..pages {
@@ -115,7 +118,7 @@ impl Fake {
         let index = self.log.borrow().len();
         self.log.borrow_mut().push(what.clone());
         match self.fail.get() {
-            Some((at, errno)) if at == index => Err(XenError::Call { what, errno }),
+            Some((at, errno)) if at == index || (self.for_good.get() && at < index) => Err(XenError::Call { what, errno }),
             _ => Ok(()),
         }
     }
