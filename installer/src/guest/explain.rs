@@ -200,7 +200,7 @@ fn explain_sites(
             let matched = site
                 .forms
                 .iter()
-                .any(|form| forms::matches(form, model, site, bytes, slide, ignore));
+                .any(|form| forms::matches(form, model, site, bytes, slide, running.len(), ignore));
             if matched {
                 let differing = range
                     .clone()

@@ -83,9 +83,15 @@ pub fn matches(
     site: &Site,
     bytes: &[u8],
     slide: Slide,
+    text_len: usize,
     ignore: impl Fn(usize) -> bool,
 ) -> bool {
     let at = site.at;
+    // "Anywhere" is for code outside the text (modules, tracers' trampolines). Inside the text only what the tables name is
+    // believed: a torn poke is a call to the middle of something.
+    let outside = |target: Option<i64>| {
+        target.is_some_and(|target| usize::try_from(target).map_or(true, |to| to >= text_len))
+    };
     let rest = bytes.get(5..).unwrap_or_default();
     match form {
         Form::Exact {
@@ -102,9 +108,17 @@ pub fn matches(
             lands_in(&model.functions, branch_target(JMP, at, bytes))
                 && (all_nops(rest) || rest.iter().all(|byte| *byte == 0xcc))
         }
-        Form::CallAnywhere => branch_target(CALL, at, bytes).is_some() && all_nops(rest),
+        Form::CallAnywhere => {
+            let target = branch_target(CALL, at, bytes);
+            (outside(target) || lands_in(&model.functions, target)) && all_nops(rest)
+        }
         Form::JumpReturnThunk => lands_in(&model.return_thunks, branch_target(JMP, at, bytes)),
-        Form::JumpAnywhere => branch_target(JMP, at, bytes).is_some(),
+        Form::JumpAnywhere => {
+            let target = branch_target(JMP, at, bytes);
+            outside(target)
+                || lands_in(&model.functions, target)
+                || lands_in(&model.return_thunks, target)
+        }
         Form::Nops => all_nops(bytes),
     }
 }
@@ -163,7 +177,9 @@ mod tests {
             ..RunTimeModel::default()
         };
         let is = |form: Form, len: u8, bytes: &[u8]| {
-            matches(&form, &model, &site(len), bytes, Slide(0), |_| false)
+            matches(&form, &model, &site(len), bytes, Slide(0), 0x10000, |_| {
+                false
+            })
         };
         assert!(is(Form::Call, 5, &rel(0xe8, 0x4000)));
         assert!(is(Form::Call, 5, &rel(0xe8, 0x20)));
@@ -171,6 +187,11 @@ mod tests {
         assert!(!is(Form::Call, 5, &rel(0xe8, -0x4000)));
         assert!(!is(Form::Call, 5, &rel(0xe9, 0x4000)));
         assert!(is(Form::CallAnywhere, 5, &rel(0xe8, -0x4000)));
+        assert!(is(Form::CallAnywhere, 5, &rel(0xe8, 0x10000)));
+        assert!(is(Form::CallAnywhere, 5, &rel(0xe8, 0x4000)));
+        assert!(!is(Form::CallAnywhere, 5, &rel(0xe8, 0x4001)));
+        assert!(is(Form::JumpAnywhere, 5, &rel(0xe9, 0x8000)));
+        assert!(!is(Form::JumpAnywhere, 5, &rel(0xe9, 0x8001)));
         assert!(is(Form::JumpReturnThunk, 5, &rel(0xe9, 0x8000)));
         assert!(!is(Form::JumpReturnThunk, 5, &rel(0xe9, 0x4000)));
         let mut padded = rel(0xe8, 0x20);
@@ -196,7 +217,9 @@ mod tests {
         assert_eq!(relocated(&exact, &[3], &[8], slide), running);
         let model = RunTimeModel::default();
         let check = |bytes: &[u8], ignore: usize| {
-            matches(&form, &model, &site(12), bytes, slide, |at| at == ignore)
+            matches(&form, &model, &site(12), bytes, slide, 0x10000, |at| {
+                at == ignore
+            })
         };
         assert!(check(&running, 99));
         assert!(!check(&exact, 99));

@@ -26,8 +26,15 @@ fn snapshot(fake: &Fake) -> (Vec<Gfn>, Vec<u8>, u64, u64) {
 fn assert_clean(fake: &Fake, before: &(Vec<Gfn>, Vec<u8>, u64, u64), when: &str) {
     assert!(!fake.on.get(), "{when}: altp2m is off");
     assert!(fake.views.borrow().is_empty(), "{when}: no view is left");
-    assert_eq!(*fake.table.borrow(), Default::default(), "{when}: no binding state is left");
-    assert!(snapshot(fake) == *before, "{when}: frames and text are as before");
+    assert_eq!(
+        *fake.table.borrow(),
+        Default::default(),
+        "{when}: no binding state is left"
+    );
+    assert!(
+        snapshot(fake) == *before,
+        "{when}: frames and text are as before"
+    );
 }
 
 #[test]
@@ -46,7 +53,11 @@ fn every_view_is_the_running_text_plus_its_edits() {
         applied.state.view("fast").unwrap(),
         applied.state.view("hardened").unwrap(),
     );
-    for (name, view) in [("stock", ViewId::HOST), ("fast", fast), ("hardened", hardened)] {
+    for (name, view) in [
+        ("stock", ViewId::HOST),
+        ("fast", fast),
+        ("hardened", hardened),
+    ] {
         assert_eq!(
             testkit::text_of(&fake, view),
             testkit::with_edits(&bundle, &fake, name),
@@ -57,7 +68,10 @@ fn every_view_is_the_running_text_plus_its_edits() {
     assert!(table.enabled);
     assert_eq!(table.default, hardened);
     assert_eq!(table.flagged.iter().copied().collect::<Vec<_>>(), [fast]);
-    assert_eq!(table.armed, Some((crate::xen::Root(testkit::POKING), 0x5555_0000)));
+    assert_eq!(
+        table.armed,
+        Some((crate::xen::Root(testkit::POKING), 0x5555_0000))
+    );
     // The cave is in the guest's own frames, tail as the kernel returns, address moved by the slide.
     let cave = fake.peek(ViewId::HOST, GuestPa(TEXT.0 + 0x2000), 0x80);
     assert_eq!(cave[0x20..0x25], RET);
@@ -145,9 +159,15 @@ fn a_failure_at_any_call_leaves_nothing() {
         let error = apply(&fake, &journal, &testkit::request(&bundle)).unwrap_err();
         let call = fake.log.borrow()[at].clone();
         let when = format!("call {at} ({call}) failed");
-        assert!(!matches!(error, ApplyError::Uncleaned { .. }), "{when}: {error}");
+        assert!(
+            !matches!(error, ApplyError::Uncleaned { .. }),
+            "{when}: {error}"
+        );
         assert_clean(&fake, &before, &when);
-        assert!(journal.load().unwrap().is_none(), "{when}: the journal is gone");
+        assert!(
+            journal.load().unwrap().is_none(),
+            "{when}: the journal is gone"
+        );
     }
 }
 
@@ -221,7 +241,9 @@ fn the_cave_stays_while_something_may_run_in_it() {
         let dir = tempfile::tempdir().unwrap();
         let journal = testkit::journal(&dir);
         let before = snapshot(&fake);
-        let state = apply(&fake, &journal, &testkit::request(&bundle)).unwrap().state;
+        let state = apply(&fake, &journal, &testkit::request(&bundle))
+            .unwrap()
+            .state;
         match what {
             "rip" => {
                 let vcpu = fake.vcpus.borrow()[0];
@@ -236,12 +258,21 @@ fn the_cave_stays_while_something_may_run_in_it() {
             _ => fake.poke(GuestPa(below_sp), &inside.to_le_bytes()),
         }
         let removed = remove(&fake, &journal, Some(&state)).unwrap();
-        assert_eq!(matches!(removed.cave, CaveFate::Left(_)), left, "{what}: {:?}", removed.cave);
+        assert_eq!(
+            matches!(removed.cave, CaveFate::Left(_)),
+            left,
+            "{what}: {:?}",
+            removed.cave
+        );
         if left {
             assert!(!fake.on.get() && fake.views.borrow().is_empty());
             // The next apply of the same bundle finds its own thunks and takes them for what they are.
             let again = apply(&fake, &journal, &testkit::request(&bundle)).unwrap();
-            assert!(verify::verify(&fake, &bundle, &again.state).unwrap().explained);
+            assert!(
+                verify::verify(&fake, &bundle, &again.state)
+                    .unwrap()
+                    .explained
+            );
         } else {
             assert_clean(&fake, &before, what);
         }
@@ -254,12 +285,17 @@ fn a_running_vcpus_stacks_are_searched_through_the_interrupt_stack() {
     let fake = testkit::guest(&bundle);
     let dir = tempfile::tempdir().unwrap();
     let journal = testkit::journal(&dir);
-    let state = apply(&fake, &journal, &testkit::request(&bundle)).unwrap().state;
+    let state = apply(&fake, &journal, &testkit::request(&bundle))
+        .unwrap()
+        .state;
     let direct = 0xffff_8880_0000_0000_u64;
     let inside = testkit::LINK + testkit::SLIDE + 0x2042;
     // The vCPU is on a stack of its own (frame 0x3e000); its word points to process 3's stack, deeper than that thread's
     // saved pointer, where the interrupted instruction pointer is.
-    fake.poke(GuestPa(0x3_eff0), &(direct + testkit::stack(3) + 0x800).to_le_bytes());
+    fake.poke(
+        GuestPa(0x3_eff0),
+        &(direct + testkit::stack(3) + 0x800).to_le_bytes(),
+    );
     fake.poke(GuestPa(testkit::stack(3) + 0x840), &inside.to_le_bytes());
     let vcpu = fake.vcpus.borrow()[0];
     fake.vcpus.borrow_mut()[0] = Vcpu {
@@ -269,7 +305,11 @@ fn a_running_vcpus_stacks_are_searched_through_the_interrupt_stack() {
         ..vcpu
     };
     let removed = remove(&fake, &journal, Some(&state)).unwrap();
-    assert!(matches!(removed.cave, CaveFate::Left(_)), "{:?}", removed.cave);
+    assert!(
+        matches!(removed.cave, CaveFate::Left(_)),
+        "{:?}",
+        removed.cave
+    );
 }
 
 #[test]
@@ -277,16 +317,27 @@ fn verify_finds_one_wrong_byte_and_names_it() {
     let bundle = testkit::bundle();
     let fake = testkit::guest(&bundle);
     let dir = tempfile::tempdir().unwrap();
-    let state = apply(&fake, &testkit::journal(&dir), &testkit::request(&bundle)).unwrap().state;
+    let state = apply(&fake, &testkit::journal(&dir), &testkit::request(&bundle))
+        .unwrap()
+        .state;
     let fast = state.views.iter().find(|view| view.name == "fast").unwrap();
     // Its second page is text page 1.
     fake.poke(GuestPa(fast.first_copy.base().0 + 0x1000 + 0x345), &[0x42]);
     let report = verify::verify(&fake, &bundle, &state).unwrap();
     assert!(!report.explained);
-    let fast = report.views.iter().find(|view| view.name == "fast").unwrap();
+    let fast = report
+        .views
+        .iter()
+        .find(|view| view.name == "fast")
+        .unwrap();
     assert_eq!(fast.differing, 1);
     assert_eq!(fast.places, ["second+0x345: 42 where 90 was expected"]);
-    assert!(report.views.iter().all(|view| view.name == "fast" || view.differing == 0));
+    assert!(
+        report
+            .views
+            .iter()
+            .all(|view| view.name == "fast" || view.differing == 0)
+    );
     // A cave that is not the bundle's is not explained either.
     fake.poke(GuestPa(fast_copy(&state) + 0x1000 + 0x345), &[0x90]);
     assert!(verify::verify(&fake, &bundle, &state).unwrap().explained);
@@ -329,18 +380,30 @@ fn refusals_say_why() {
             fake.poke(GuestPa(TEXT.0 + at), &[0xff, 0xd0, 0x0f, 0x1f, 0]);
         }
     });
-    assert!(error.to_string().contains("spectre_v2=retpoline"), "{error}");
+    assert!(
+        error.to_string().contains("spectre_v2=retpoline"),
+        "{error}"
+    );
 
     // A jump to a place that is no return thunk.
     let error = refused(|fake| fake.poke(GuestPa(TEXT.0 + 0x10), &[0xe9, 0, 0, 0, 0]));
     assert!(matches!(error, ApplyError::Text(_)), "{error}");
 
     let error = refused(|fake| fake.vcpus.borrow_mut()[0].lstar += 0x1000);
-    assert!(matches!(error, ApplyError::Find(FindError::OtherEntry { .. })), "{error}");
+    assert!(
+        matches!(error, ApplyError::Find(FindError::OtherEntry { .. })),
+        "{error}"
+    );
     let error = refused(|fake| fake.poke(GuestPa(0x1_5110), &[0xff]));
-    assert!(matches!(error, ApplyError::Find(FindError::OtherBuild { .. })), "{error}");
+    assert!(
+        matches!(error, ApplyError::Find(FindError::OtherBuild { .. })),
+        "{error}"
+    );
     let error = refused(|fake| fake.vcpus.borrow_mut()[0].lstar = 0);
-    assert!(matches!(error, ApplyError::Find(FindError::NotBooted)), "{error}");
+    assert!(
+        matches!(error, ApplyError::Find(FindError::NotBooted)),
+        "{error}"
+    );
 
     let error = refused(|fake| fake.mode.set(Altp2mMode::Off));
     assert!(error.to_string().contains("altp2m=\"external\""), "{error}");
@@ -363,7 +426,9 @@ fn the_wrong_domain_of_the_same_id_is_not_cleaned_with_an_old_journal() {
     let fake = testkit::guest(&bundle);
     let dir = tempfile::tempdir().unwrap();
     let journal = testkit::journal(&dir);
-    let state = apply(&fake, &journal, &testkit::request(&bundle)).unwrap().state;
+    let state = apply(&fake, &journal, &testkit::request(&bundle))
+        .unwrap()
+        .state;
     // The guest was destroyed and another got its id.
     let other = testkit::guest(&bundle);
     other.domain.borrow_mut().uuid = "0ther".to_owned();

@@ -9,6 +9,8 @@
 
 pub mod pins;
 pub mod storm;
+#[cfg(test)]
+mod tests;
 
 use crate::guest::processes::Identity;
 use crate::guest::{Process, ProcessList};

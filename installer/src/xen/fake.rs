@@ -118,7 +118,9 @@ impl Fake {
         let index = self.log.borrow().len();
         self.log.borrow_mut().push(what.clone());
         match self.fail.get() {
-            Some((at, errno)) if at == index || (self.for_good.get() && at < index) => Err(XenError::Call { what, errno }),
+            Some((at, errno)) if at == index || (self.for_good.get() && at < index) => {
+                Err(XenError::Call { what, errno })
+            }
             _ => Ok(()),
         }
     }

@@ -1,0 +1,394 @@
+//! From processes and policy to bindings, against the fake.
+
+use super::{Watcher, decide, wanted};
+use crate::guest::{Process, ProcessList};
+use crate::views::State;
+use crate::views::testkit::{self, root};
+use crate::views::{apply, journal::Journal};
+use crate::xen::fake::Fake;
+use crate::xen::{GuestPa, Root, ViewId};
+use penumbra_bundle::Bundle;
+use penumbra_policy::Policy;
+use std::collections::BTreeMap;
+
+const POLICY: &str = r#"
+schema = 1
+name = "test"
+version = 1
+
+[default]
+view = "hardened"
+
+[[rule]]
+id = "payroll-fast"
+reason = "a test"
+view = "fast"
+match = { exe = "/usr/bin/payroll" }
+
+[[rule]]
+id = "users-stock"
+reason = "a test"
+view = "stock"
+match = { exe = "/usr/bin/payroll", uid = 2000 }
+"#;
+
+/// Process numbers in the testkit's guest.
+const INIT: u64 = 1;
+const PAYROLL: u64 = 2;
+const SH: u64 = 3;
+const IMPOSTOR: u64 = 4;
+
+struct World {
+    fake: Fake,
+    state: State,
+    policy: Policy,
+    watcher: Watcher,
+    journal: Journal,
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> World {
+        let bundle: Bundle = testkit::bundle();
+        let fake = testkit::guest(&bundle);
+        let dir = tempfile::tempdir().unwrap();
+        let journal = testkit::journal(&dir);
+        let state = apply(&fake, &journal, &testkit::request(&bundle))
+            .unwrap()
+            .state;
+        World {
+            fake,
+            state,
+            policy: Policy::parse("test.toml", POLICY).unwrap(),
+            watcher: Watcher::default(),
+            journal,
+            _dir: dir,
+        }
+    }
+
+    fn list(&self) -> ProcessList {
+        let memory = self.state.reader.kernel().memory(&self.fake);
+        self.state.reader.list(&memory)
+    }
+
+    fn pass(&mut self) -> super::Pass {
+        let memory = self.state.reader.kernel().memory(&self.fake);
+        let list = self.state.reader.list(&memory);
+        let is_still = |process: &Process| self.state.reader.is_still(&memory, process, list.top);
+        let dir = self.journal.dir();
+        let is_pinned = |root| super::pins::is_pinned(dir, root);
+        self.watcher
+            .pass(
+                &self.fake,
+                &self.state,
+                &self.policy,
+                &list,
+                &is_still,
+                &is_pinned,
+            )
+            .unwrap()
+    }
+
+    fn bound(&self) -> BTreeMap<Root, ViewId> {
+        self.fake.table.borrow().bound.clone()
+    }
+
+    fn fast(&self) -> ViewId {
+        self.state.view("fast").unwrap()
+    }
+
+    fn set32(&self, at: u64, value: u32) {
+        self.fake.poke(GuestPa(at), &value.to_le_bytes());
+    }
+}
+
+#[test]
+fn processes_are_read_with_path_uid_and_root() {
+    let world = World::new();
+    let list = world.list();
+    assert!(list.trouble.is_empty(), "{:?}", list.trouble);
+    assert_eq!(list.kernel_threads, 1);
+    let seen: Vec<_> = list
+        .processes
+        .iter()
+        .map(|process| {
+            let identity = &process.identity;
+            (
+                identity.pid,
+                process.comm.as_str(),
+                identity.exe.as_deref(),
+                identity.root,
+            )
+        })
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            (1, "init", Some("/sbin/init"), root(INIT)),
+            (100, "payroll", Some("/usr/bin/payroll"), root(PAYROLL)),
+            (101, "sh", Some("/bin/sh"), root(SH)),
+            // The same path in a mount namespace that is not process 1's means nothing.
+            (102, "payroll", None, root(IMPOSTOR)),
+        ]
+    );
+    assert_eq!(
+        list.processes[3].shown_exe.as_deref(),
+        Some("/usr/bin/payroll")
+    );
+    assert_eq!(list.processes[1].identity.uid, Some((1000, 1000)));
+}
+
+#[test]
+fn only_what_the_policy_trusts_is_bound() {
+    let mut world = World::new();
+    let pass = world.pass();
+    assert_eq!((pass.bound, pass.unbound), (1, 0), "{:?}", pass.trouble);
+    assert_eq!(
+        world.bound(),
+        BTreeMap::from([(root(PAYROLL), world.fast())])
+    );
+    let list = world.list();
+    let rules: Vec<String> = list
+        .processes
+        .iter()
+        .map(|process| decide(&world.policy, process).rule)
+        .collect();
+    assert_eq!(rules, ["default", "payroll-fast", "default", "default"]);
+    // A second look changes nothing.
+    let calls = world.fake.log.borrow().len();
+    assert_eq!(world.pass(), super::Pass::default());
+    assert_eq!(world.fake.log.borrow().len(), calls);
+}
+
+#[test]
+fn a_process_that_becomes_another_loses_its_binding_before_others_get_one() {
+    for change in ["exec", "exit", "reused pid", "other mm"] {
+        let mut world = World::new();
+        world.pass();
+        let at = testkit::task(PAYROLL);
+        match change {
+            "exec" => testkit::set_exe(&world.fake, PAYROLL, "/bin/sh"),
+            "exit" => world.fake.poke(GuestPa(at + 0x10), &[0; 8]),
+            "reused pid" => world.fake.poke(GuestPa(at + 0x38), &[9; 8]),
+            // The same page-table root in another mm_struct: here, one that moved by eight bytes.
+            _ => {
+                let mm = world.fake.peek(ViewId::HOST, GuestPa(at + 0x180), 0x20);
+                world.fake.poke(GuestPa(at + 0x1a0), &mm[8..0x18]);
+                world.fake.poke(
+                    GuestPa(at + 0x10),
+                    &(0xffff_8880_0000_0000 + at + 0x198).to_le_bytes(),
+                );
+            }
+        }
+        // Meanwhile the shell ran payroll.
+        testkit::set_exe(&world.fake, SH, "/usr/bin/payroll");
+        let start = world.fake.log.borrow().len();
+        world.pass();
+        let log = world.fake.log.borrow()[start..].to_vec();
+        assert!(log[0].starts_with("Clear"), "{change}: {log:?}");
+        assert!(
+            log[0].ends_with(&root(PAYROLL).to_string()),
+            "{change}: {log:?}"
+        );
+        assert_eq!(
+            world.bound().get(&root(SH)),
+            Some(&world.fast()),
+            "{change}"
+        );
+        // Whoever still is payroll is bound anew, whoever is not is not.
+        let again = matches!(change, "reused pid" | "other mm");
+        assert_eq!(
+            world.bound().contains_key(&root(PAYROLL)),
+            again,
+            "{change}"
+        );
+    }
+}
+
+#[test]
+fn a_process_that_changes_while_it_is_bound_is_unbound_at_once() {
+    let mut world = World::new();
+    // It runs another program between the reading and the binding.
+    *world.fake.hook.borrow_mut() = Some(Box::new(|fake, call| {
+        if call.starts_with("Set") {
+            testkit::set_exe(fake, PAYROLL, "/bin/sh");
+        }
+    }));
+    let pass = world.pass();
+    assert_eq!(pass.bound, 0);
+    assert!(world.bound().is_empty());
+}
+
+#[test]
+fn the_strictest_of_all_processes_on_a_root_counts() {
+    let mut world = World::new();
+    // The shell is payroll's vfork child: one mm, another program in no rule.
+    let mm = world
+        .fake
+        .peek(ViewId::HOST, GuestPa(testkit::task(PAYROLL) + 0x10), 8);
+    world.fake.poke(GuestPa(testkit::task(SH) + 0x10), &mm);
+    assert_eq!(
+        wanted(&world.policy, &world.list())[&root(PAYROLL)].view,
+        "fast"
+    );
+    // As another user it has a stricter view, and so has the one whose memory it shares.
+    world.set32(testkit::task(SH) + 0x104, 2000);
+    let want = wanted(&world.policy, &world.list());
+    assert_eq!(want[&root(PAYROLL)].view, "stock");
+    assert_eq!(want[&root(PAYROLL)].who.len(), 2);
+    world.pass();
+    assert_eq!(
+        world.bound(),
+        BTreeMap::from([(root(PAYROLL), ViewId::HOST)])
+    );
+}
+
+#[test]
+fn unreadable_processes_and_circular_lists_are_hardened() {
+    let mut world = World::new();
+    world.pass();
+    // payroll's page tables vanish from its mm.
+    world
+        .fake
+        .poke(GuestPa(testkit::task(PAYROLL) + 0x188), &[0; 8]);
+    let pass = world.pass();
+    assert!(world.bound().is_empty());
+    assert!(
+        pass.trouble[0].contains("cannot be read"),
+        "{:?}",
+        pass.trouble
+    );
+    // The shell's list entry points back to init: nobody behind it is seen, and the walk ends.
+    let init = world.fake.peek(ViewId::HOST, GuestPa(testkit::task(0)), 8);
+    world.fake.poke(GuestPa(testkit::task(SH)), &init);
+    let list = world.list();
+    assert!(
+        list.trouble
+            .iter()
+            .any(|trouble| trouble.contains("circle")),
+        "{:?}",
+        list.trouble
+    );
+    assert!(list.processes.len() < 4);
+}
+
+#[test]
+fn bindings_of_a_dead_watcher_are_taken_back() {
+    let mut world = World::new();
+    let (fast, stale) = (world.fast(), Root(0x7_7000));
+    world.fake.table.borrow_mut().bound.insert(stale, fast);
+    world.fake.table.borrow_mut().bound.insert(root(SH), fast);
+    world.pass();
+    assert_eq!(world.bound(), BTreeMap::from([(root(PAYROLL), fast)]));
+    let dropped = super::drop_bindings(&world.fake, &world.state, world.journal.dir()).unwrap();
+    assert_eq!(dropped, 1);
+    assert!(world.bound().is_empty());
+}
+
+#[test]
+fn a_pinned_root_is_left_alone() {
+    let mut world = World::new();
+    let fast = world.fast();
+    let pin = super::pins::Pin::new(world.journal.dir(), root(SH)).unwrap();
+    world.fake.table.borrow_mut().bound.insert(root(SH), fast);
+    world.pass();
+    assert_eq!(world.bound().get(&root(SH)), Some(&fast));
+    drop(pin);
+    world.pass();
+    assert_eq!(world.bound().get(&root(SH)), None);
+}
+
+#[test]
+fn a_full_table_leaves_processes_on_the_default() {
+    let mut world = World::new();
+    world.fake.room.set(0);
+    let pass = world.pass();
+    assert!(world.bound().is_empty());
+    assert!(
+        pass.trouble[0].contains("payroll (100) stays on the default view"),
+        "{:?}",
+        pass.trouble
+    );
+}
+
+mod storm {
+    use super::*;
+    use crate::watch::storm;
+    use std::cell::Cell;
+    use std::sync::atomic::AtomicBool;
+
+    #[test]
+    fn a_storm_goes_to_every_view_and_leaves_none() {
+        let world = World::new();
+        let list = world.list();
+        let process = storm::find(&list, 100).unwrap();
+        let stop = AtomicBool::new(false);
+        let run = |seed| {
+            let dir = world.journal.dir();
+            storm::run(
+                &world.fake,
+                &world.state,
+                dir,
+                process,
+                &|| true,
+                (60, seed),
+                &stop,
+            )
+            .unwrap()
+        };
+        let storm = run(7);
+        assert_eq!(storm.flips, 60);
+        assert_eq!(storm.per_view.values().sum::<u64>(), 60);
+        assert!(
+            storm.per_view.values().all(|count| *count > 5),
+            "{:?}",
+            storm.per_view
+        );
+        assert!(world.bound().is_empty());
+        // Each flip goes to another view, and the seed makes it the same storm again.
+        let sets = |log: &[String]| -> Vec<String> {
+            log.iter()
+                .filter(|call| call.starts_with("Set"))
+                .cloned()
+                .collect()
+        };
+        let first = sets(&world.fake.log.borrow());
+        assert!(first.windows(2).all(|two| two[0] != two[1]));
+        run(7);
+        assert_eq!(sets(&world.fake.log.borrow())[60..], first[..]);
+    }
+
+    #[test]
+    fn a_storm_ends_with_its_process() {
+        let world = World::new();
+        let list = world.list();
+        let process = storm::find(&list, 100).unwrap();
+        let left = Cell::new(10);
+        let is_still = || {
+            left.set(left.get() - 1);
+            left.get() > 0
+        };
+        let stop = AtomicBool::new(false);
+        let dir = world.journal.dir();
+        let error = storm::run(
+            &world.fake,
+            &world.state,
+            dir,
+            process,
+            &is_still,
+            (60, 1),
+            &stop,
+        )
+        .unwrap_err();
+        assert!(
+            matches!(error, storm::StormError::Lost { pid: 100, flips: 9 }),
+            "{error}"
+        );
+        assert!(world.bound().is_empty());
+        assert!(!crate::watch::pins::is_pinned(dir, root(PAYROLL)));
+        assert!(matches!(
+            storm::find(&list, 7),
+            Err(storm::StormError::NoProcess { pid: 7 })
+        ));
+    }
+}
