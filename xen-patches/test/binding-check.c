@@ -136,10 +136,16 @@ static void expect(const char *what, int want, int got)
         check(false, "%s: %s instead of %s", what, strerror(got), strerror(want));
 }
 
+/* The root a vCPU has loaded; 0 if it is down. */
 static uint64_t cr3_of(unsigned int vcpu)
 {
     struct hvm_hw_cpu cpu;
+    xc_vcpuinfo_t info;
 
+    if ( xc_vcpu_getinfo(xch, dom, vcpu, &info) )
+        die("vCPU info");
+    if ( !info.online )
+        return 0;
     if ( xc_domain_hvm_getcontext_partial(xch, dom, HVM_SAVE_CODE(CPU), vcpu, &cpu, sizeof(cpu)) )
         die("vCPU context");
     return cpu.cr3 & ~0xfffUL & ~(1UL << 63);
@@ -459,9 +465,9 @@ static void storm(uint64_t poking_root, uint64_t poking_addr, uint64_t text, uin
         /* Bind what runs, in turn to all views; now and then let go of one. */
         uint64_t root = cr3_of(flips & 1);
 
-        if ( root != poking_root && !act(SET, view[rand() % 3], root, 0) )
+        if ( root && root != poking_root && !act(SET, view[rand() % 3], root, 0) )
             bound++;
-        if ( rand() % 4 == 0 )
+        if ( root && rand() % 4 == 0 )
             act(CLEAR, 0, root, 0);
         if ( act(DEFAULT, view[rand() % 3], 0, 0) )
             die("DEFAULT");
