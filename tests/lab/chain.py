@@ -59,6 +59,7 @@ def build_xen():
 def emit(out, vmlinuz=None):
     """Emits a bundle for the guest's kernel and has it checked."""
     vmlinuz = vmlinuz or kernel.cloud().vmlinuz
+    out.parent.mkdir(parents=True, exist_ok=True)
     run([tool("hardener"), "emit", vmlinuz, "-o", out, "--force"])
     return out
 

@@ -47,10 +47,10 @@ def refused(argv, codes, *words):
     """The command ends with one of `codes` and one message that has all `words`."""
     done = subprocess.run(list(map(str, argv)), stdin=subprocess.DEVNULL, capture_output=True,
                           text=True, errors="replace")
-    told = f"{' '.join(map(str, argv))}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+    told = f"{' '.join(map(str, argv))}: exit {done.returncode}\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
     expect(done.returncode in codes, f"expected exit in {codes}:", told)
     expect("panicked" not in done.stderr, told)
-    expect(done.stderr.strip(), "no message:", told)
+    expect((done.stderr + done.stdout).strip(), "no message:", told)
     for word in words:
         expect(str(word) in done.stderr + done.stdout, f"no {word!r} in:", told)
 
@@ -108,7 +108,9 @@ def bad_images_are_refused(w):
     """Garbage, an empty file, a truncated and a damaged vmlinuz: exit 2, the file is named, no bundle."""
     whole = w.vmlinuz.read_bytes()
     cases = {"empty": b"", "garbage": b"\x7fELF" + b"\x5a" * 5000, "text": b"not a kernel\n" * 50,
-             "header": whole[:600], "half": whole[:len(whole) // 2], "short": whole[:-4096],
+             "header": whole[:600], "half": whole[:len(whole) // 2],
+             # The very end of a signed image is its certificate, which no loader of the kernel reads.
+             "short": whole[:len(whole) * 9 // 10],
              "holed": whole[:2 << 20] + bytes(4096) + whole[(2 << 20) + 4096:]}
     for name, content in cases.items():
         image, out = w.folder / f"vmlinuz-{name}", w.folder / f"out-{name}"
