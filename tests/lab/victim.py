@@ -154,6 +154,11 @@ echo done >> /tmp/pokes.count
         guest.run(f"cat > /tmp/pokes.sh <<'EOS'\n{self._SCRIPT}EOS\n"
                   "sh /tmp/pokes.sh > /tmp/pokes.err 2>&1 &")
 
+    def rounds(self):
+        """Rounds done so far."""
+        out = self.guest.run("cat /tmp/pokes.count 2>/dev/null").out.split()
+        return int(out[0]) if out else 0
+
     def stop(self, timeout=120):
         """Ends the loop; returns (rounds, rounds in which the tracer saw the function)."""
         self.guest.run("touch /tmp/pokes.stop")
