@@ -20,6 +20,10 @@ use std::time::{Duration, Instant};
 /// The verified policy's copy beside the journal, for `ps`.
 pub const POLICY_COPY: &str = "policy.toml";
 
+/// How long a guest frame stays mapped: a guest that gives frames back makes its own processes' data stale no longer than
+/// this.
+const REFRESH: Duration = Duration::from_secs(1);
+
 /// Runs `apply`.
 pub fn apply(args: &Apply) -> Result<Exit, CliError> {
     let started = Instant::now();
@@ -183,7 +187,6 @@ fn look(
     policy: &Policy,
     watcher: &mut Watcher,
 ) -> Result<Vec<String>, CliError> {
-    xen.refresh();
     let memory = state.reader.kernel().memory(xen);
     let list = state.reader.list(&memory);
     let is_still = |process: &Process| state.reader.is_still(&memory, process, list.top);
@@ -204,6 +207,7 @@ fn watch_on(
 ) -> Result<Exit, CliError> {
     // Each trouble is said once: a guest that makes them by the second must not fill the disk.
     let mut said: HashSet<String> = HashSet::new();
+    let mut refreshed = Instant::now();
     while !stop.load(Ordering::Relaxed) && !journal.asked_to_stop() {
         match xen.domain() {
             Ok(domain) if !domain.gone && domain.uuid == state.uuid => {}
@@ -215,6 +219,10 @@ fn watch_on(
                 journal.erase()?;
                 return Ok(Exit::Done);
             }
+        }
+        if refreshed.elapsed() > REFRESH {
+            refreshed = Instant::now();
+            xen.refresh();
         }
         for trouble in look(xen, journal, &state, policy, &mut watcher)? {
             if said.len() < 1000 && said.insert(trouble.clone()) {

@@ -123,7 +123,8 @@ pub fn storm(args: &cli::Storm) -> Result<Exit, CliError> {
     let is_still = || {
         asked.set(asked.get().wrapping_add(1));
         if asked.get().is_multiple_of(REFRESH) {
-            memory.next_pass();
+            memory.forget();
+            xen.refresh();
         }
         state.reader.is_still(&memory, process, list.top)
     };

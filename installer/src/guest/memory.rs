@@ -48,14 +48,6 @@ impl<'a> GuestMemory<'a> {
         self.known.borrow_mut().clear();
     }
 
-    /// Forgets translations, and maps in one go the frames that this pass used: the next pass wants most of them.
-    pub fn next_pass(&self) {
-        let frames: Vec<Gfn> = self.known.borrow().values().copied().collect();
-        self.forget();
-        self.hypervisor.refresh();
-        self.hypervisor.prefetch(&frames);
-    }
-
     /// Where `va` lies in guest-physical memory.
     pub fn translate(&self, va: GuestVa) -> Result<GuestPa, ReadError> {
         Ok(walk::translate(

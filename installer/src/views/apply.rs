@@ -495,9 +495,15 @@ fn fill(
         if !entry.pages.iter().eq(pages.keys()) {
             return Err(ApplyError::Restless);
         }
-        for (offset, bytes) in pages.values().enumerate() {
-            hypervisor.write(Gfn(entry.first_copy.0 + offset as u64), 0, bytes)?;
-        }
+        let writes: Vec<(Gfn, usize, &[u8])> = pages
+            .values()
+            .enumerate()
+            .map(|(offset, bytes)| {
+                let copy = Gfn(entry.first_copy.0 + offset as u64);
+                (copy, 0, bytes.as_slice())
+            })
+            .collect();
+        hypervisor.write_all(&writes)?;
     }
     Ok(())
 }

@@ -168,15 +168,16 @@ pub fn write(
     va: GuestVa,
     bytes: &[u8],
 ) -> Result<(), CaveWriteError> {
+    let mut writes = Vec::new();
     let mut done = 0;
     while done < bytes.len() {
         let at = va.offset(done as u64);
         let len = (PAGE - at.in_page()).min(bytes.len() - done);
         let gfn = memory.translate(at)?.gfn();
-        hypervisor
-            .write(gfn, at.in_page(), &bytes[done..done + len])
-            .map_err(|source| CaveWriteError::Write { va: at, source })?;
+        writes.push((gfn, at.in_page(), &bytes[done..done + len]));
         done += len;
     }
-    Ok(())
+    hypervisor
+        .write_all(&writes)
+        .map_err(|source| CaveWriteError::Write { va, source })
 }

@@ -7,7 +7,7 @@
 use super::ffi;
 use super::{DomId, Errno, Gfn, PAGE, XenError};
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{c_int, c_void};
 use std::ptr::NonNull;
 
@@ -27,6 +27,8 @@ pub struct Frames {
 struct Cache {
     regions: Vec<Region>,
     by_gfn: HashMap<Gfn, NonNull<u8>>,
+    /// Frames read since the last refresh.
+    used: HashSet<Gfn>,
 }
 
 struct Region {
@@ -62,6 +64,7 @@ impl Frames {
                 *cache.by_gfn.get(&gfn).ok_or(XenError::NoFrame(gfn))?
             }
         };
+        self.cache.borrow_mut().used.insert(gfn);
         // SAFETY: `page` is a live read mapping of PAGE bytes (regions are unmapped only in `clear`, which also empties
         // `by_gfn`, and nothing clears between the lookup and here), and the range was asserted to lie inside.
         // Needed: guest memory changes under us, so it cannot be a slice.
@@ -71,18 +74,32 @@ impl Frames {
 
     /// Copies into a frame, through a mapping of its own.
     pub fn write(&self, gfn: Gfn, offset: usize, bytes: &[u8]) -> Result<(), XenError> {
-        assert!(offset + bytes.len() <= PAGE, "a write stays in its frame");
-        let (region, errors) = self.map(&[gfn], ffi::PROT_READ | ffi::PROT_WRITE)?;
-        let result = if errors[0] == 0 {
-            // SAFETY: the mapping is writable, PAGE bytes long, and lives until `unmap` below; the range was asserted.
-            // Needed: as in `read`.
-            unsafe { copy_in(region.address.cast::<u8>().as_ptr().add(offset), bytes) };
-            Ok(())
-        } else {
-            Err(XenError::NoFrame(gfn))
-        };
-        self.unmap(&region);
-        result
+        self.write_all(&[(gfn, offset, bytes)])
+    }
+
+    /// Copies into many frames, in few mapping calls; each write is a frame, an offset in it and bytes.
+    pub fn write_all(&self, writes: &[(Gfn, usize, &[u8])]) -> Result<(), XenError> {
+        for batch in writes.chunks(BATCH) {
+            let frames: Vec<Gfn> = batch.iter().map(|(gfn, _, _)| *gfn).collect();
+            let (region, errors) = self.map(&frames, ffi::PROT_READ | ffi::PROT_WRITE)?;
+            let mut result = Ok(());
+            for (index, (gfn, offset, bytes)) in batch.iter().enumerate() {
+                assert!(offset + bytes.len() <= PAGE, "a write stays in its frame");
+                if errors[index] != 0 {
+                    result = Err(XenError::NoFrame(*gfn));
+                    break;
+                }
+                // SAFETY: the mapping is writable, has a page per element of the batch and lives until `unmap` below; the
+                // range inside the page was asserted. Needed: as in `read`.
+                unsafe {
+                    let page = region.address.cast::<u8>().as_ptr().add(index * PAGE);
+                    copy_in(page.add(*offset), bytes);
+                }
+            }
+            self.unmap(&region);
+            result?;
+        }
+        Ok(())
     }
 
     /// Maps those of `frames` that are not mapped yet, in few calls. A frame that is not there is passed over.
@@ -116,6 +133,13 @@ impl Frames {
             }
             cache.regions.push(region);
         }
+    }
+
+    /// Maps the frames that were read since the last refresh anew, in few calls, and drops all others.
+    pub fn refresh(&self) {
+        let used: Vec<Gfn> = self.cache.borrow_mut().used.drain().collect();
+        self.clear();
+        self.prefetch(&used);
     }
 
     /// Unmaps everything.

@@ -177,6 +177,13 @@ pub trait Hypervisor {
     fn read(&self, gfn: Gfn, offset: usize, buf: &mut [u8]) -> Result<(), XenError>;
     /// Writes inside one frame of the host view.
     fn write(&self, gfn: Gfn, offset: usize, bytes: &[u8]) -> Result<(), XenError>;
+    /// Many writes, each a frame, an offset in it and bytes; a provider may do them in few calls.
+    fn write_all(&self, writes: &[(Gfn, usize, &[u8])]) -> Result<(), XenError> {
+        for (gfn, offset, bytes) in writes {
+            self.write(*gfn, *offset, bytes)?;
+        }
+        Ok(())
+    }
     /// Says which frames will be read soon, so that a provider can map them in few calls.
     fn prefetch(&self, _frames: &[Gfn]) {}
     /// Forgets mapped frames: what is read next is what the guest has there now.

@@ -196,8 +196,12 @@ impl Hypervisor for Xen {
         self.frames.prefetch(frames);
     }
 
+    fn write_all(&self, writes: &[(Gfn, usize, &[u8])]) -> Result<(), XenError> {
+        self.frames.write_all(writes)
+    }
+
     fn refresh(&self) {
-        self.frames.clear();
+        self.frames.refresh();
     }
 
     fn highest_gfn(&self) -> Result<Gfn, XenError> {
