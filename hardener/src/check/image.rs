@@ -39,11 +39,8 @@ fn names(subject: &Subject<'_>, file: &[u8], findings: &mut Findings<'_>) {
         let words = banner.strip_prefix("Linux version ")?;
         words.split(' ').next().map(str::to_owned)
     });
-    let notes = kernel
-        .vmlinux
-        .find_section(".notes")
-        .map(|section| section.range);
-    let build_id = notes.and_then(|range| build_id(kernel.bytes(range)?));
+    let notes = notes(kernel);
+    let build_id = own_build_id(kernel);
     let entry = kernel.symbols.find("entry_SYSCALL_64");
     let mut same = |name: &str, said: String, found: Option<String>| {
         let found = found.unwrap_or_else(|| "nothing".to_owned());
@@ -65,6 +62,15 @@ fn names(subject: &Subject<'_>, file: &[u8], findings: &mut Findings<'_>) {
     same("build_id", said.build_id.clone(), build_id);
     same("notes", range(said.notes), notes.map(range));
     same("syscall_entry", hex(said.syscall_entry), entry.map(hex));
+}
+
+fn notes(kernel: &Kernel) -> Option<VaRange> {
+    Some(kernel.vmlinux.find_section(".notes")?.range)
+}
+
+/// The image's build-id, in hexadecimal.
+pub fn own_build_id(kernel: &Kernel) -> Option<String> {
+    build_id(kernel.bytes(notes(kernel)?)?)
 }
 
 /// The build-id in a `.notes` section (System V gABI, note section; owner "GNU", type 3).

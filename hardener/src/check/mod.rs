@@ -23,7 +23,8 @@ mod slots;
 mod tables;
 mod thunks;
 
-pub use kernel::{Kernel, KernelError};
+use kernel::Kernel;
+pub use kernel::KernelError;
 pub use report::{Outcome, Rule, RuleReport, Violation};
 
 use crate::image::{ImageError, unpacked};
@@ -57,6 +58,18 @@ pub enum CheckError {
         path: PathBuf,
         /// What it lacks.
         source: KernelError,
+    },
+    /// The bundle is for another kernel.
+    #[error(
+        "{path}: its build-id is {found}, the bundle is for {said}; give the image that the bundle was made from"
+    )]
+    OtherKernel {
+        /// The image.
+        path: PathBuf,
+        /// The bundle's build-id.
+        said: String,
+        /// The image's build-id.
+        found: String,
     },
     /// The bundle cannot be read.
     #[error(transparent)]
@@ -95,17 +108,30 @@ impl Checker {
         })
     }
 
-    /// The image as read.
-    pub fn kernel(&self) -> &Kernel {
-        &self.kernel
-    }
-
     /// Proves `bundle`, or says where it cannot.
     pub fn check(&self, bundle: &Bundle, json: bool) -> Result<Outcome, CheckError> {
+        let rules = self.prove(bundle, &Rule::ALL)?;
+        let release = bundle.manifest.kernel.release.clone();
+        Ok(Outcome::new(release, rules, self.reading, json))
+    }
+
+    /// Proves some rules only, in the order of [`Rule::ALL`].
+    pub fn prove(&self, bundle: &Bundle, wanted: &[Rule]) -> Result<Vec<RuleReport>, CheckError> {
         let fail = |source| CheckError::Kernel {
             path: self.path.clone(),
             source,
         };
+        let (said, found) = (
+            &bundle.manifest.kernel.build_id,
+            image::own_build_id(&self.kernel),
+        );
+        if found.as_ref().is_some_and(|found| found != said) {
+            return Err(CheckError::OtherKernel {
+                path: self.path.clone(),
+                said: said.clone(),
+                found: found.unwrap_or_default(),
+            });
+        }
         let cave = CaveImage::read(&bundle.cave, &bundle.manifest.cave);
         let subject = Subject {
             kernel: &self.kernel,
@@ -113,15 +139,27 @@ impl Checker {
             cave: &cave,
             thunks: &KernelThunks::find(&self.kernel).map_err(fail)?,
         };
-        let boundaries = slots::boundaries(&subject);
-        let shared = cave::check(&subject);
-        let allowed = slots::allowed(&subject).map_err(fail)?;
-        let (thunks, roles) = thunks::check(&subject);
-        let sets = tables::check(&subject, &roles).map_err(fail)?;
-        let image = image::check(&subject, &self.file);
-        let rules = vec![boundaries, shared, allowed, thunks, sets, image];
-        let release = bundle.manifest.kernel.release.clone();
-        Ok(Outcome::new(release, rules, self.reading, json))
+        let mut reports = Vec::new();
+        // What the tables are for is what the thunks were proved to do with them.
+        let mut roles = None;
+        for rule in Rule::ALL.into_iter().filter(|rule| wanted.contains(rule)) {
+            reports.push(match rule {
+                Rule::SameBoundaries => slots::boundaries(&subject),
+                Rule::OneSharedCave => cave::check(&subject),
+                Rule::AllowedSlots => slots::allowed(&subject).map_err(fail)?,
+                Rule::ThunkContract => {
+                    let (report, seen) = thunks::check(&subject);
+                    roles = Some(seen);
+                    report
+                }
+                Rule::ExactSets => {
+                    let roles = roles.take().unwrap_or_else(|| thunks::check(&subject).1);
+                    tables::check(&subject, &roles).map_err(fail)?
+                }
+                Rule::TrueToImage => image::check(&subject, &self.file),
+            });
+        }
+        Ok(reports)
     }
 }
 

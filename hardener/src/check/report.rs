@@ -29,6 +29,16 @@ pub enum Rule {
 }
 
 impl Rule {
+    /// Every rule.
+    pub const ALL: [Rule; 6] = [
+        Rule::SameBoundaries,
+        Rule::OneSharedCave,
+        Rule::AllowedSlots,
+        Rule::ThunkContract,
+        Rule::ExactSets,
+        Rule::TrueToImage,
+    ];
+
     fn name(self) -> &'static str {
         match self {
             Rule::SameBoundaries => "same-boundaries",

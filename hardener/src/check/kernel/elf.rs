@@ -123,13 +123,6 @@ impl Vmlinux {
         self.sections.get(name)
     }
 
-    /// Sections by name.
-    pub fn sections(&self) -> impl Iterator<Item = (&str, &Section)> {
-        self.sections
-            .iter()
-            .map(|(name, section)| (name.as_str(), section))
-    }
-
     /// The bytes of a section as the file has them; none for `SHT_NOBITS`.
     pub fn section_bytes(&self, section: &Section) -> &[u8] {
         if !section.in_file {

@@ -30,8 +30,6 @@ pub struct Branch {
     pub at: LinkVa,
     /// Its target.
     pub to: LinkVa,
-    /// Whether it is a call.
-    pub call: bool,
 }
 
 impl Sweep {
@@ -111,7 +109,6 @@ impl Sweep {
             self.branches.push(Branch {
                 at,
                 to: LinkVa(instruction.near_branch_target()),
-                call: instruction.is_call_near(),
             });
         }
     }

@@ -1,0 +1,225 @@
+//! The checker against a real kernel: the emitter's bundle is proved, and each of many single faults is caught.
+#![allow(missing_docs, reason = "a test")]
+
+#[path = "check/cases.rs"]
+mod cases;
+#[path = "check/scene.rs"]
+mod scene;
+
+use cases::Case;
+use hardener::check::{Checker, Rule};
+use penumbra_bundle::{Bundle, LinkVa, VaRange};
+use scene::{Scene, real, vmlinuz};
+use std::process::{Command, Output};
+
+#[test]
+fn the_emitted_bundle_is_proved() {
+    let (checker, bundle) = real();
+    let outcome = checker.check(bundle, false).unwrap();
+    assert!(outcome.clean, "{}", outcome.render());
+    // A proof about nothing would be clean too.
+    for rule in &outcome.rules {
+        assert!(rule.proved.iter().any(|(_, count)| *count > 10), "{rule:?}");
+    }
+}
+
+#[test]
+fn a_bundle_with_stock_only_is_proved() {
+    let (checker, bundle) = real();
+    let outcome = checker.check(&null(bundle), false).unwrap();
+    assert!(outcome.clean, "{}", outcome.render());
+}
+
+/// The same kernel without any change to it.
+fn null(bundle: &Bundle) -> Bundle {
+    let mut null = bundle.clone();
+    null.manifest.variants.truncate(1);
+    null.edits.truncate(1);
+    let cave = &mut null.manifest.cave;
+    cave.tables.clear();
+    cave.relocs.clear();
+    cave.return_tails.clear();
+    let nothing = object::write::Object::new(
+        object::BinaryFormat::Elf,
+        object::Architecture::X86_64,
+        object::Endianness::Little,
+    );
+    null.cave = nothing.write().unwrap();
+    // ET_EXEC; `object` writes relocatable files (System V gABI, e_type).
+    null.cave[16] = 2;
+    null
+}
+
+#[test]
+fn a_null_bundle_may_have_no_cave_at_all() {
+    let (checker, bundle) = real();
+    let mut null = null(bundle);
+    let start = null.manifest.text.start;
+    null.manifest.cave.range = VaRange { start, end: start };
+    let outcome = checker.check(&null, false).unwrap();
+    assert!(outcome.clean, "{}", outcome.render());
+}
+
+fn caught(cases: &[Case]) {
+    let (checker, _) = real();
+    let mut wrong = Vec::new();
+    for case in cases {
+        let mut scene = Scene::new();
+        let site = (case.fault)(&mut scene);
+        let reports = checker.prove(&scene.bundle, &[case.rule]).unwrap();
+        let violations: Vec<_> = reports
+            .iter()
+            .flat_map(|report| &report.violations)
+            .collect();
+        let named = |at: Option<LinkVa>| site.is_none() || at == site;
+        let found = violations
+            .iter()
+            .any(|found| found.what.contains(case.says) && named(found.address));
+        if !found {
+            let said: Vec<String> = violations.iter().map(|found| found.line()).collect();
+            wrong.push(format!(
+                "{}: not caught at {site:?} by {:?} saying `{}`; it said:\n  {}",
+                case.name,
+                case.rule,
+                case.says,
+                said.join("\n  ")
+            ));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} of {}:\n{}",
+        wrong.len(),
+        cases.len(),
+        wrong.join("\n")
+    );
+}
+
+#[test]
+fn faults_in_edits_are_caught() {
+    caught(cases::EDITS);
+}
+
+#[test]
+fn faults_in_the_cave_are_caught() {
+    caught(cases::CAVE);
+}
+
+#[test]
+fn faults_in_thunks_are_caught() {
+    caught(cases::THUNKS);
+}
+
+#[test]
+fn faults_in_tables_are_caught() {
+    caught(cases::TABLES);
+}
+
+#[test]
+fn faults_about_the_image_are_caught() {
+    caught(cases::IMAGE);
+}
+
+#[test]
+fn every_rule_has_a_fault() {
+    let all = [
+        cases::EDITS,
+        cases::CAVE,
+        cases::THUNKS,
+        cases::TABLES,
+        cases::IMAGE,
+    ];
+    for rule in Rule::ALL {
+        assert!(
+            all.iter()
+                .any(|cases| cases.iter().any(|case| case.rule == rule)),
+            "{rule:?}"
+        );
+    }
+}
+
+fn hardener(arguments: &[&std::ffi::OsStr]) -> Output {
+    let program = env!("CARGO_BIN_EXE_hardener");
+    Command::new(program).args(arguments).output().unwrap()
+}
+
+#[test]
+fn exit_codes_and_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let (good, bad, image) = (
+        folder.path().join("good"),
+        folder.path().join("bad"),
+        vmlinuz(),
+    );
+    real().1.clone().write_dir(&good, false).unwrap();
+    let mut scene = Scene::new();
+    scene.bundle.text[0x2000] ^= 0xff;
+    scene.bundle.write_dir(&bad, false).unwrap();
+    let check = |bundle: &std::path::Path, image: &std::path::Path, more: &[&str]| {
+        let mut arguments = vec!["check".as_ref(), bundle.as_os_str()];
+        arguments.extend(["--image".as_ref(), image.as_os_str()]);
+        arguments.extend(more.iter().map(|word| std::ffi::OsStr::new(*word)));
+        hardener(&arguments)
+    };
+
+    let output = check(&good, &image, &[]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(
+        text.contains("ok     thunk-contract") && text.contains("proved: bundle for 6."),
+        "{text}"
+    );
+
+    let output = check(&bad, &image, &["--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(value["schema"], "penumbra.check/v1");
+    assert_eq!(value["clean"], false);
+    let broken: Vec<_> = value["rules"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|rule| rule["violation_count"] != 0)
+        .collect();
+    assert_eq!(broken.len(), 1, "{broken:?}");
+    assert_eq!(broken[0]["rule"], "true-to-image");
+    assert_eq!(broken[0]["violations"][0]["address"], "0xffffffff81002000");
+
+    let garbage = folder.path().join("garbage");
+    std::fs::write(&garbage, [0x55; 4096]).unwrap();
+    for (bundle, image) in [
+        (&good, &garbage),
+        (&garbage, &image),
+        (&good, &folder.path().join("none")),
+    ] {
+        let output = check(bundle, image, &[]);
+        assert_eq!(output.status.code(), Some(2), "{bundle:?} {image:?}");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(message.trim_end().lines().count(), 1, "{message}");
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn a_bundle_for_another_kernel_is_bad_input() {
+    let (checker, bundle) = real();
+    let mut other = bundle.clone();
+    other.manifest.kernel.build_id = "00".repeat(20);
+    let error = checker.check(&other, false).unwrap_err().to_string();
+    assert!(error.contains("the bundle is for 0000"), "{error}");
+}
+
+#[test]
+fn an_image_cut_short_is_bad_input() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vmlinuz");
+    let whole = std::fs::read(vmlinuz()).unwrap();
+    for part in [0, 100, 0x300, whole.len() / 2, whole.len() - 100] {
+        std::fs::write(&path, &whole[..part]).unwrap();
+        let error = Checker::open(&path).err().map(|error| error.to_string());
+        assert!(
+            error.is_some_and(|error| error.contains("vmlinuz")),
+            "{part} bytes"
+        );
+    }
+}

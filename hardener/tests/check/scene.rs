@@ -1,0 +1,198 @@
+//! A real bundle, and hands to break it with.
+
+use goblin::elf::Elf;
+use hardener::check::Checker;
+use iced_x86::{Decoder, DecoderOptions, Instruction};
+use penumbra_bundle::{Bundle, Edit, LinkVa, SiteKind, SlotKind, TextOff, VaRange};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// Debian's current cloud kernel: `tests/run` says where it is.
+pub fn vmlinuz() -> PathBuf {
+    if let Some(path) = std::env::var_os("PENUMBRA_VMLINUZ_CLOUD") {
+        return path.into();
+    }
+    let trees = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/trees");
+    let mut found: Vec<PathBuf> = Vec::new();
+    for tree in std::fs::read_dir(&trees).into_iter().flatten().flatten() {
+        let boot = std::fs::read_dir(tree.path().join("boot"));
+        found.extend(boot.into_iter().flatten().flatten().map(|file| file.path()));
+    }
+    found.retain(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("vmlinuz-") && name.contains("cloud")
+    });
+    found.sort();
+    found.pop().expect(
+        "these tests need Debian's cloud kernel: `tests/run` fetches it, or set PENUMBRA_VMLINUZ_CLOUD to its vmlinuz",
+    )
+}
+
+/// The image, read by the checker, and the bundle that the emitter makes of it; both once for all tests.
+pub fn real() -> &'static (Checker, Bundle) {
+    static REAL: OnceLock<(Checker, Bundle)> = OnceLock::new();
+    REAL.get_or_init(|| {
+        let path = vmlinuz();
+        let bundle = hardener::emit::emit(&path, &mut |_| {}).unwrap();
+        (Checker::open(&path).unwrap(), bundle)
+    })
+}
+
+/// A copy of the real bundle, to be broken.
+pub struct Scene {
+    pub bundle: Bundle,
+}
+
+impl Scene {
+    pub fn new() -> Scene {
+        Scene {
+            bundle: real().1.clone(),
+        }
+    }
+
+    pub fn va(&self, at: TextOff) -> LinkVa {
+        LinkVa(self.bundle.manifest.text.start.0 + u64::from(at.0))
+    }
+
+    pub fn off(&self, va: LinkVa) -> TextOff {
+        TextOff((va.0 - self.bundle.manifest.text.start.0) as u32)
+    }
+
+    /// The edits of a variant.
+    pub fn edits(&mut self, variant: &str) -> &mut Vec<Edit> {
+        let variants = &self.bundle.manifest.variants;
+        let index = variants.iter().position(|known| known.name == variant);
+        &mut self.bundle.edits[index.expect("a variant's name")].0
+    }
+
+    /// An edit of a variant: one from the middle for which `which` holds, changed by `change`; its place before.
+    pub fn change(
+        &mut self,
+        variant: &str,
+        which: impl Fn(&Edit) -> bool,
+        change: impl FnOnce(&mut Edit),
+    ) -> LinkVa {
+        let edits = self.edits(variant);
+        let middle = edits.len() / 2;
+        let edit = edits[middle..].iter_mut().find(|edit| which(edit));
+        let edit = edit.expect("the variant has such an edit");
+        let at = edit.at;
+        change(edit);
+        self.va(at)
+    }
+
+    /// Adds an edit that jumps where the variant's other return edits jump.
+    pub fn add(&mut self, at: LinkVa, slot: SlotKind) -> LinkVa {
+        let thunk = self.thunk(|edit| edit.slot == SlotKind::Return);
+        let edit = Edit {
+            at: self.off(at),
+            slot,
+            bytes: branch(&[0xe9], at, thunk),
+        };
+        let edits = self.edits("hardened");
+        let index = edits.partition_point(|other| other.at < edit.at);
+        edits.insert(index, edit);
+        at
+    }
+
+    /// The thunk that an edit of `hardened` branches to.
+    pub fn thunk(&mut self, which: impl Fn(&Edit) -> bool) -> LinkVa {
+        let start = self.bundle.manifest.text.start.0;
+        let edits = self.edits("hardened");
+        let edit = edits.iter().find(|edit| which(edit)).expect("such an edit");
+        let at = start + u64::from(edit.at.0);
+        target(&edit.bytes, at)
+    }
+
+    /// The thunk of that name.
+    pub fn named(&self, name: &str) -> LinkVa {
+        let elf = Elf::parse(&self.bundle.cave).unwrap();
+        let symbol = elf
+            .syms
+            .iter()
+            .find(|symbol| elf.strtab.get_at(symbol.st_name) == Some(name));
+        LinkVa(symbol.expect("a thunk of that name").st_value)
+    }
+
+    /// Overwrites the first instruction at or after `thunk` for which `with` has other bytes; where that is.
+    pub fn patch(
+        &mut self,
+        thunk: LinkVa,
+        with: impl Fn(&Instruction, &[u8]) -> Option<Vec<u8>>,
+    ) -> LinkVa {
+        let code = self.cave(thunk, 512).to_vec();
+        for instruction in &mut Decoder::with_ip(64, &code, thunk.0, DecoderOptions::NONE) {
+            let at = (instruction.ip() - thunk.0) as usize;
+            let bytes = &code[at..at + instruction.len()];
+            if let Some(new) = with(&instruction, bytes) {
+                assert_eq!(new.len(), bytes.len(), "{instruction:?}");
+                let at = LinkVa(instruction.ip());
+                self.cave(at, new.len()).copy_from_slice(&new);
+                return at;
+            }
+        }
+        panic!("no such instruction at {thunk}");
+    }
+
+    /// Bytes of `cave.elf` by address.
+    pub fn cave(&mut self, at: LinkVa, len: usize) -> &mut [u8] {
+        let elf = Elf::parse(&self.bundle.cave).unwrap();
+        let section = elf.section_headers.iter().find(|section| {
+            section.sh_flags & 2 != 0
+                && (section.sh_addr..section.sh_addr + section.sh_size).contains(&at.0)
+        });
+        let section = section.expect("an address in a section");
+        let offset = (section.sh_offset + at.0 - section.sh_addr) as usize;
+        let len = len.min((section.sh_addr + section.sh_size - at.0) as usize);
+        &mut self.bundle.cave[offset..offset + len]
+    }
+
+    /// Where a symbol of the text lies.
+    pub fn symbol(&self, name: &str) -> LinkVa {
+        let symbol = self
+            .bundle
+            .symbols
+            .0
+            .iter()
+            .find(|symbol| symbol.name == name);
+        self.va(symbol.expect("a symbol of the text").at)
+    }
+
+    /// The first poke site of a kind and length in `range`.
+    pub fn site(&self, kind: SiteKind, len: u8, range: VaRange) -> LinkVa {
+        let site =
+            self.bundle.model.sites.iter().find(|site| {
+                site.kind == kind && site.len == len && range.contains(self.va(site.at))
+            });
+        self.va(site.expect("such a site").at)
+    }
+
+    /// From one symbol of the text to another.
+    pub fn between(&self, start: &str, end: &str) -> VaRange {
+        VaRange {
+            start: self.symbol(start),
+            end: self.symbol(end),
+        }
+    }
+
+    /// All of the text.
+    pub fn text(&self) -> VaRange {
+        self.bundle.manifest.text.range()
+    }
+}
+
+/// Where the branch in `bytes` at `at` goes.
+pub fn target(bytes: &[u8], at: u64) -> LinkVa {
+    LinkVa(
+        Decoder::with_ip(64, bytes, at, 0)
+            .decode()
+            .near_branch_target(),
+    )
+}
+
+/// `prefix rel32` at `at`, to `to`.
+pub fn branch(prefix: &[u8], at: LinkVa, to: LinkVa) -> Vec<u8> {
+    let next = at.0 + prefix.len() as u64 + 4;
+    let displacement = i32::try_from(to.0 as i64 - next as i64).unwrap();
+    [prefix, &displacement.to_le_bytes()].concat()
+}
