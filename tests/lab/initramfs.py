@@ -126,7 +126,7 @@ def _add_libraries(archive, binaries):
     archive.link("lib64/ld-linux-x86-64.so.2", "/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
 
 
-def dom0(path, guest_kernel, guest_initrd, config, extra=()):
+def dom0(path, extra=()):
     """Writes dom0's initramfs; `extra` are (path, content, mode), executables among them
     (paths in usr/bin) get the libraries they name."""
     tools = packages.unpacked("xen-utils-4.17") / "usr/lib/xen-4.17/bin"
@@ -141,9 +141,6 @@ def dom0(path, guest_kernel, guest_initrd, config, extra=()):
         names.append(name)
     archive.file("init", _DOM0_INIT.replace("@MODULES@", " ".join(names)), 0o755)
     archive.file("etc/xen/xl.conf", "autoballoon=\"off\"\n")
-    archive.file("guest/guest.cfg", config)
-    archive.file("guest/vmlinuz", guest_kernel)
-    archive.file("guest/initrd.gz", guest_initrd)
     for name, content, mode in extra:
         archive.file(name, content, mode)
         if isinstance(content, Path) and name.startswith("usr/bin/"):

@@ -14,7 +14,7 @@ log of the console, which is also where the guest's oopses and panics are seen.
 import re
 import time
 
-from . import TARGET, LabError, initramfs, kernel
+from . import TARGET, LabError, grub, initramfs, kernel
 from .agent import Agent
 from .qemu import Machine
 
@@ -35,26 +35,20 @@ _TROUBLE = ("invalid opcode|Oops|BUG:|kernel BUG|WARNING:|general protection|int
             "unable to handle|soft lockup|ftrace bug|detected stalls|self-detected stall")
 
 
-def guest_config(vcpus, append, altp2m=True):
-    """The guest's xl.cfg.
+def guest_config(vcpus, altp2m, direct=None):
+    """The guest's xl.cfg; `direct` is its command line if Xen loads the kernel itself.
 
     altp2m=external: the interface is the toolstack's, the guest cannot call it.
     tsc_mode=native: an intercepted RDTSCP is reported as RDTSC by QEMU's SVM.
     """
-    external = 'altp2m = "external"' if altp2m else ""
-    return f"""\
-name = "{GUEST}"
-type = "pvh"
-kernel = "/guest/vmlinuz"
-ramdisk = "/guest/initrd.gz"
-cmdline = "console=hvc0 panic=-1 agent=hvc0 {append}"
-memory = 256
-vcpus = {vcpus}
-{external}
-tsc_mode = "native"
-on_crash = "preserve"
-on_reboot = "preserve"
-"""
+    lines = [f'name = "{GUEST}"', 'type = "pvh"', 'kernel = "/guest/kernel"', "memory = 256",
+             f"vcpus = {vcpus}", 'tsc_mode = "native"', 'on_crash = "preserve"',
+             'on_reboot = "preserve"']
+    if direct is not None:
+        lines += ['ramdisk = "/guest/initrd.gz"', f'cmdline = "{direct}"']
+    if altp2m:
+        lines.append('altp2m = "external"')
+    return "\n".join(lines) + "\n"
 
 
 class _ConsoleLine:
@@ -155,19 +149,28 @@ class Lab:
 
     @classmethod
     def boot(cls, xen, extra=(), guest_extra=(), vcpus=2, guest_append="", name="lab",
-             altp2m=True, timeout=300):
+             altp2m=True, kaslr=False, timeout=300):
         """Boots `xen` with dom0.
 
         `extra` and `guest_extra` are (path, content, mode) for the file systems of dom0
         and the guest; `guest_append` goes to the guest kernel's command line; an
-        unpatched Xen refuses guests with `altp2m` on this processor.
+        unpatched Xen refuses guests with `altp2m` on this processor.  With `kaslr` GRUB starts the kernel (see grub.py), else Xen does,
+        and it runs where it was linked.
         """
         guest_kernel, dom0_kernel = kernel.cloud(), kernel.amd64()
         work = TARGET / "run" / name
         work.mkdir(parents=True, exist_ok=True)
         guest_initrd = initramfs.guest(work / "guest.cpio.gz", guest_extra)
-        dom0_initrd = initramfs.dom0(work / "dom0.cpio.gz", guest_kernel.vmlinuz, guest_initrd,
-                                     guest_config(vcpus, guest_append, altp2m), extra)
+        command_line = f"console=hvc0 panic=-1 agent=hvc0 {guest_append}".strip()
+        if kaslr:
+            image = grub.image(work / "guest.grub", guest_kernel.vmlinuz, guest_initrd, command_line)
+            files = [("guest/kernel", image, 0o644),
+                     ("guest/guest.cfg", guest_config(vcpus, altp2m), 0o644)]
+        else:
+            files = [("guest/kernel", guest_kernel.vmlinuz, 0o644),
+                     ("guest/initrd.gz", guest_initrd, 0o644),
+                     ("guest/guest.cfg", guest_config(vcpus, altp2m, command_line), 0o644)]
+        dom0_initrd = initramfs.dom0(work / "dom0.cpio.gz", [*files, *extra])
         # QEMU takes commas in a module's arguments as the next module.
         modules = f"{dom0_kernel.vmlinuz} console=hvc0 panic=-1,{dom0_initrd}"
         append = (f"console=com1 com1=115200,8n1 altp2m=1 loglvl=info guest_loglvl=info noreboot "

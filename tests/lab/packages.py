@@ -34,7 +34,7 @@ TOOLS = [
     # The guest's module: kbuild's objtool links libelf.
     "libelf-dev", "kmod",
     # The initramfs, the compressed payloads that tests make, the signature check.
-    "busybox-static", "xz-utils", "zstd", "lz4", "openssl", "binutils",
+    "busybox-static", "grub-common", "xz-utils", "zstd", "lz4", "openssl", "binutils",
     "ca-certificates", "git",
 ]
 QEMU = ["qemu-system-x86", "seabios", "ipxe-qemu"]
