@@ -154,8 +154,8 @@ class Lab:
 
         `extra` and `guest_extra` are (path, content, mode) for the file systems of dom0
         and the guest; `guest_append` goes to the guest kernel's command line; an
-        unpatched Xen refuses guests with `altp2m` on this processor.  With `kaslr` GRUB starts the kernel (see grub.py), else Xen does,
-        and it runs where it was linked.
+        unpatched Xen refuses guests with `altp2m` on this processor.  With `kaslr` GRUB
+        starts the kernel (see grub.py), else Xen does, and it runs where it was linked.
         """
         guest_kernel, dom0_kernel = kernel.cloud(), kernel.amd64()
         work = TARGET / "run" / name

@@ -165,9 +165,9 @@ def unknown_domains_are_refused(w):
 
 @scenario
 def killed_while_applying(w):
-    """The installer is killed at ten moments of an apply: the guest is never left paused, and
+    """The installer is killed at five moments of an apply: the guest is never left paused, and
     `remove` brings its text back every time."""
-    for tenths in (1, 2, 4, 6, 9, 12, 16, 22, 30, 45):
+    for tenths in (2, 6, 12, 22, 45):
         rc, out = w.lab.dom0.run(f"installer {_apply()} > /run/kill.log 2>&1 & "
                                  f"usleep {tenths * 100000}; kill -KILL $!; wait $!; cat /run/kill.log")
         _runs(w)
