@@ -144,16 +144,16 @@ pub fn expected(bundle: &Bundle, slide: Slide) -> Vec<u8> {
     text
 }
 
-/// Explains `running`. `cave` is what the cave may hold instead of filler: its text offset and bytes.
+/// Explains `running` against [`expected`]. `cave` is what the cave may hold instead of filler: its text offset and bytes.
 pub fn explain(
     bundle: &Bundle,
     slide: Slide,
+    expected: &[u8],
     running: &[u8],
     cave: Option<(TextOff, &[u8])>,
 ) -> Result<Explained, ExplainError> {
-    let expected = expected(bundle, slide);
     assert_eq!(running.len(), expected.len(), "the whole text is explained");
-    let mut open = Differences::new(&expected, running);
+    let mut open = Differences::new(expected, running);
     let cave_in_use = cave.is_some_and(|(at, bytes)| {
         let range = at.0 as usize..at.0 as usize + bytes.len();
         let ours = running.get(range.clone()) == Some(bytes);
@@ -162,9 +162,9 @@ pub fn explain(
         }
         ours
     });
-    let changed = explain_sites(bundle, slide, &expected, running, &mut open);
-    check_retpolines(bundle, &expected, running)?;
-    let left = open.ranges(bundle, slide, &expected, running);
+    let changed = explain_sites(bundle, slide, expected, running, &mut open);
+    check_retpolines(bundle, expected, running)?;
+    let left = open.ranges(bundle, slide, expected, running);
     if !left.is_empty() {
         return Err(ExplainError::Unexplained(left));
     }

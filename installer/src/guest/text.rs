@@ -34,10 +34,16 @@ impl RunningText {
             bytes: vec![0; len],
             frames,
         };
-        for page in 0..text.frames.len() {
-            text.reread(hypervisor, page)?;
-        }
+        text.reread_all(hypervisor)?;
         Ok(text)
+    }
+
+    /// Reads all of it again.
+    pub fn reread_all(&mut self, hypervisor: &dyn Hypervisor) -> Result<(), ReadError> {
+        for page in 0..self.frames.len() {
+            self.reread(hypervisor, page)?;
+        }
+        Ok(())
     }
 
     /// Reads one page again, from the same frame: kernel text does not move.

@@ -8,12 +8,13 @@ use super::cave::{self, CaveError, CaveWriteError};
 use super::journal::{CaveState, Copies, Journal, JournalError, State, Step, ViewState};
 use super::pages::{self, PageError, Pages};
 use super::remove::{self, RemoveError};
-use super::{TextError, Understood, understand};
+use super::{TextError, Understood, understand, understand_again};
 use crate::exit::{Exit, Exits};
 use crate::guest::explain::{self, ExplainError};
 use crate::guest::kernel::FindError;
 use crate::guest::layout::{self, MissingName};
 use crate::guest::processes::Reader;
+use crate::guest::text::RunningText;
 use crate::guest::{Kernel, ReadError};
 use crate::xen::{
     Action, Altp2mMode, Binding, Domain, Errno, Gfn, Hypervisor, PAGE, Root, ViewId, XenError,
@@ -207,7 +208,8 @@ pub fn apply(
     let manifest = &request.bundle.manifest;
     let kernel = Kernel::find(hypervisor, manifest)?;
     let reader = Reader::new(manifest, kernel)?;
-    understand(hypervisor, &kernel, request.bundle)?;
+    let expected = explain::expected(request.bundle, kernel.slide);
+    let text = understand(hypervisor, &kernel, request.bundle, &expected)?.text;
 
     let mut state = State::new(&domain, &request.name, reader);
     state.bundle.clone_from(&request.bundle_path);
@@ -217,7 +219,14 @@ pub fn apply(
     state.build_id.clone_from(&manifest.kernel.build_id);
     state.default.clone_from(&request.default);
     journal.save(&state)?;
-    match steps(hypervisor, journal, request, &domain, &mut state) {
+    match steps(
+        hypervisor,
+        journal,
+        request,
+        &domain,
+        &mut state,
+        (&expected, text),
+    ) {
         Ok((changed_bytes, fills)) => Ok(Applied {
             state,
             changed_bytes,
@@ -280,6 +289,7 @@ fn steps(
     request: &Request<'_>,
     domain: &Domain,
     state: &mut State,
+    (expected, mut text): (&[u8], RunningText),
 ) -> Result<(u64, u32), ApplyError> {
     hypervisor.altp2m_set(true).map_err(interface)?;
     hypervisor.stats().map_err(interface)?;
@@ -287,8 +297,14 @@ fn steps(
     let mut fills = 0;
     loop {
         let generation = hypervisor.stats()?.generation;
-        let understood = understand(hypervisor, state.reader.kernel(), request.bundle)?;
-        let views = plan(request.bundle, &understood, state)?;
+        let mut understood = understand_again(
+            hypervisor,
+            state.reader.kernel(),
+            request.bundle,
+            expected,
+            text,
+        )?;
+        let views = plan(request.bundle, &mut understood, expected)?;
         if fills == 0 {
             put_cave(hypervisor, journal, request, state, &understood)?;
             make_room(hypervisor, journal, domain, state, &views)?;
@@ -300,6 +316,7 @@ fn steps(
             let changed = understood.explained.changed.values().sum();
             return Ok((changed, fills));
         }
+        text = understood.text;
         if fills == FILLS {
             return Err(ApplyError::TooManyPokes(fills));
         }
@@ -355,17 +372,16 @@ fn arm(
 /// The pages of every view but stock, in the manifest's order.
 fn plan(
     bundle: &Bundle,
-    understood: &Understood,
-    state: &State,
+    understood: &mut Understood,
+    expected: &[u8],
 ) -> Result<Vec<(String, bool, Pages)>, ApplyError> {
-    let expected = explain::expected(bundle, state.reader.slide());
     // As it will run: with the cave written.
-    let mut running = understood.text.bytes.clone();
     let cave = &understood.cave;
+    let running = &mut understood.text.bytes;
     running[cave.at.0 as usize..][..cave.bytes.len()].copy_from_slice(&cave.bytes);
     let mut views = Vec::new();
     for (variant, edits) in bundle.manifest.variants.iter().zip(&bundle.edits).skip(1) {
-        let pages = pages::build(bundle, &variant.name, edits, &running, &expected)?;
+        let pages = pages::build(bundle, &variant.name, edits, running, expected)?;
         views.push((variant.name.clone(), !variant.drops.is_empty(), pages));
     }
     Ok(views)

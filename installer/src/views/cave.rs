@@ -142,7 +142,8 @@ impl CaveImage {
             let target = forms::branch_target(JMP, at, field)
                 .and_then(|target| u32::try_from(target).ok())
                 .map(TextOff);
-            if !target.is_some_and(|to| bundle.model.return_thunks.binary_search(&to).is_ok()) {
+            let thunks = &bundle.model.return_thunks;
+            if target.is_none_or(|to| thunks.binary_search(&to).is_err()) {
                 return Err(CaveError::Malformed {
                     file: bundle.manifest.cave.file.name.clone(),
                     detail: format!("the return tail at {tail} is no jump to a return thunk"),

@@ -59,16 +59,39 @@ pub struct Understood {
     pub cave: CaveImage,
 }
 
-/// Reads the text and explains it, looking again at what a poke under way may have torn.
+/// Reads the text and explains it against `expected`, looking again at what a poke under way may have torn.
 pub fn understand(
     hypervisor: &dyn Hypervisor,
     kernel: &Kernel,
     bundle: &Bundle,
+    expected: &[u8],
 ) -> Result<Understood, TextError> {
-    let mut text = RunningText::read(hypervisor, kernel, &bundle.manifest)?;
+    let text = RunningText::read(hypervisor, kernel, &bundle.manifest)?;
+    explain_text(hypervisor, kernel, bundle, expected, text)
+}
+
+/// The same for a text that was read before: reads it again, into the same memory (a kernel's text is large).
+pub fn understand_again(
+    hypervisor: &dyn Hypervisor,
+    kernel: &Kernel,
+    bundle: &Bundle,
+    expected: &[u8],
+    mut text: RunningText,
+) -> Result<Understood, TextError> {
+    text.reread_all(hypervisor)?;
+    explain_text(hypervisor, kernel, bundle, expected, text)
+}
+
+fn explain_text(
+    hypervisor: &dyn Hypervisor,
+    kernel: &Kernel,
+    bundle: &Bundle,
+    expected: &[u8],
+    mut text: RunningText,
+) -> Result<Understood, TextError> {
     let mut tries = 0;
     loop {
-        let result = explain_once(bundle, kernel, &text);
+        let result = explain_once(bundle, kernel, expected, &text);
         match result {
             Ok((explained, cave)) => {
                 return Ok(Understood {
@@ -96,6 +119,7 @@ pub fn understand(
 fn explain_once(
     bundle: &Bundle,
     kernel: &Kernel,
+    expected: &[u8],
     text: &RunningText,
 ) -> Result<(Explained, CaveImage), TextError> {
     // Retpolines off, or a text that is wholly unlike the file's, is the better message than a mixed return form.
@@ -104,6 +128,7 @@ fn explain_once(
     let explained = explain::explain(
         bundle,
         kernel.slide,
+        expected,
         &text.bytes,
         Some((cave.at, &cave.bytes)),
     )?;

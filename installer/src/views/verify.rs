@@ -87,7 +87,8 @@ pub fn verify(
         cave: false,
         views: Vec::new(),
     };
-    let understood = match understand(hypervisor, state.reader.kernel(), bundle) {
+    let expected = explain::expected(bundle, state.reader.slide());
+    let understood = match understand(hypervisor, state.reader.kernel(), bundle, &expected) {
         Ok(understood) => understood,
         Err(TextError::Explain(error)) => {
             report.unexplained = vec![error.to_string()];

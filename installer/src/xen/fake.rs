@@ -16,23 +16,35 @@ pub type Hook = Box<dyn Fn(&Fake, &str)>;
 /// The binding table.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Table {
+    /// poking_mm's root and poking_addr.
     pub armed: Option<(Root, u64)>,
+    /// Bindings take effect.
     pub enabled: bool,
+    /// View of unbound roots.
     pub default: ViewId,
+    /// Pokes so far.
     pub generation: u64,
+    /// Root to view.
     pub bound: BTreeMap<Root, ViewId>,
+    /// Views that drop a mitigation.
     pub flagged: BTreeSet<ViewId>,
 }
 
 /// A domain in memory.
 pub struct Fake {
+    /// What Xen says of it.
     pub domain: RefCell<Domain>,
+    /// Registers of the vCPUs that are up.
     pub vcpus: RefCell<Vec<Vcpu>>,
+    /// Frames of the host view.
     pub memory: RefCell<BTreeMap<Gfn, Box<[u8; PAGE]>>>,
+    /// altp2m in its configuration.
     pub mode: Cell<Altp2mMode>,
+    /// altp2m now.
     pub on: Cell<bool>,
     /// What each view has in place of the host's frames.
     pub views: RefCell<BTreeMap<ViewId, BTreeMap<Gfn, Gfn>>>,
+    /// The binding table.
     pub table: RefCell<Table>,
     /// Whether this Xen knows HVMOP_altp2m_binding.
     pub patched: Cell<bool>,
@@ -44,6 +56,7 @@ pub struct Fake {
     pub fail: Cell<Option<(usize, Errno)>>,
     /// Every later call fails too: as if the installer had been killed there.
     pub for_good: Cell<bool>,
+    /// See [`Hook`].
     pub hook: RefCell<Option<Hook>>,
 }
 
@@ -309,7 +322,11 @@ impl Hypervisor for Fake {
                 table.flagged.insert(request.view);
             }
             Action::Disable => *table = Table::default(),
-            Action::Set if !known || poking == Some(request.root) || request.root.0 % 4096 != 0 => {
+            Action::Set
+                if !known
+                    || poking == Some(request.root)
+                    || !request.root.0.is_multiple_of(4096) =>
+            {
                 return refuse(&what, Errno::INVAL);
             }
             Action::Set => {
