@@ -11,6 +11,8 @@ use std::collections::HashSet;
 
 /// More processes than this are not read; those not read stay on the default view.
 const MAX_PROCESSES: usize = 1 << 16;
+/// Walks over the list before a broken one is taken for what it is.
+const WALKS: u32 = 3;
 /// `TASK_COMM_LEN`.
 const COMM: usize = 16;
 /// `PF_KTHREAD` (include/linux/sched.h).
@@ -141,7 +143,15 @@ impl Reader {
 
     /// Reads all processes.
     pub fn list(&self, memory: &GuestMemory<'_>) -> ProcessList {
-        let (leaders, trouble) = self.leaders(memory);
+        // The list is walked without the guest's locks: an entry that is freed under the walk leads nowhere. Once more then.
+        let mut tries = 1;
+        let (leaders, trouble) = loop {
+            let (leaders, trouble) = self.leaders(memory);
+            if trouble.is_none() || tries == WALKS {
+                break (leaders, trouble);
+            }
+            tries += 1;
+        };
         let mut list = ProcessList {
             trouble: trouble.into_iter().collect(),
             ..ProcessList::default()

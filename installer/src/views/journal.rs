@@ -327,3 +327,100 @@ impl Journal {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Journal, JournalError, Step};
+    use crate::views::{apply, testkit};
+    use crate::xen::DomId;
+    use std::fs;
+
+    #[test]
+    fn one_writer_at_a_time_and_readers_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = testkit::bundle();
+        let fake = testkit::guest(&bundle);
+        let writer = testkit::journal(&dir);
+        let mut state = apply(&fake, &writer, &testkit::request(&bundle))
+            .unwrap()
+            .state;
+        state.watcher = 4711;
+        writer.save(&state).unwrap();
+        let busy = Journal::writer(dir.path(), DomId(1)).unwrap_err();
+        assert!(matches!(busy, JournalError::Busy(_)));
+        assert!(
+            busy.to_string().contains("process 4711 watches it"),
+            "{busy}"
+        );
+        // Another domain is another journal.
+        assert!(Journal::writer(dir.path(), DomId(2)).is_ok());
+        let reader = Journal::reader(dir.path(), DomId(1));
+        assert_eq!(reader.load().unwrap().unwrap(), state);
+        // How `remove` ends a watcher.
+        assert!(!writer.asked_to_stop());
+        reader.ask_to_stop().unwrap();
+        assert!(writer.asked_to_stop());
+        drop(writer);
+        let next = Journal::writer(dir.path(), DomId(1)).unwrap();
+        next.clear_stop().unwrap();
+        assert!(!next.asked_to_stop());
+        next.erase().unwrap();
+        next.erase().unwrap();
+        assert!(reader.load().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_damaged_or_foreign_journal_is_named_not_believed() {
+        let dir = tempfile::tempdir().unwrap();
+        let reader = Journal::reader(dir.path(), DomId(1));
+        assert!(reader.load().unwrap().is_none());
+        fs::create_dir(reader.dir()).unwrap();
+        let path = reader.dir().join("state.json");
+        for text in ["", "{", "{\"schema\":\"penumbra.state/v1\"}"] {
+            fs::write(&path, text).unwrap();
+            let error = reader.load().unwrap_err();
+            assert!(error.to_string().contains("state.json"), "{error}");
+        }
+        let bundle = testkit::bundle();
+        let journal = testkit::journal(&dir);
+        let fake = testkit::guest(&bundle);
+        let state = apply(&fake, &journal, &testkit::request(&bundle))
+            .unwrap()
+            .state;
+        let text = serde_json::to_string(&state).unwrap();
+        fs::write(&path, text.replace("state/v1", "state/v9")).unwrap();
+        assert!(
+            reader
+                .load()
+                .unwrap_err()
+                .to_string()
+                .contains("penumbra.state/v9")
+        );
+    }
+
+    #[test]
+    fn every_step_is_written_before_it_is_taken() {
+        let bundle = testkit::bundle();
+        let dir = tempfile::tempdir().unwrap();
+        let fake = testkit::guest(&bundle);
+        let reader = Journal::reader(dir.path(), DomId(1));
+        // What the journal must say when Xen gets the call.
+        *fake.hook.borrow_mut() = Some(Box::new(move |_, call| {
+            let state = reader.load().unwrap().expect("the journal comes first");
+            let word = call.split(' ').next().unwrap_or_default();
+            let least = match word {
+                "altp2m_set" => Step::Start,
+                "Arm" => Step::Arm,
+                "write" => Step::Cave,
+                "set_max_pages" | "populate" => Step::Copies,
+                "create_view" | "remap" | "Flags" => Step::Views,
+                "Enable" => Step::Enable,
+                other => panic!("a call that this test does not know: {other}"),
+            };
+            assert!(state.step >= least, "{call} at step {:?}", state.step);
+            assert_eq!(state.cave.is_some(), state.step >= Step::Cave, "{call}");
+            assert_eq!(state.copies.is_some(), state.step >= Step::Copies, "{call}");
+        }));
+        apply(&fake, &testkit::journal(&dir), &testkit::request(&bundle)).unwrap();
+    }
+}
