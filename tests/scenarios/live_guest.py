@@ -88,7 +88,7 @@ def world():
     manifest.write_bytes(manifest.read_bytes() + b"\n")
     files += [(f"p/edited/{f.name}", f, 0o644) for f in edited.iterdir() if f.is_file()]
 
-    with Lab.boot(xen, extra=files, name="live") as lab:
+    with Lab.boot(xen, extra=files, name="live", kaslr=True) as lab:
         lab.guest.start()
         w = World(lab)
         victim.prepare_attacks(lab.guest)
