@@ -36,6 +36,14 @@ pub enum CliError {
     /// A signed bundle that does not read.
     #[error(transparent)]
     Bundle(#[from] penumbra_bundle::ReadError),
+    /// A manifest that does not read.
+    #[error("{path}: {detail}; emit the bundle again with this version of hardener")]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        detail: String,
+    },
     /// A policy with errors; they are drawn already.
     #[error("{path}: the policy has errors; nothing was touched in the guest")]
     Policy {

@@ -6,37 +6,73 @@ use crate::guest::Kernel;
 use crate::views::digest;
 use crate::views::verify::{self, Report};
 use crate::watch::storm;
-use crate::xen::{self, Hypervisor, Xen};
-use penumbra_bundle::{Bundle, MANIFEST};
+use crate::xen::{self, Hypervisor, PAGE, Xen};
+use penumbra_bundle::{Bundle, MANIFEST, Manifest, SCHEMA};
 use serde_json::json;
 use std::cell::Cell;
 use std::fs;
+use std::io::Read as _;
 use std::path::Path;
 
 /// Flips between two times that mapped frames are dropped: the guest may have given one back.
 const REFRESH: u32 = 64;
+/// Manifests have some ten KiB.
+const MAX_MANIFEST: u64 = 16 << 20;
+/// More text than any kernel has; the limit of the bundle's reader.
+const MAX_TEXT: u64 = 256 << 20;
 
 /// Runs `digest`.
 pub fn digest(wanted: &str, bundle: &Path, json: bool) -> Result<Exit, CliError> {
-    let bundle = Bundle::read_dir(bundle)?;
+    let manifest = manifest_alone(bundle)?;
     let (domain, _) = xen::resolve(wanted)?;
     let xen = Xen::open(domain.id)?;
-    let kernel = Kernel::find(&xen, &bundle.manifest)?;
-    let sha256 = digest::digest(&xen, &kernel, &bundle.manifest)?;
+    let kernel = Kernel::find(&xen, &manifest)?;
+    let sha256 = digest::digest(&xen, &kernel, &manifest)?;
     if json {
         print_json(&json!({
             "schema": "penumbra.digest/v1",
             "domain": domain.id,
             "sha256": sha256,
-            "start": kernel.slide.guest(bundle.manifest.text.start),
-            "end": kernel.slide.guest(bundle.manifest.text.end),
+            "start": kernel.slide.guest(manifest.text.start),
+            "end": kernel.slide.guest(manifest.text.end),
             "slide": format!("{:#x}", kernel.slide.0),
-            "build_id": bundle.manifest.kernel.build_id,
+            "build_id": manifest.kernel.build_id,
         }))?;
     } else {
         print(&format!("{sha256}\n"))?;
     }
     Ok(Exit::Done)
+}
+
+/// A bundle's manifest without the rest, for what only needs to know where the text is: nothing of it is mapped.
+fn manifest_alone(bundle: &Path) -> Result<Manifest, CliError> {
+    let path = bundle.join(MANIFEST);
+    let file = fs::File::open(&path);
+    let mut bytes = Vec::new();
+    file.and_then(|file| file.take(MAX_MANIFEST).read_to_end(&mut bytes))
+        .map_err(|source| CliError::File {
+            path: path.clone(),
+            source,
+        })?;
+    let fail = |detail: String| CliError::Manifest {
+        path: path.clone(),
+        detail,
+    };
+    let manifest: Manifest =
+        serde_json::from_slice(&bytes).map_err(|error| fail(error.to_string()))?;
+    if manifest.schema != SCHEMA {
+        return Err(fail(format!("the schema is not `{SCHEMA}`")));
+    }
+    let text = manifest.text.range();
+    let aligned = [text.start, text.end]
+        .iter()
+        .all(|va| va.0.is_multiple_of(PAGE as u64));
+    if text.is_empty() || text.len() > MAX_TEXT || !aligned {
+        return Err(fail(
+            "the text range is not whole pages of a kernel".to_owned(),
+        ));
+    }
+    Ok(manifest)
 }
 
 /// The bundle that was applied, read again: every file's digest is in its manifest, whose digest is in the journal.
