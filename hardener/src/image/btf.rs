@@ -176,3 +176,99 @@ fn read_type(reader: &mut Reader<'_>) -> Option<Option<(u32, Composite)>> {
     };
     Some(matches!(kind, KIND_STRUCT | KIND_UNION).then_some((name, composite)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Btf;
+
+    /// `struct outer { int a; union { struct { int b; int c:3; }; long d; }; }`, size 24, with its anonymous parts.
+    fn section() -> Vec<u8> {
+        let strings = b"\0int\0outer\0a\0b\0c\0d\0long\0";
+        let name = |wanted: &str| {
+            let wanted = [b"\0", wanted.as_bytes(), b"\0"].concat();
+            strings
+                .windows(wanted.len())
+                .position(|window| window == wanted)
+                .unwrap() as u32
+                + 1
+        };
+        let (int, composite) = (1 << 24, |kind: u32, flag: u32, count: u32| {
+            flag << 31 | kind << 24 | count
+        });
+        let types: Vec<u32> = [
+            vec![name("int"), int, 4, 32],
+            vec![name("long"), int, 8, 64],
+            // 3: the inner structure, with bit-fields; 4: the union; 5: outer.
+            vec![
+                0,
+                composite(4, 1, 2),
+                8,
+                name("b"),
+                1,
+                0,
+                name("c"),
+                1,
+                3 << 24 | 35,
+            ],
+            vec![0, composite(5, 0, 2), 8, 0, 3, 0, name("d"), 2, 0],
+            vec![
+                name("outer"),
+                composite(4, 0, 2),
+                24,
+                name("a"),
+                1,
+                0,
+                0,
+                4,
+                64,
+            ],
+        ]
+        .concat();
+        let mut out = vec![0x9f, 0xeb, 1, 0];
+        let lengths = [
+            24,
+            0,
+            types.len() as u32 * 4,
+            types.len() as u32 * 4,
+            strings.len() as u32,
+        ];
+        out.extend(
+            lengths
+                .iter()
+                .chain(&types)
+                .flat_map(|word| word.to_le_bytes()),
+        );
+        out.extend(strings);
+        out
+    }
+
+    #[test]
+    fn members_are_found_through_anonymous_parts() {
+        let btf = Btf::parse(&section()).unwrap();
+        assert_eq!(btf.size_of("outer"), Some(24));
+        let byte = |member| btf.member("outer", member).map(|found| found.byte());
+        assert_eq!(byte("a"), Some(Some(0)));
+        assert_eq!(byte("b"), Some(Some(8)));
+        assert_eq!(byte("d"), Some(Some(8)));
+        assert_eq!(btf.member("outer", "c").unwrap().bit, 64 + 35);
+        assert_eq!(byte("c"), Some(None), "a bit-field inside a byte");
+        assert_eq!(byte("missing"), None);
+        assert_eq!(btf.member("nobody", "a"), None);
+    }
+
+    #[test]
+    fn no_truncation_or_damaged_byte_panics() {
+        let whole = section();
+        for end in 0..whole.len() {
+            assert!(Btf::parse(&whole[..end]).is_err(), "{end}");
+        }
+        for at in 0..whole.len() {
+            for bit in 0..8 {
+                let mut damaged = whole.clone();
+                damaged[at] ^= 1 << bit;
+                // A cycle of anonymous structures must end too.
+                let _ = Btf::parse(&damaged).map(|btf| btf.member("outer", "missing"));
+            }
+        }
+    }
+}

@@ -6,7 +6,7 @@
 //! markers, in this order in every version; the addresses lie before that (to 6.3) or behind the index (from 6.4).
 
 use super::read::Reader;
-use super::{Fault, Image, KernelSymbol};
+use super::{Fault, KernelSymbol};
 use penumbra_bundle::LinkVa;
 
 /// More symbols than any kernel has; a bound on memory.
@@ -16,11 +16,8 @@ const PER_MARKER: usize = 256;
 /// No symbol name is longer when unpacked (`KSYM_NAME_LEN` is 512).
 const MAX_NAME: usize = 1024;
 
-/// Decodes all symbols.
-pub fn read(image: &Image) -> Result<Vec<KernelSymbol>, Fault> {
-    let rodata = image
-        .section_bytes(".rodata")
-        .ok_or_else(|| Fault::unsupported(".rodata", "the section is missing"))?;
+/// Decodes all symbols from the bytes of `.rodata`.
+pub fn read(rodata: &[u8]) -> Result<Vec<KernelSymbol>, Fault> {
     let missing = |what: &str| {
         Fault::unsupported(
             "kallsyms",
@@ -235,4 +232,123 @@ fn addresses(rodata: &[u8], tokens: &Tokens<'_>, names: &Names<'_>) -> Option<Ve
         };
         ascending(&percpu).or_else(|| ascending(&plain))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::read;
+
+    const BASE: u64 = 0xffff_ffff_8100_0000;
+
+    /// One token for each byte that names use, as kallsyms leaves rarely used ones.
+    fn tokens() -> Vec<Vec<u8>> {
+        (0u8..=255)
+            .map(|n| {
+                if n.is_ascii_graphic() {
+                    vec![n]
+                } else {
+                    format!("t{n}").into_bytes()
+                }
+            })
+            .collect()
+    }
+
+    fn pad(out: &mut Vec<u8>) {
+        out.resize(out.len().next_multiple_of(8), 0);
+    }
+
+    /// Tables as scripts/kallsyms.c writes them; `late`: as from 6.4 on, addresses behind the token index.
+    fn tables(symbols: &[(u64, String)], late: bool) -> Vec<u8> {
+        let mut offsets = Vec::new();
+        for (va, _) in symbols {
+            // CONFIG_KALLSYMS_ABSOLUTE_PERCPU: small addresses are absolute, others negative.
+            let offset = if *va < BASE {
+                *va as i32
+            } else {
+                (BASE.wrapping_sub(1).wrapping_sub(*va)) as i32
+            };
+            offsets.extend(offset.to_le_bytes());
+        }
+        pad(&mut offsets);
+        offsets.extend(BASE.to_le_bytes());
+        let mut out = vec![0xa5; 4096];
+        if !late {
+            out.extend(&offsets);
+        }
+        out.extend((symbols.len() as u64).to_le_bytes());
+        let (names, mut markers) = (out.len(), Vec::new());
+        for (n, (_, name)) in symbols.iter().enumerate() {
+            if n % 256 == 0 {
+                markers.extend(((out.len() - names) as u32).to_le_bytes());
+            }
+            if name.len() >= 0x80 {
+                out.extend([0x80 | (name.len() & 0x7f) as u8, (name.len() >> 7) as u8]);
+            } else {
+                out.push(name.len() as u8);
+            }
+            out.extend(name.bytes());
+        }
+        pad(&mut out);
+        out.extend(markers);
+        pad(&mut out);
+        // kallsyms_seqs_of_names, from 6.2 on and in stable 6.1.
+        out.extend(symbols.iter().flat_map(|_| [1, 2, 3]));
+        pad(&mut out);
+        let (mut index, mut at) = (Vec::new(), 0u16);
+        for token in tokens() {
+            index.extend(at.to_le_bytes());
+            at += token.len() as u16 + 1;
+            out.extend(token);
+            out.push(0);
+        }
+        pad(&mut out);
+        out.extend(index);
+        if late {
+            out.extend(&offsets);
+        }
+        out.extend([0x5a; 1024]);
+        out
+    }
+
+    fn symbols() -> Vec<(u64, String)> {
+        let percpu = (0..3).map(|n| (0x1000 * n, format!("Apercpu_{n}")));
+        let code = (0..700).map(|n| (BASE + 16 * n, format!("tfunction_{n}")));
+        let long = std::iter::once((BASE + 0x10_0000, format!("T{}", "x".repeat(300))));
+        percpu.chain(code).chain(long).collect()
+    }
+
+    #[test]
+    fn both_orders_of_tables_decode() {
+        for late in [false, true] {
+            let found = read(&tables(&symbols(), late)).unwrap();
+            let found: Vec<(u64, String)> = found
+                .into_iter()
+                .map(|symbol| {
+                    (
+                        symbol.va.0,
+                        format!("{}{}", char::from(symbol.kind), symbol.name),
+                    )
+                })
+                .collect();
+            assert_eq!(found, symbols(), "late: {late}");
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        let whole = tables(&symbols(), true);
+        for end in (0..whole.len() - 1024).step_by(97) {
+            assert!(read(&whole[..end]).is_err(), "{end}");
+        }
+    }
+
+    #[test]
+    fn no_damaged_byte_panics() {
+        let whole = tables(&symbols(), false);
+        for at in (4096..whole.len()).step_by(13) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0xff;
+            let _ = read(&damaged);
+        }
+    }
 }

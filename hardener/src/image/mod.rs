@@ -116,7 +116,7 @@ impl Image {
             bytes,
         };
         if image.symbols.is_empty() {
-            image.symbols = kallsyms::read(&image)?;
+            image.symbols = kallsyms::read(image.section_bytes(".rodata").unwrap_or_default())?;
         }
         image
             .symbols
@@ -242,4 +242,27 @@ fn unpack_file(file: Vec<u8>) -> Result<(Vec<u8>, &'static str), Fault> {
 /// The ELF file in `file`, nothing more: what the checker shares with the emitter.
 pub fn unpacked(file: Vec<u8>) -> Result<Vec<u8>, Fault> {
     Ok(unpack_file(file)?.0)
+}
+
+#[cfg(test)]
+impl Image {
+    /// An image of one segment and no tables, for tests.
+    pub(crate) fn synthetic(va: LinkVa, bytes: Vec<u8>) -> Image {
+        Image {
+            sha256: String::new(),
+            packing: "none",
+            segments: vec![Segment {
+                va: va.0,
+                pa: va.0 - START_KERNEL_MAP,
+                file: 0..bytes.len(),
+            }],
+            sections: vec![],
+            relocs: Relocs::default(),
+            symbols: vec![],
+            by_name: HashMap::new(),
+            btf: Btf::default(),
+            build_id: BuildId::default(),
+            bytes,
+        }
+    }
 }

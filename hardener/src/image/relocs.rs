@@ -75,3 +75,49 @@ pub fn read(bytes: &[u8], end: usize) -> Result<Relocs, Fault> {
         abs64,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::read;
+    use penumbra_bundle::LinkVa;
+
+    fn words(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn three_lists_are_read_from_the_end() {
+        let bytes = words(&[
+            0xeeee_eeee,
+            0,
+            0x8100_0040,
+            0,
+            0x8100_0030,
+            0,
+            0x8100_0020,
+            0x8100_0010,
+        ]);
+        let relocs = read(&bytes, 4).unwrap();
+        let va = |low: u64| LinkVa(0xffff_ffff_0000_0000 | low);
+        assert_eq!(relocs.abs64, [va(0x8100_0040)]);
+        assert_eq!(relocs.inverse32, [va(0x8100_0030)]);
+        assert_eq!(relocs.abs32, [va(0x8100_0010), va(0x8100_0020)]);
+    }
+
+    #[test]
+    fn what_is_no_relocation_list_is_refused() {
+        let cases: [(&[u32], &str); 4] = [
+            (&[], "none follow"),
+            (&[0x8100_0010, 0x8100_0020, 0x8100_0030], "0 of 3 lists"),
+            (
+                &[0, 0x8100_0040, 0, 0x8100_0030, 0, 0x1000],
+                "is no kernel address",
+            ),
+            (&[0, 0, 0, 0x8100_0010], "none follow"),
+        ];
+        for (list, expected) in cases {
+            let said = read(&words(list), 0).unwrap_err().to_string();
+            assert!(said.contains(expected), "{said}");
+        }
+    }
+}

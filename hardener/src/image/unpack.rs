@@ -111,3 +111,73 @@ fn lz4_legacy(stream: &[u8], size: usize) -> Result<Vec<u8>, String> {
     out.truncate(filled);
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::unpack;
+    use std::io::Write;
+
+    fn kernel() -> Vec<u8> {
+        (0..200_000u32)
+            .flat_map(|n| (n / 7).to_le_bytes())
+            .collect()
+    }
+
+    fn with_size(mut stream: Vec<u8>) -> Vec<u8> {
+        stream.extend((kernel().len() as u32).to_le_bytes());
+        stream
+    }
+
+    fn gzip() -> Vec<u8> {
+        // gzip ends with the size by itself (RFC 1952, ISIZE).
+        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        packer.write_all(&kernel()).unwrap();
+        packer.finish().unwrap()
+    }
+
+    fn lz4() -> Vec<u8> {
+        let mut stream = vec![0x02, 0x21, 0x4c, 0x18];
+        let block = lz4_flex::block::compress(&kernel());
+        stream.extend((block.len() as u32).to_le_bytes());
+        stream.extend(block);
+        with_size(stream)
+    }
+
+    fn zstd() -> Vec<u8> {
+        let level = ruzstd::encoding::CompressionLevel::Fastest;
+        with_size(ruzstd::encoding::compress_to_vec(
+            kernel().as_slice(),
+            level,
+        ))
+    }
+
+    #[test]
+    fn each_format_unpacks() {
+        for (packed, name) in [(gzip(), "gzip"), (lz4(), "lz4"), (zstd(), "zstd")] {
+            let (bytes, format) = unpack(&packed).unwrap();
+            assert!(format == name && bytes == kernel(), "{name}");
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        for packed in [gzip(), lz4(), zstd()] {
+            for end in (6..packed.len() - 1).step_by(packed.len() / 40) {
+                assert!(
+                    unpack(&packed[..end]).is_err(),
+                    "{:02x?} cut at {end}",
+                    &packed[..4]
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_stream_longer_than_it_says_is_refused_without_unpacking_it_all() {
+        for mut packed in [gzip(), lz4(), zstd()] {
+            let at = packed.len() - 4;
+            packed[at..].copy_from_slice(&5000u32.to_le_bytes());
+            assert!(unpack(&packed).is_err(), "{:02x?}", &packed[..4]);
+        }
+    }
+}

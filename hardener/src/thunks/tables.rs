@@ -136,3 +136,49 @@ impl TargetTables {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{PAD, TargetTables};
+    use penumbra_bundle::{LinkVa, TextOff, VaRange};
+
+    const TEXT: u64 = 0xffff_ffff_8100_0000;
+
+    #[test]
+    fn a_target_is_in_the_bitmap_or_in_the_sorted_list_and_in_one_only() {
+        let text = VaRange {
+            start: LinkVa(TEXT),
+            end: LinkVa(TEXT + 0x4000),
+        };
+        let addresses = [0x0, 0x10, 0x17, 0x1fff, 0x2000, 0x3ff0].map(TextOff);
+        let tables = TargetTables::build(
+            "x",
+            &addresses,
+            text,
+            LinkVa(TEXT + 0x2000),
+            16,
+            LinkVa(TEXT + 0x3000),
+        );
+        assert_eq!(tables.bitmap.count, 2);
+        assert_eq!(tables.bitmap_bytes[..2], [0b11, 0]);
+        assert_eq!(tables.bitmap_bytes.len() % 8, 0, "thunks read whole words");
+        let sorted: Vec<u32> = tables
+            .sorted_bytes
+            .chunks_exact(4)
+            .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
+            .collect();
+        assert_eq!(sorted, [0x17, 0x1fff, 0x2000, 0x3ff0]);
+        assert_eq!(tables.targets(text).sorted_len, 4);
+    }
+
+    #[test]
+    fn an_empty_sorted_list_has_one_entry_that_nothing_equals() {
+        let text = VaRange {
+            start: LinkVa(TEXT),
+            end: LinkVa(TEXT + 0x1000),
+        };
+        let tables = TargetTables::build("x", &[], text, text.end, 1, LinkVa(TEXT));
+        assert_eq!(tables.sorted_bytes, PAD.to_le_bytes());
+        assert_eq!(tables.sorted.count, 0);
+    }
+}

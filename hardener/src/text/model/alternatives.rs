@@ -288,3 +288,80 @@ fn nop_runs(span: Span, start: LinkVa, original: &[u8]) -> Vec<Site> {
     })
     .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::group_sites;
+    use crate::image::{AltEntry, Image, Tables};
+    use crate::text::Span;
+    use penumbra_bundle::{Form, LinkVa, SiteKind, VaRange};
+
+    const TEXT: u64 = 0xffff_ffff_8100_0000;
+
+    /// The exact forms of a site at TEXT whose replacement stands 0x100 later.
+    fn forms(original: &[u8], replacement: &[u8]) -> Vec<Vec<u8>> {
+        let mut bytes = vec![0xcc; 0x1000];
+        bytes[..original.len()].copy_from_slice(original);
+        bytes[0x100..0x100 + replacement.len()].copy_from_slice(replacement);
+        let range = VaRange {
+            start: LinkVa(TEXT),
+            end: LinkVa(TEXT + 0x1000),
+        };
+        let span = Span { range, code: range };
+        let image = Image::synthetic(LinkVa(TEXT), bytes);
+        let entry = AltEntry {
+            site: LinkVa(TEXT),
+            site_len: original.len() as u8,
+            replacement: LinkVa(TEXT + 0x100),
+            replacement_len: replacement.len() as u8,
+        };
+        let sites =
+            group_sites(&image, &Tables::default(), span, &[&entry], original.len()).unwrap();
+        let site = sites
+            .iter()
+            .rfind(|site| site.kind == SiteKind::Alternative)
+            .unwrap();
+        let exact = |form: &Form| match form {
+            Form::Exact { bytes, .. } => Some(bytes.clone()),
+            _ => None,
+        };
+        site.forms.iter().filter_map(exact).collect()
+    }
+
+    #[test]
+    fn a_shorter_replacement_is_followed_by_one_long_nop() {
+        // clac over three one-byte NOPs, and the NOPs alone, optimised.
+        assert_eq!(
+            forms(&[0x90; 3], &[0x0f, 0x01, 0xca]),
+            [vec![0x0f, 0x01, 0xca], vec![0x0f, 0x1f, 0x00]]
+        );
+        assert!(forms(&[0x90; 6], &[0xfa]).contains(&vec![0xfa, 0x0f, 0x1f, 0x44, 0, 0]));
+    }
+
+    #[test]
+    fn a_call_keeps_its_target() {
+        // At TEXT+0x100: call TEXT+0x205; moved to TEXT.
+        let moved = forms(&[0x90; 5], &[0xe8, 0x00, 0x01, 0, 0]);
+        assert!(
+            moved.contains(&vec![0xe8, 0x00, 0x02, 0, 0]),
+            "{moved:02x?}"
+        );
+    }
+
+    #[test]
+    fn a_near_jump_may_become_short() {
+        // At TEXT+0x100: jmp TEXT+0x20.
+        let moved = forms(&[0x90; 5], &[0xe9, 0x1b, 0xff, 0xff, 0xff]);
+        assert!(moved.contains(&vec![0xe9, 0x1b, 0, 0, 0]), "{moved:02x?}");
+        assert!(
+            moved.contains(&vec![0xeb, 0x1e, 0x0f, 0x1f, 0x00]),
+            "{moved:02x?}"
+        );
+    }
+
+    #[test]
+    fn a_replacement_longer_than_its_site_is_refused() {
+        let result = std::panic::catch_unwind(|| forms(&[0x90; 2], &[0x90; 3]));
+        assert!(result.is_err());
+    }
+}

@@ -1,0 +1,231 @@
+//! Debian's kernels as they are shipped: what must hold of their bundles.
+
+mod common;
+
+use hardener::emit::emit;
+use penumbra_bundle::{Bundle, LinkVa, Mitigation, SiteKind, SlotKind, TableKind, TextOff};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::OnceLock;
+
+fn bundle(path: &Path) -> Bundle {
+    let mut bundle = emit(path, &mut |_| {}).unwrap_or_else(|error| panic!("{error}"));
+    bundle.seal();
+    bundle
+}
+
+fn cloud() -> &'static Bundle {
+    static MADE: OnceLock<Bundle> = OnceLock::new();
+    MADE.get_or_init(|| bundle(common::cloud()))
+}
+
+#[test]
+fn the_same_image_makes_the_same_bytes() {
+    let mut again = bundle(common::cloud());
+    assert!(cloud().clone().seal() == again.seal());
+}
+
+#[test]
+fn a_bundle_reads_back_as_it_was_made() {
+    let files = cloud().clone().seal();
+    let read = Bundle::from_files(&files).unwrap();
+    assert_eq!(read.manifest, cloud().manifest);
+    assert!(
+        read.model == cloud().model && read.edits == cloud().edits && read.cave == cloud().cave
+    );
+}
+
+#[test]
+fn the_xz_kernel_is_taken_too() {
+    let bundle = bundle(common::amd64());
+    assert!(bundle.manifest.kernel.release.ends_with("-amd64"));
+    assert_ne!(
+        bundle.manifest.kernel.build_id,
+        cloud().manifest.kernel.build_id
+    );
+    assert!(bundle.variant("hardened").unwrap().1.0.len() > 50_000);
+}
+
+/// The edits of one variant by kind.
+fn edits(bundle: &Bundle, variant: &str) -> BTreeMap<SlotKind, BTreeMap<TextOff, Vec<u8>>> {
+    let mut by_kind: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+    for edit in &bundle.variant(variant).unwrap().1.0 {
+        by_kind
+            .entry(edit.slot)
+            .or_default()
+            .insert(edit.at, edit.bytes.clone());
+    }
+    by_kind
+}
+
+#[test]
+fn every_site_of_the_tables_is_edited_or_left_for_a_reason() {
+    let bundle = cloud();
+    for (kind, site_kind) in [
+        (SlotKind::Return, SiteKind::Return),
+        (SlotKind::Indirect, SiteKind::Retpoline),
+    ] {
+        let sites = bundle
+            .model
+            .sites
+            .iter()
+            .filter(|site| site.kind == site_kind)
+            .count() as u64;
+        for variant in ["fast", "hardened"] {
+            let (variant, _) = bundle.variant(variant).unwrap();
+            let pass = variant
+                .passes
+                .iter()
+                .find(|pass| edits(bundle, &variant.name)[&kind].len() as u64 == pass.edited)
+                .expect("a pass edits this kind");
+            assert_eq!(
+                pass.edited + pass.left.values().sum::<u64>(),
+                sites,
+                "{}",
+                pass.name
+            );
+            assert!(
+                pass.edited * 100 > sites * 99,
+                "{} leaves more than 1 %",
+                pass.name
+            );
+        }
+    }
+}
+
+#[test]
+fn fast_and_hardened_edit_the_same_slots_with_the_same_lengths() {
+    let (fast, hardened) = (edits(cloud(), "fast"), edits(cloud(), "hardened"));
+    let shape =
+        |edits: &BTreeMap<SlotKind, BTreeMap<TextOff, Vec<u8>>>| -> BTreeSet<(TextOff, usize)> {
+            edits
+                .values()
+                .flatten()
+                .map(|(at, bytes)| (*at, bytes.len()))
+                .collect()
+        };
+    assert_eq!(shape(&fast), shape(&hardened));
+    let drops = |name: &str| cloud().variant(name).unwrap().0.drops.clone();
+    assert_eq!(
+        drops("fast"),
+        [Mitigation::Retpoline, Mitigation::ReturnThunk]
+    );
+    assert!(drops("hardened").is_empty());
+}
+
+/// The members of a table, decoded as the bundle's documentation says.
+fn members(bundle: &Bundle, names: [&str; 2]) -> BTreeSet<LinkVa> {
+    let elf = goblin::elf::Elf::parse(&bundle.cave).unwrap();
+    let mut found = BTreeSet::new();
+    for table in bundle
+        .manifest
+        .cave
+        .tables
+        .iter()
+        .filter(|table| names.contains(&table.name.as_str()))
+    {
+        let segment = elf
+            .program_headers
+            .iter()
+            .find(|segment| {
+                segment.p_vaddr <= table.range.start.0
+                    && table.range.end.0 <= segment.p_vaddr + segment.p_filesz
+            })
+            .expect("the table lies in a segment");
+        let start = (segment.p_offset + table.range.start.0 - segment.p_vaddr) as usize;
+        let bytes = &bundle.cave[start..start + table.range.len() as usize];
+        let before = found.len();
+        match table.kind {
+            TableKind::Bitmap { granule } => {
+                for bit in (0..bytes.len() * 8).filter(|bit| bytes[bit / 8] >> (bit % 8) & 1 == 1) {
+                    found.insert(LinkVa(
+                        table.covers.start.0 + bit as u64 * u64::from(granule),
+                    ));
+                }
+            }
+            TableKind::SortedOffsets => {
+                for word in bytes.chunks_exact(4).take(table.count as usize) {
+                    let offset = u32::from_le_bytes(word.try_into().unwrap());
+                    found.insert(LinkVa(table.covers.start.0 + u64::from(offset)));
+                }
+            }
+        }
+        assert_eq!((found.len() - before) as u64, table.count, "{}", table.name);
+    }
+    found
+}
+
+fn symbol(bundle: &Bundle, name: &str) -> LinkVa {
+    let symbol = bundle.symbols.0.iter().find(|symbol| symbol.name == name);
+    let at = symbol.unwrap_or_else(|| panic!("no symbol {name}")).at;
+    LinkVa(bundle.manifest.text.start.0 + u64::from(at.0))
+}
+
+#[test]
+fn returns_may_reach_what_follows_a_call_and_the_few_that_replace_return_addresses() {
+    let legal = members(cloud(), ["return_targets", "return_targets_sorted"]);
+    for name in [
+        "ret_from_fork",
+        "arch_rethook_trampoline",
+        "return_to_handler",
+    ] {
+        assert!(legal.contains(&symbol(cloud(), name)), "{name}");
+    }
+    // A function's start that no call stands before: overwriting a return address with it must be caught.
+    assert!(!legal.contains(&symbol(cloud(), "commit_creds")));
+    let text = cloud().manifest.text.start.0;
+    let plain = legal.iter().filter(|va| {
+        let at = (va.0 - text) as usize;
+        at >= 5 && cloud().text[at - 5] == 0xe8
+    });
+    assert!(
+        plain.count() * 100 > legal.len() * 90,
+        "most follow a direct call"
+    );
+}
+
+#[test]
+fn indirect_calls_may_reach_functions_whose_address_is_taken_and_no_thunk() {
+    let legal = members(cloud(), ["entries", "entries_sorted"]);
+    // In a table, exported, and neither.
+    assert!(legal.contains(&symbol(cloud(), "io_serial_out")));
+    assert!(
+        legal.contains(&symbol(cloud(), "vfs_read"))
+            || legal.contains(&symbol(cloud(), "kernel_read"))
+    );
+    for name in [
+        "__x86_indirect_thunk_rax",
+        "__x86_return_thunk",
+        "entry_SYSCALL_64",
+        "do_syscall_64",
+    ] {
+        assert!(!legal.contains(&symbol(cloud(), name)), "{name}");
+    }
+    assert!(
+        !legal.iter().any(|va| legal.contains(&LinkVa(va.0 + 1))),
+        "no two entries are neighbours"
+    );
+}
+
+#[test]
+fn the_cave_is_filler_and_its_relocations_and_tails_lie_in_it() {
+    let bundle = cloud();
+    let cave = &bundle.manifest.cave;
+    let offset = |va: LinkVa| (va.0 - bundle.manifest.text.start.0) as usize;
+    assert!(
+        bundle.text[offset(cave.range.start)..offset(cave.range.end)]
+            .iter()
+            .all(|byte| *byte == cave.filler)
+    );
+    assert!(
+        cave.relocs
+            .iter()
+            .all(|reloc| cave.range.contains(reloc.at))
+    );
+    assert_eq!(cave.return_tails.len(), 2);
+    assert!(
+        cave.return_tails
+            .iter()
+            .all(|tail| cave.range.contains(*tail))
+    );
+}
