@@ -185,11 +185,7 @@ fn explain_sites(
 ) -> BTreeMap<SiteKind, u64> {
     let model = &bundle.model;
     let mut changed = BTreeMap::new();
-    let mut pending: Vec<&Site> = model
-        .sites
-        .iter()
-        .filter(|site| open.any(range_of(site)))
-        .collect();
+    let mut pending = open.sites_with_any(&model.sites);
     for round in 0..ROUNDS {
         let before = pending.len();
         pending.retain(|site| {
@@ -318,11 +314,28 @@ impl Differences {
         }
     }
 
-    fn any(&self, range: std::ops::Range<usize>) -> bool {
-        let first = self.at.partition_point(|at| (*at as usize) < range.start);
-        self.at
-            .get(first)
-            .is_some_and(|at| (*at as usize) < range.end)
+    /// The sites that hold a difference. Sites and differences are both sorted by start: one sweep over both.
+    fn sites_with_any<'s>(&self, sites: &'s [Site]) -> Vec<&'s Site> {
+        let mut first = 0;
+        let mut found = Vec::new();
+        for site in sites {
+            let range = range_of(site);
+            while self
+                .at
+                .get(first)
+                .is_some_and(|at| (*at as usize) < range.start)
+            {
+                first += 1;
+            }
+            if self
+                .at
+                .get(first)
+                .is_some_and(|at| (*at as usize) < range.end)
+            {
+                found.push(site);
+            }
+        }
+        found
     }
 
     fn was_explained(&self, at: usize) -> bool {

@@ -98,11 +98,18 @@ pub fn matches(
             bytes: exact,
             abs32,
             inverse32,
-        } => relocated(exact, abs32, inverse32, slide)
-            .iter()
-            .zip(bytes)
-            .enumerate()
-            .all(|(index, (want, have))| want == have || ignore(index)),
+        } => {
+            let same = |exact: &[u8]| {
+                let mut pairs = exact.iter().zip(bytes).enumerate();
+                pairs.all(|(index, (want, have))| want == have || ignore(index))
+            };
+            // Most forms hold no address: these are compared where they lie.
+            if abs32.is_empty() && inverse32.is_empty() {
+                same(exact)
+            } else {
+                same(&relocated(exact, abs32, inverse32, slide))
+            }
+        }
         Form::Call => lands_in(&model.functions, branch_target(CALL, at, bytes)) && all_nops(rest),
         Form::Jump => {
             lands_in(&model.functions, branch_target(JMP, at, bytes))

@@ -204,12 +204,10 @@ pub fn apply(
 ) -> Result<Applied, ApplyError> {
     let domain = hypervisor.domain()?;
     check_domain(hypervisor, &domain, request)?;
-    // Reading needs nothing from Xen's views: a guest that is refused is refused before anything is touched.
     let manifest = &request.bundle.manifest;
     let kernel = Kernel::find(hypervisor, manifest)?;
     let reader = Reader::new(manifest, kernel)?;
     let expected = explain::expected(request.bundle, kernel.slide);
-    let text = understand(hypervisor, &kernel, request.bundle, &expected)?.text;
 
     let mut state = State::new(&domain, &request.name, reader);
     state.bundle.clone_from(&request.bundle_path);
@@ -219,14 +217,7 @@ pub fn apply(
     state.build_id.clone_from(&manifest.kernel.build_id);
     state.default.clone_from(&request.default);
     journal.save(&state)?;
-    match steps(
-        hypervisor,
-        journal,
-        request,
-        &domain,
-        &mut state,
-        (&expected, text),
-    ) {
+    match steps(hypervisor, journal, request, &domain, &mut state, &expected) {
         Ok((changed_bytes, fills)) => Ok(Applied {
             state,
             changed_bytes,
@@ -289,21 +280,20 @@ fn steps(
     request: &Request<'_>,
     domain: &Domain,
     state: &mut State,
-    (expected, mut text): (&[u8], RunningText),
+    expected: &[u8],
 ) -> Result<(u64, u32), ApplyError> {
     hypervisor.altp2m_set(true).map_err(interface)?;
     hypervisor.stats().map_err(interface)?;
     arm(hypervisor, journal, request, state)?;
     let mut fills = 0;
+    let mut text: Option<RunningText> = None;
     loop {
         let generation = hypervisor.stats()?.generation;
-        let mut understood = understand_again(
-            hypervisor,
-            state.reader.kernel(),
-            request.bundle,
-            expected,
-            text,
-        )?;
+        let kernel = state.reader.kernel();
+        let mut understood = match text.take() {
+            None => understand(hypervisor, kernel, request.bundle, expected)?,
+            Some(text) => understand_again(hypervisor, kernel, request.bundle, expected, text)?,
+        };
         let views = plan(request.bundle, &mut understood, expected)?;
         if fills == 0 {
             put_cave(hypervisor, journal, request, state, &understood)?;
@@ -316,7 +306,7 @@ fn steps(
             let changed = understood.explained.changed.values().sum();
             return Ok((changed, fills));
         }
-        text = understood.text;
+        text = Some(understood.text);
         if fills == FILLS {
             return Err(ApplyError::TooManyPokes(fills));
         }
