@@ -128,9 +128,11 @@ def _wait(guest, log, pattern, timeout):
 class Pokes:
     """Switches a jump label and ftrace on one function on and off, until stopped."""
 
-    # schedstats is a static key with sites all over the scheduler.
+    # schedstats is a static key with sites all over the scheduler.  An oops, such as that of a
+    # caught attack, turns tracing off (kernel/panic.c, oops_enter).
     _SCRIPT = f"""\
 cd /sys/kernel/tracing
+echo 1 > tracing_on
 echo {TRACED} > set_ftrace_filter || exit 1
 n=0
 while [ ! -e /tmp/pokes.stop ]; do
