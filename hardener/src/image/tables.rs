@@ -181,6 +181,23 @@ impl Image {
             })
     }
 
+    /// Where the 32-bit relative offset at `at` points, which must be code: a site anywhere else would be missed in
+    /// silence.
+    fn code(&self, table: &Table<'_>, at: usize) -> Result<LinkVa, Fault> {
+        let va = table.relative(at);
+        let mut sections = self.sections().iter().filter(|section| section.exec);
+        if sections.any(|section| section.range.contains(va)) {
+            return Ok(va);
+        }
+        let detail = format!("the entry at {at:#x} points to {va}, which is no code");
+        Err(Fault::damaged(table.name, detail))
+    }
+
+    /// All addresses of a table of 32-bit relative offsets to code.
+    fn all_code(&self, table: &Table<'_>) -> Result<Vec<LinkVa>, Fault> {
+        table.entries(4)?.map(|at| self.code(table, at)).collect()
+    }
+
     /// Reads all tables.
     pub fn tables(&self) -> Result<Tables, Fault> {
         let need = |name: &'static str, why: &str| {
@@ -189,8 +206,8 @@ impl Image {
             })
         };
         let mut tables = Tables {
-            retpolines: need(".retpoline_sites", "CONFIG_RETPOLINE")?.all_relative()?,
-            returns: need(".return_sites", "CONFIG_RETHUNK")?.all_relative()?,
+            retpolines: self.all_code(&need(".retpoline_sites", "CONFIG_RETPOLINE")?)?,
+            returns: self.all_code(&need(".return_sites", "CONFIG_RETHUNK")?)?,
             ..Tables::default()
         };
         if let Some(table) = self.in_section(".ibt_endbr_seal") {
@@ -270,9 +287,9 @@ impl Image {
         let (len, replacement_len) = (member("instrlen", 1)?, member("replacementlen", 1)?);
         for at in table.entries(size)? {
             tables.alternatives.push(AltEntry {
-                site: table.relative(at + site),
+                site: self.code(table, at + site)?,
                 site_len: table.bytes[at + len],
-                replacement: table.relative(at + replacement),
+                replacement: self.code(table, at + replacement)?,
                 replacement_len: table.bytes[at + replacement_len],
             });
         }
@@ -314,8 +331,8 @@ impl Image {
         let target = self.need_member("jump_entry", "target", 4)?;
         for at in table.entries(size)? {
             tables.jump_labels.push(JumpEntry {
-                code: table.relative(at + code),
-                target: table.relative(at + target),
+                code: self.code(&table, at + code)?,
+                target: self.code(&table, at + target)?,
             });
         }
         Ok(())
@@ -332,7 +349,7 @@ impl Image {
         let key = self.need_member("static_call_site", "key", 4)?;
         for at in table.entries(size)? {
             tables.static_calls.push(StaticCallSite {
-                site: table.relative(at + site),
+                site: self.code(&table, at + site)?,
                 // include/linux/static_call_types.h: bit 0 of the key is STATIC_CALL_SITE_TAIL.
                 tail: table.relative(at + key).0 & 1 == 1,
             });
