@@ -1,5 +1,7 @@
 //! Where the time of `hardener emit` goes, phase by phase, on Debian's kernels (found as the tests find them).
 
+#![allow(missing_docs, reason = "criterion_group! makes a public function")]
+
 #[path = "../tests/common/mod.rs"]
 mod common;
 

@@ -1,7 +1,7 @@
 //! The running text of a real kernel explains, and stops explaining when one byte changes.
 //!
-//! Needs a dump of a booted kernel and the bundle for it, so the tests are ignored unless asked for:
-//! `PENUMBRA_DUMP=kaslr.json PENUMBRA_BUNDLE=bundle cargo test -p installer --test explain_dump -- --ignored`.
+//! Needs a dump of a booted kernel and the bundle for it, which `tests/run` makes, so a feature of its own asks for it:
+//! `PENUMBRA_DUMP=kaslr.json PENUMBRA_BUNDLE=bundle cargo test -p installer --features dump --test explain_dump`.
 //! The JSON has the `slide`; beside it `kaslr.full.bin` is the memory from the text's start on.
 
 use installer::guest::explain::{self, ExplainError, ReturnForm};
@@ -43,7 +43,6 @@ fn explain(dump: &Dump) -> Result<Explained, ExplainError> {
 }
 
 #[test]
-#[ignore = "needs PENUMBRA_DUMP and PENUMBRA_BUNDLE"]
 fn every_byte_explains() {
     let dump = dump();
     let explained = explain(&dump).unwrap_or_else(|error| panic!("{error}"));
@@ -58,7 +57,6 @@ fn every_byte_explains() {
 }
 
 #[test]
-#[ignore = "needs PENUMBRA_DUMP and PENUMBRA_BUNDLE"]
 fn one_changed_byte_is_found_and_named() {
     let mut dump = dump();
     // A byte that no site covers, in the middle of the text.
@@ -85,7 +83,6 @@ fn one_changed_byte_is_found_and_named() {
 }
 
 #[test]
-#[ignore = "needs PENUMBRA_DUMP and PENUMBRA_BUNDLE"]
 fn a_call_to_the_middle_of_a_function_is_found() {
     let mut dump = dump();
     // A NOP of which only the first byte became a call: what a torn text poke looks like.
@@ -107,7 +104,6 @@ fn a_call_to_the_middle_of_a_function_is_found() {
 }
 
 #[test]
-#[ignore = "needs PENUMBRA_DUMP and PENUMBRA_BUNDLE"]
 fn tracing_is_explained() {
     let mut dump = dump();
     // What ftrace writes at a function's entry: a call to its own entry points, which are in the text.
@@ -134,7 +130,6 @@ fn tracing_is_explained() {
 }
 
 #[test]
-#[ignore = "needs PENUMBRA_DUMP and PENUMBRA_BUNDLE"]
 fn retpolines_off_is_recognised() {
     let mut dump = dump();
     for site in &dump.bundle.model.sites {
@@ -151,7 +146,6 @@ fn retpolines_off_is_recognised() {
 }
 
 #[test]
-#[ignore = "needs PENUMBRA_DUMP and PENUMBRA_BUNDLE"]
 fn every_view_can_be_built() {
     let dump = dump();
     let returns = explain(&dump).expect("explained").returns;

@@ -36,6 +36,8 @@ TOOLS = [
     # The initramfs, the compressed payloads that tests make, the signature check.
     "busybox-static", "grub-common", "xz-utils", "zstd", "lz4", "openssl", "binutils",
     "ca-certificates", "git",
+    # The Python verifiers that signer is compared with.
+    "python3-venv",
 ]
 QEMU = ["qemu-system-x86", "seabios", "ipxe-qemu"]
 

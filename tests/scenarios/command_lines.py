@@ -56,6 +56,14 @@ def refused(argv, codes, *words):
 
 
 @scenario
+def other_verifiers_agree(w):
+    """securesystemslib and in-toto's library judge every envelope of the testkit as signer does."""
+    done = subprocess.run([chain.ROOT / "signer" / "tests" / "interop" / "run"], stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, errors="replace")
+    expect(done.returncode == 0 and " 0 failed" in done.stdout, done.stdout[-2000:], done.stderr[-2000:])
+
+
+@scenario
 def emit_is_reproducible(w):
     """The same image gives the same bundle, byte for byte."""
     again = chain.emit(w.folder / "again")
@@ -87,7 +95,7 @@ def check_accepts_what_emit_made(w):
 @scenario
 def check_refuses_another_kernel(w):
     """A bundle is not accepted for another kernel than its own."""
-    refused([HARDENER, "check", w.bundle, "--image", kernel.amd64().vmlinuz], (1, 2), "build")
+    refused([HARDENER, "check", w.bundle, "--image", kernel.amd64().vmlinuz], (2,), "build")
 
 
 @scenario
@@ -100,7 +108,7 @@ def check_finds_damage_in_every_file(w):
         content = bytearray((damaged / file).read_bytes())
         content[len(content) // 2] ^= 1
         (damaged / file).write_bytes(content)
-        refused([HARDENER, "check", damaged, "--image", w.vmlinuz], (1, 2))
+        refused([HARDENER, "check", damaged, "--image", w.vmlinuz], (2,))
 
 
 @scenario
@@ -159,16 +167,16 @@ def edited_bundles_are_not_verified(w):
         content = bytearray((damaged / file).read_bytes())
         content[len(content) // 2] ^= 1
         (damaged / file).write_bytes(content)
-        refused([SIGNER, "verify", damaged, "--trust", w.public], (1, 2), "edited")
+        refused([SIGNER, "verify", damaged, "--trust", w.public], (2,), "edited")
     damaged = w.copy("edited")
     (damaged / "manifest.json").unlink()
-    refused([SIGNER, "verify", damaged, "--trust", w.public], (1, 2), "manifest.json")
+    refused([SIGNER, "verify", damaged, "--trust", w.public], (2,), "manifest.json")
     damaged = w.copy("edited")
     (damaged / "extra").write_text("x")
-    refused([SIGNER, "verify", damaged, "--trust", w.public], (1, 2), "extra")
+    refused([SIGNER, "verify", damaged, "--trust", w.public], (2,), "extra")
     _, other = chain.new_key(w.folder / "other")
-    refused([SIGNER, "verify", w.bundle, "--trust", other], (1,))
-    refused([SIGNER, "verify", w.bundle, "--trust", w.public, "--threshold", 2], (1, 2))
+    refused([SIGNER, "verify", w.bundle, "--trust", other], (2,))
+    refused([SIGNER, "verify", w.bundle, "--trust", w.public, "--threshold", 2], (2,))
 
 
 @scenario
@@ -178,7 +186,7 @@ def two_keys_meet_a_threshold(w):
     secret, public = chain.new_key(w.folder / "second")
     chain.sign(bundle, secret)
     chain.run([SIGNER, "verify", bundle, "--trust", w.public, "--trust", public, "--threshold", 2])
-    refused([SIGNER, "verify", bundle, "--trust", public, "--trust", public, "--threshold", 2], (1, 2))
+    refused([SIGNER, "verify", bundle, "--trust", public, "--trust", public, "--threshold", 2], (2,))
 
 
 @scenario

@@ -67,6 +67,9 @@ pub enum WriteError {
     /// The directory that `--force` would replace is not a bundle.
     #[error("{0}: exists and is not a bundle; it is left alone, choose another directory")]
     NotABundle(PathBuf),
+    /// There is no directory to put the bundle in.
+    #[error("{0}: no such directory; make it first")]
+    NoParent(PathBuf),
     /// The file system said no.
     #[error("{path}: {source}")]
     Io {
@@ -161,6 +164,9 @@ impl Bundle {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
+        if !parent.is_dir() {
+            return Err(WriteError::NoParent(parent.to_owned()));
+        }
         let name = dir
             .file_name()
             .map(|name| name.to_string_lossy().into_owned());

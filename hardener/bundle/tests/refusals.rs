@@ -131,6 +131,11 @@ fn an_existing_directory_is_replaced_only_when_it_is_a_bundle_and_forced() {
     ));
     assert!(path.join("diary.txt").exists());
     std::fs::remove_dir_all(&path).unwrap();
+    let lost = dir.path().join("not/there");
+    assert!(matches!(
+        bundle.write_dir(&lost, false),
+        Err(WriteError::NoParent(_))
+    ));
     bundle.write_dir(&path, false).unwrap();
     bundle.write_dir(&path, true).unwrap();
     assert_eq!(

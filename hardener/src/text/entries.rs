@@ -30,10 +30,11 @@ pub fn find(
     // Addresses relative to the instruction pointer, in the text and in code that runs at boot.
     taken.extend(&sweep.taken);
     for section in image.sections() {
-        if section.exec && section.name != ".text" {
-            if let Some(code) = image.section_bytes(&section.name) {
-                taken.extend(taken_in(code, section.range.start));
-            }
+        if section.exec
+            && section.name != ".text"
+            && let Some(code) = image.section_bytes(&section.name)
+        {
+            taken.extend(taken_in(code, section.range.start));
         }
     }
     // Tables of relative addresses.

@@ -15,7 +15,7 @@ pub fn build(image: &Image, tables: &Tables, span: Span) -> Result<RunTimeModel,
     alternatives::sites(image, tables, span, &mut sites)?;
     thunks::sites(image, tables, span, &mut sites)?;
     calls::sites(image, tables, span, &mut sites)?;
-    sites.sort_by(|a, b| (a.at, a.kind, a.len).cmp(&(b.at, b.kind, b.len)));
+    sites.sort_by_key(|site| (site.at, site.kind, site.len));
     let offsets = |list: &[LinkVa]| list.iter().filter_map(|va| span.offset(*va)).collect();
     Ok(RunTimeModel {
         abs32: offsets(&image.relocs.abs32),
