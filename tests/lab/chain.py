@@ -180,7 +180,7 @@ class Installer:
                 raise ToolFailed(f"`installer apply` {'ended' if rc == 1 else 'is still at it'}:\n{err}")
 
     def stop_watching(self, timeout=60):
-        """Asks the watcher to stop; views and bindings stay."""
+        """Asks the watcher to stop: it drops its bindings, so that all run on the default view."""
         rc, out = self.lab.dom0.run("kill -TERM $(cat /run/apply.pid); for i in $(seq 300); do "
                                     "kill -0 $(cat /run/apply.pid) 2>/dev/null || exit 0; usleep 100000; "
                                     "done; exit 1", timeout)
