@@ -160,7 +160,7 @@ def openssl_agrees(w):
 
 @scenario
 def edited_bundles_are_not_verified(w):
-    """signer verify: a changed, missing or added file and a foreign key are a clean no."""
+    """signer verify: a changed, missing or added file and a foreign key are refused."""
     chain.run([SIGNER, "verify", w.bundle, "--trust", w.public])
     for file in sorted(p.name for p in w.bundle.iterdir() if p.is_file()):
         damaged = w.copy("edited")
@@ -177,6 +177,17 @@ def edited_bundles_are_not_verified(w):
     _, other = chain.new_key(w.folder / "other")
     refused([SIGNER, "verify", w.bundle, "--trust", other], (2,))
     refused([SIGNER, "verify", w.bundle, "--trust", w.public, "--threshold", 2], (2,))
+
+
+@scenario
+def a_policy_that_fails_its_own_tests_is_not_applied(w):
+    """A signed policy whose own test expects another view is refused before Xen is asked for anything."""
+    policy = w.folder / "failing.toml"
+    policy.write_text(w.policy.read_text().replace('view = "fast", rule', 'view = "hardened", rule'))
+    expect(policy.read_text() != w.policy.read_text(), "the test was not changed")
+    chain.sign(policy, w.secret)
+    refused([INSTALLER, "apply", "guest", "--bundle", w.bundle, "--policy", policy, "--trust", w.public],
+            (2,), "payroll is fast", "failing.toml")
 
 
 @scenario

@@ -55,8 +55,22 @@ pub fn check_file(path: &Path, out: &mut dyn Write) -> io::Result<u8> {
         writeln!(out, "{name}: {error}")?;
         return Ok(REFUSED);
     }
-    let src = String::from_utf8_lossy(&bytes);
-    let policy = match Policy::parse_bytes(&name, &bytes) {
+    Ok(match check_bytes(&name, &bytes, out)? {
+        Ok(_) => SOUND,
+        Err(code) => code,
+    })
+}
+
+/// Checks a policy that was read already (the signer's verified bytes), as [`check_file`] does.
+///
+/// A sound policy comes back; any other as the exit code that [`check_file`] has for it.
+pub fn check_bytes(
+    name: &str,
+    bytes: &[u8],
+    out: &mut dyn Write,
+) -> io::Result<Result<Policy, u8>> {
+    let src = String::from_utf8_lossy(bytes);
+    let policy = match Policy::parse_bytes(name, bytes) {
         Ok(policy) => policy,
         Err(found) => {
             let errors = found
@@ -69,13 +83,13 @@ pub fn check_file(path: &Path, out: &mut dyn Write) -> io::Result<u8> {
                 "{}{name}: refused: {errors} error{s}",
                 render(&src, &found)
             )?;
-            return Ok(REFUSED);
+            return Ok(Err(REFUSED));
         }
     };
     let results = policy.run_tests();
     let failed: Vec<_> = results.iter().filter(|result| !result.passed).collect();
     let mut found = policy.warnings.clone();
-    found.extend(failed.iter().map(|result| failure((&name, &src), result)));
+    found.extend(failed.iter().map(|result| failure((name, &src), result)));
     write!(out, "{}", render(&src, &found))?;
     let verdict = if failed.is_empty() {
         "sound"
@@ -90,11 +104,8 @@ pub fn check_file(path: &Path, out: &mut dyn Write) -> io::Result<u8> {
         policy.version,
         tests - failed.len(),
     )?;
-    Ok(if failed.is_empty() {
-        SOUND
-    } else {
-        TEST_FAILED
-    })
+    let sound = failed.is_empty();
+    Ok(if sound { Ok(policy) } else { Err(TEST_FAILED) })
 }
 
 fn failure(place: (&str, &str), result: &TestResult<'_>) -> Diagnostic {

@@ -41,7 +41,7 @@ mod fields;
 mod glob;
 mod parse;
 
-pub use check::{TestResult, check_file};
+pub use check::{TestResult, check_bytes, check_file};
 pub use decide::{Condition, DEFAULT_RULE, Decision, Policy, Process, Rule, Test, View};
 pub use diagnostic::{Diagnostic, Severity, render};
 pub use glob::{Glob, GlobError};

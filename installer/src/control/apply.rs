@@ -100,13 +100,13 @@ impl Checked {
         // From here on only the bytes that were verified are used; the files are not opened again.
         let bundle = Bundle::from_files(&verified.files)?;
         let name = args.policy.display().to_string();
-        let policy = Policy::parse_bytes(&name, &policy_bytes).map_err(|diagnostics| {
-            let source = String::from_utf8_lossy(&policy_bytes);
-            eprint!("{}", penumbra_policy::render(&source, &diagnostics));
-            CliError::Policy {
+        let told = &mut std::io::stderr();
+        let policy = penumbra_policy::check_bytes(&name, &policy_bytes, told)
+            .ok()
+            .and_then(Result::ok)
+            .ok_or_else(|| CliError::Policy {
                 path: args.policy.clone(),
-            }
-        })?;
+            })?;
         let build_id = &bundle.manifest.kernel.build_id;
         if !policy.allows_kernel(build_id) {
             return Err(CliError::PolicyKernel {

@@ -44,8 +44,10 @@ pub enum CliError {
         /// What and where.
         detail: String,
     },
-    /// A policy with errors; they are drawn already.
-    #[error("{path}: the policy has errors; nothing was touched in the guest")]
+    /// A policy with errors, or whose own tests fail; they are drawn already.
+    #[error(
+        "{path}: the policy has errors, or its own tests fail; nothing was touched in the guest"
+    )]
     Policy {
         /// The file.
         path: PathBuf,

@@ -100,7 +100,7 @@ def theirs_for_us(place):
     raw = serialization.load_pem_private_key(theirs.private_bytes, None).public_key()
     public.write_bytes(raw.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
     assert signer("verify", bundle, "--trust", public).returncode == 0
-    assert signer("verify", bundle, "--trust", place / "scratch.pub.pem", check=False).returncode == 1
+    assert signer("verify", bundle, "--trust", place / "scratch.pub.pem", check=False).returncode == 2
     # Our key file in their hands signs the same bytes: Ed25519 is deterministic.
     pem = (place / "scratch.pem").read_bytes()
     ours = CryptoSigner(serialization.load_pem_private_key(pem, None))
