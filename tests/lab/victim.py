@@ -135,7 +135,7 @@ cd /sys/kernel/tracing
 echo 1 > tracing_on
 echo {TRACED} > set_ftrace_filter || exit 1
 n=0
-while [ ! -e /tmp/pokes.stop ]; do
+while :; do
     for k in 1 2 3 4; do
         echo 1 > /proc/sys/kernel/sched_schedstats
         echo 0 > /proc/sys/kernel/sched_schedstats
@@ -146,6 +146,7 @@ while [ ! -e /tmp/pokes.stop ]; do
     echo nop > current_tracer || exit 1
     n=$((n+1))
     echo $n > /tmp/pokes.count
+    [ -e /tmp/pokes.stop ] && break
 done
 echo done >> /tmp/pokes.count
 """
