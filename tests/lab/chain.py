@@ -90,6 +90,16 @@ def sign(path, secret):
     run([tool("signer"), "sign", path, "--key", secret])
 
 
+def signed_chain(work, policy="payroll.toml"):
+    """Bundle and policy in `work`, signed with a new key; returns (bundle, policy, secret, public)."""
+    bundle = emit(work / "bundle")
+    secret, public = new_key(work / "key")
+    policy = policy_copy(policy, work)
+    for path in (bundle, policy):
+        sign(path, secret)
+    return bundle, policy, secret, public
+
+
 def envelope_of(path):
     """Where the signature of a bundle or a policy lies."""
     path = Path(path)

@@ -60,12 +60,8 @@ def world():
     chain.build_tools()
     xen = chain.build_xen()
     work = chain.WORK / "live"
-    bundle = chain.emit(work / "bundle")
-    secret, public = chain.new_key(work / "key")
+    bundle, policy, secret, public = chain.signed_chain(work)
     _, stranger = chain.new_key(work / "stranger")
-    chain.sign(bundle, secret)
-    policy = chain.policy_copy("payroll.toml", work)
-    chain.sign(policy, secret)
 
     files = chain.dom0_files(bundle, [policy], [public, stranger])
     # A policy without a signature, a signed one that is no TOML, one whose signature is of another.

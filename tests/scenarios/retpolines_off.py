@@ -14,12 +14,7 @@ def world():
     """Boots the guest with spectre_v2=off."""
     chain.build_tools()
     xen = chain.build_xen()
-    work = chain.WORK / "retpolines"
-    bundle = chain.emit(work / "bundle")
-    secret, public = chain.new_key(work / "key")
-    policy = chain.policy_copy("payroll.toml", work)
-    for path in (bundle, policy):
-        chain.sign(path, secret)
+    bundle, policy, _, public = chain.signed_chain(chain.WORK / "retpolines")
     with Lab.boot(xen, extra=chain.dom0_files(bundle, [policy], [public]), name="retpolines",
                   guest_append="spectre_v2=off") as lab:
         lab.guest.start()

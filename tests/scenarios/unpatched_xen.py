@@ -15,12 +15,7 @@ def world():
     chain.build_tools()
     out = TARGET / "xen-unpatched"
     chain.run([ROOT / "xen-patches" / "build", "--no-series", "--output", out])
-    work = chain.WORK / "unpatched"
-    bundle = chain.emit(work / "bundle")
-    secret, public = chain.new_key(work / "key")
-    policy = chain.policy_copy("payroll.toml", work)
-    for path in (bundle, policy):
-        chain.sign(path, secret)
+    bundle, policy, _, public = chain.signed_chain(chain.WORK / "unpatched")
     with Lab.boot(out / "xen", extra=chain.dom0_files(bundle, [policy], [public]), name="unpatched",
                   altp2m=False) as lab:
         lab.guest.start()
