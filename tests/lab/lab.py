@@ -34,6 +34,16 @@ _CONSOLE_LOG = f"/var/log/xen/console/guest-{GUEST}.log"
 _TROUBLE = ("invalid opcode|Oops|BUG:|kernel BUG|WARNING:|general protection|int3:|Kernel panic|"
             "unable to handle|soft lockup|ftrace bug|detected stalls|self-detected stall")
 
+# What a failure shows of dom0, and how many lines of each log.
+_DOM0_LOOKS = [
+    ("domains", "xl list"),
+    ("the watcher", f"ps | grep '[i]nstaller'; tail -n 30 /run/apply.log /run/apply.log.err"),
+    ("installer status", "timeout 10 installer status"),
+    ("the guest's console, as dom0 has it", f"tail -c 4000 {_CONSOLE_LOG}"),
+    ("dom0's kernel", "dmesg | tail -n 10"),
+]
+_SHOWN = 40
+
 
 def guest_config(vcpus, altp2m, direct=None):
     """The guest's xl.cfg; `direct` is its command line if Xen loads the kernel itself.
@@ -142,10 +152,14 @@ class Guest:
 class Lab:
     """A booted Xen with dom0; the guest starts with `guest.start()`."""
 
+    # Booted and not yet closed.
+    alive = []
+
     def __init__(self, machine):
         self.machine = machine
         self.dom0 = Agent("dom0", machine.line)
         self.guest = Guest(self)
+        Lab.alive.append(self)
 
     @classmethod
     def boot(cls, xen, extra=(), guest_extra=(), vcpus=2, guest_append="", name="lab",
@@ -177,11 +191,11 @@ class Lab:
                   f"dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M dom0_max_vcpus=1")
         machine = Machine(["-cpu", QEMU_CPU, "-kernel", xen, "-append", append, "-initrd", modules],
                           work / "console.log", memory=MEMORY, cpus=CPUS)
+        lab = cls(machine)
         try:
-            lab = cls(machine)
             lab.dom0.wait_ready(timeout)
         except BaseException:
-            machine.close()
+            lab.close()
             raise
         return lab
 
@@ -190,12 +204,41 @@ class Lab:
         return [l for l in self.machine.log().splitlines()
                 if re.search(r"\(XEN\).*(Assertion|Panic|BUG|WARN|FATAL|Oops)|Kernel panic", l)]
 
+    def diagnosis(self):
+        """What dom0, the guest and Xen said last: for whoever reads a failure afterwards."""
+        parts = []
+        for title, command in _DOM0_LOOKS:
+            try:
+                parts.append((title, self.dom0.run(command, 20).out))
+            except LabError as error:
+                # What follows would only wait as long again.
+                parts.append((title, str(error)))
+                break
+        parts += [("the guest's console", self.guest.line.log.decode(errors="replace")[-6000:]),
+                  ("Xen's log", self.machine.log()[-6000:])]
+        return "\n".join(f"--- {title}\n" + "\n".join(_last_lines(text)) for title, text in parts)
+
     def close(self):
         """Ends the machine."""
+        if self in Lab.alive:
+            Lab.alive.remove(self)
         self.machine.close()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, _kind, error, _trace):
+        if isinstance(error, Exception):
+            error.add_note(self.diagnosis())
         self.close()
+
+
+def _last_lines(text):
+    """The end of a log, without the agents' own lines."""
+    lines = [l.rstrip() for l in text.splitlines()]
+    return [f"    {l}" for l in lines if l and not l.startswith("~")][-_SHOWN:]
+
+
+def diagnosis():
+    """What all running labs have to say."""
+    return "\n".join(lab.diagnosis() for lab in Lab.alive)

@@ -70,12 +70,12 @@ copies, and puts the cave's filler back once nothing can be running there. May b
         after_help = "Exit code 0: every view is the guest's own text plus its variant's edits. 1: it is not."
     )]
     VerifyText(Domain),
-    /// Flip one live process between all views at random moments, then verify the text
+    /// Flip live processes between all views at random moments, then verify the text
     #[command(after_help = "\
 Example:
-  installer storm web1 --pid 312 --flips 1000 --seed 7
+  installer storm web1 --pid 312 --pid 340 --flips 1000 --seed 7
 
-A running `apply` leaves the process alone meanwhile and binds it again afterwards.")]
+A running `apply` leaves these processes alone meanwhile and binds them again afterwards.")]
     Storm(Storm),
     /// Look at policies without a guest
     #[command(subcommand)]
@@ -130,15 +130,18 @@ pub struct Storm {
     /// Name or id
     #[arg(value_name = "DOM")]
     pub domain: String,
-    /// The process to flip
-    #[arg(long, value_name = "PID")]
-    pub pid: u32,
-    /// How many times
+    /// A process to flip; may be given again, the flips are spread over all
+    #[arg(long, value_name = "PID", required = true)]
+    pub pid: Vec<u32>,
+    /// How many flips in all
     #[arg(long, value_name = "N")]
     pub flips: u64,
     /// Seed of the random moments; one is chosen and printed without it
     #[arg(long, value_name = "S")]
     pub seed: Option<u64>,
+    /// The longest wait between two flips; 0 never waits
+    #[arg(long, value_name = "N", default_value_t = 3000)]
+    pub wait_us: u64,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

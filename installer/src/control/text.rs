@@ -2,7 +2,7 @@
 
 use super::{CliError, Target, cli, print, print_json, stop_flag};
 use crate::exit::Exit;
-use crate::guest::Kernel;
+use crate::guest::{Kernel, Process};
 use crate::views::digest;
 use crate::views::verify::{self, Report};
 use crate::watch::storm;
@@ -13,6 +13,7 @@ use std::cell::Cell;
 use std::fs;
 use std::io::Read as _;
 use std::path::Path;
+use std::time::Duration;
 
 /// Flips between two times that mapped frames are dropped: the guest may have given one back.
 const REFRESH: u32 = 64;
@@ -153,10 +154,14 @@ pub fn storm(args: &cli::Storm) -> Result<Exit, CliError> {
     let (xen, state) = (&target.xen, &target.state);
     let memory = state.reader.kernel().memory(xen);
     let list = state.reader.list(&memory);
-    let process = storm::find(&list, args.pid)?;
+    let processes = args
+        .pid
+        .iter()
+        .map(|pid| storm::find(&list, *pid))
+        .collect::<Result<Vec<_>, _>>()?;
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
     let asked = Cell::new(0_u32);
-    let is_still = || {
+    let is_still = |process: &Process| {
         asked.set(asked.get().wrapping_add(1));
         if asked.get().is_multiple_of(REFRESH) {
             memory.forget();
@@ -169,9 +174,13 @@ pub fn storm(args: &cli::Storm) -> Result<Exit, CliError> {
         xen,
         state,
         target.journal.dir(),
-        process,
+        &processes,
         &is_still,
-        (args.flips, seed),
+        storm::Plan {
+            flips: args.flips,
+            seed,
+            longest_wait: Duration::from_micros(args.wait_us),
+        },
         &stop,
     )?;
     let after = xen.stats()?;
@@ -181,8 +190,9 @@ pub fn storm(args: &cli::Storm) -> Result<Exit, CliError> {
         print_json(&json!({
             "schema": "penumbra.storm/v1",
             "domain": state.domain,
-            "pid": args.pid,
-            "comm": process.comm,
+            "processes": processes.iter().zip(&storm.per_process).map(|(process, flips)| json!({
+                "pid": process.identity.pid, "comm": process.comm, "flips": flips,
+            })).collect::<Vec<_>>(),
             "flips": storm.flips,
             "per_view": storm.per_view,
             "seed": storm.seed,
@@ -198,11 +208,14 @@ pub fn storm(args: &cli::Storm) -> Result<Exit, CliError> {
             .iter()
             .map(|(name, count)| format!("{name} {count}"))
             .collect();
+        let who: Vec<String> = processes
+            .iter()
+            .map(|process| format!("{} ({})", process.comm.escape_debug(), process.identity.pid))
+            .collect();
         print(&format!(
-            "storm: {} flips of {} ({}): {}; seed {}; {} view switches, {} pokes mirrored, {} conflicts\n{}",
+            "storm: {} flips of {}: {}; seed {}; {} view switches, {} pokes mirrored, {} conflicts\n{}",
             storm.flips,
-            process.comm.escape_debug(),
-            args.pid,
+            who.join(", "),
             per_view.join(", "),
             storm.seed,
             after.view_switches.saturating_sub(before.view_switches),

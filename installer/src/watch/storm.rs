@@ -1,11 +1,12 @@
-//! Flips one live process between all views at random moments.
+//! Flips live processes between all views at random moments.
 
 use super::clear;
 use super::pins::Pin;
 use crate::exit::{Exit, Exits};
+use crate::guest::processes::Identity;
 use crate::guest::{Process, ProcessList};
 use crate::views::State;
-use crate::xen::{Action, Binding, Hypervisor, Root, ViewId, XenError};
+use crate::xen::{Action, Binding, Hypervisor, ViewId, XenError};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
@@ -13,9 +14,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 use thiserror::Error;
-
-/// The longest wait between two flips. One flip in four does not wait at all.
-const LONGEST_WAIT_US: u64 = 3_000;
 
 /// Why a storm did not run to its end.
 #[derive(Debug, Error)]
@@ -41,7 +39,7 @@ pub enum StormError {
     },
     /// It ended or became another.
     #[error(
-        "after {flips} flips process {pid} exited or ran another program; its binding was dropped. Choose one that lives longer"
+        "after {flips} flips process {pid} exited or ran another program; all bindings of the storm were dropped. Choose one that lives longer"
     )]
     Lost {
         /// The process id.
@@ -50,7 +48,7 @@ pub enum StormError {
         flips: u64,
     },
     /// A signal came.
-    #[error("stopped after {flips} flips; the binding was dropped")]
+    #[error("stopped after {flips} flips; the bindings of the storm were dropped")]
     Stopped {
         /// Flips done.
         flips: u64,
@@ -69,12 +67,25 @@ impl Exits for StormError {
 /// What a storm did.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Storm {
-    /// Flips; each went to another view than the one before.
+    /// Flips; each took its process to another view than the one before.
     pub flips: u64,
     /// Flips into each view, by name.
     pub per_view: BTreeMap<String, u64>,
+    /// Flips of each process, in the order given.
+    pub per_process: Vec<u64>,
     /// The seed, to do it again.
     pub seed: u64,
+}
+
+/// How a storm is to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// How many flips, spread over all processes.
+    pub flips: u64,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// The longest wait between two flips. One flip in four does not wait at all.
+    pub longest_wait: Duration,
 }
 
 /// The process to flip.
@@ -85,82 +96,86 @@ pub fn find(list: &ProcessList, pid: u32) -> Result<&Process, StormError> {
         .ok_or(StormError::NoProcess { pid })
 }
 
-/// Flips `process` `flips` times, then drops its binding.
+/// Flips the processes, one at a time and in random order, then drops their bindings.
 pub fn run(
     hypervisor: &dyn Hypervisor,
     state: &State,
     journal_dir: &Path,
-    process: &Process,
-    is_still: &dyn Fn() -> bool,
-    (flips, seed): (u64, u64),
+    processes: &[&Process],
+    is_still: &dyn Fn(&Process) -> bool,
+    plan: Plan,
     stop: &AtomicBool,
 ) -> Result<Storm, StormError> {
-    let (pid, root) = (process.identity.pid, process.identity.root);
-    let _pin = Pin::new(journal_dir, root).map_err(|source| StormError::Pin { pid, source })?;
-    let result =
-        flip(hypervisor, state, root, is_still, (flips, seed), stop).map_err(|interrupted| {
-            match interrupted {
-                Interrupted::Xen(error) => StormError::Xen(error),
-                Interrupted::Lost(flips) => StormError::Lost { pid, flips },
-                Interrupted::Stopped(flips) => StormError::Stopped { flips },
-            }
-        });
-    // The root is the watcher's again, or nobody's: it must not keep the last view.
-    clear(hypervisor, root)?;
+    let _pins = processes
+        .iter()
+        .map(|process| {
+            let Identity { pid, root, .. } = process.identity;
+            Pin::new(journal_dir, root).map_err(|source| StormError::Pin { pid, source })
+        })
+        .collect::<Result<Vec<Pin>, StormError>>()?;
+    let result = flip(hypervisor, state, processes, is_still, plan, stop);
+    // The roots are the watcher's again, or nobody's: they must not keep the last view.
+    for process in processes {
+        clear(hypervisor, process.identity.root)?;
+    }
     result
-}
-
-enum Interrupted {
-    Xen(XenError),
-    Lost(u64),
-    Stopped(u64),
 }
 
 fn flip(
     hypervisor: &dyn Hypervisor,
     state: &State,
-    root: Root,
-    is_still: &dyn Fn() -> bool,
-    (flips, seed): (u64, u64),
+    processes: &[&Process],
+    is_still: &dyn Fn(&Process) -> bool,
+    plan: Plan,
     stop: &AtomicBool,
-) -> Result<Storm, Interrupted> {
+) -> Result<Storm, StormError> {
     let views: Vec<(&str, ViewId)> = state
         .views
         .iter()
         .filter_map(|view| Some((view.name.as_str(), view.view?)))
         .collect();
-    let mut random = fastrand::Rng::with_seed(seed);
+    let mut random = fastrand::Rng::with_seed(plan.seed);
     let mut storm = Storm {
         flips: 0,
         per_view: views
             .iter()
             .map(|(name, _)| ((*name).to_owned(), 0))
             .collect(),
-        seed,
+        per_process: vec![0; processes.len()],
+        seed: plan.seed,
     };
-    let mut now = views.len();
-    while storm.flips < flips {
+    // The view that each process has now; none yet.
+    let mut now = vec![views.len(); processes.len()];
+    let longest_wait = u64::try_from(plan.longest_wait.as_micros()).unwrap_or(u64::MAX);
+    while storm.flips < plan.flips && !processes.is_empty() {
+        let flips = storm.flips;
         if stop.load(Ordering::Relaxed) {
-            return Err(Interrupted::Stopped(storm.flips));
+            return Err(StormError::Stopped { flips });
         }
-        if !is_still() {
-            return Err(Interrupted::Lost(storm.flips));
+        let which = random.usize(..processes.len());
+        let process = processes[which];
+        if !is_still(process) {
+            let pid = process.identity.pid;
+            return Err(StormError::Lost { pid, flips });
         }
         let next = loop {
             let next = random.usize(..views.len());
-            if next != now || views.len() == 1 {
+            if next != now[which] || views.len() == 1 {
                 break next;
             }
         };
         let (name, view) = views[next];
-        hypervisor
-            .binding(Binding::new(Action::Set).root(root).view(view))
-            .map_err(Interrupted::Xen)?;
-        now = next;
+        hypervisor.binding(
+            Binding::new(Action::Set)
+                .root(process.identity.root)
+                .view(view),
+        )?;
+        now[which] = next;
         storm.flips += 1;
+        storm.per_process[which] += 1;
         *storm.per_view.entry(name.to_owned()).or_insert(0) += 1;
-        if random.u8(..4) != 0 {
-            sleep(Duration::from_micros(random.u64(..LONGEST_WAIT_US)));
+        if longest_wait > 0 && random.u8(..4) != 0 {
+            sleep(Duration::from_micros(random.u64(..longest_wait)));
         }
     }
     Ok(storm)

@@ -316,28 +316,40 @@ mod storm {
     use crate::watch::storm;
     use std::cell::Cell;
     use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+
+    fn plan(seed: u64) -> storm::Plan {
+        storm::Plan {
+            flips: 60,
+            seed,
+            longest_wait: Duration::from_micros(10),
+        }
+    }
 
     #[test]
     fn a_storm_goes_to_every_view_and_leaves_none() {
         let world = World::new();
         let list = world.list();
-        let process = storm::find(&list, 100).unwrap();
         let stop = AtomicBool::new(false);
-        let run = |seed| {
-            let dir = world.journal.dir();
+        let run = |pids: &[u32], seed| {
+            let processes: Vec<&Process> = pids
+                .iter()
+                .map(|pid| storm::find(&list, *pid).unwrap())
+                .collect();
             storm::run(
                 &world.fake,
                 &world.state,
-                dir,
-                process,
-                &|| true,
-                (60, seed),
+                world.journal.dir(),
+                &processes,
+                &|_| true,
+                plan(seed),
                 &stop,
             )
             .unwrap()
         };
-        let storm = run(7);
+        let storm = run(&[100], 7);
         assert_eq!(storm.flips, 60);
+        assert_eq!(storm.per_process, [60]);
         assert_eq!(storm.per_view.values().sum::<u64>(), 60);
         assert!(
             storm.per_view.values().all(|count| *count > 5),
@@ -354,8 +366,17 @@ mod storm {
         };
         let first = sets(&world.fake.log.borrow());
         assert!(first.windows(2).all(|two| two[0] != two[1]));
-        run(7);
+        run(&[100], 7);
         assert_eq!(sets(&world.fake.log.borrow())[60..], first[..]);
+        // Two processes share the flips, and neither keeps a view.
+        let storm = run(&[100, 101], 7);
+        assert_eq!(storm.per_process.iter().sum::<u64>(), 60);
+        assert!(
+            storm.per_process.iter().all(|count| *count > 5),
+            "{:?}",
+            storm.per_process
+        );
+        assert!(world.bound().is_empty());
     }
 
     #[test]
@@ -364,7 +385,7 @@ mod storm {
         let list = world.list();
         let process = storm::find(&list, 100).unwrap();
         let left = Cell::new(10);
-        let is_still = || {
+        let is_still = |_: &Process| {
             left.set(left.get() - 1);
             left.get() > 0
         };
@@ -374,9 +395,9 @@ mod storm {
             &world.fake,
             &world.state,
             dir,
-            process,
+            &[process],
             &is_still,
-            (60, 1),
+            plan(1),
             &stop,
         )
         .unwrap_err();
