@@ -157,8 +157,8 @@ pub fn vcpus(hypervisor: &dyn Hypervisor) -> Result<Vec<Vcpu>, XenError> {
     for index in 0..=domain.max_vcpu.min(MAX_VCPUS) {
         match hypervisor.vcpu(index) {
             Ok(vcpu) => found.push(vcpu),
-            // Xen has no context of a vCPU that is down (ENODATA is 61).
-            Err(error) if error.is(Errno::NOENT) || error.is(Errno(61)) => {}
+            // Xen has no context of a vCPU that is down.
+            Err(error) if error.is(Errno::NOENT) || error.is(Errno::NODATA) => {}
             Err(error) => return Err(error),
         }
     }

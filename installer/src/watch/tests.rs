@@ -6,7 +6,7 @@ use crate::views::State;
 use crate::views::testkit::{self, root};
 use crate::views::{apply, journal::Journal};
 use crate::xen::fake::Fake;
-use crate::xen::{GuestPa, Root, ViewId};
+use crate::xen::{GuestPa, Hypervisor, Root, ViewId};
 use penumbra_bundle::Bundle;
 use penumbra_policy::Policy;
 use std::collections::BTreeMap;
@@ -90,7 +90,14 @@ impl World {
     }
 
     fn bound(&self) -> BTreeMap<Root, ViewId> {
-        self.fake.table.borrow().bound.clone()
+        let table = self.fake.table.borrow();
+        let views = table.bound.iter().map(|(root, bound)| (*root, bound.view));
+        views.collect()
+    }
+
+    /// What somebody else left bound.
+    fn leave(&self, root: Root, view: ViewId) {
+        self.fake.set_binding(root, view, false, &[]).unwrap();
     }
 
     fn fast(&self) -> ViewId {
@@ -276,8 +283,8 @@ fn unreadable_processes_and_circular_lists_are_hardened() {
 fn bindings_of_a_dead_watcher_are_taken_back() {
     let mut world = World::new();
     let (fast, stale) = (world.fast(), Root(0x7_7000));
-    world.fake.table.borrow_mut().bound.insert(stale, fast);
-    world.fake.table.borrow_mut().bound.insert(root(SH), fast);
+    world.leave(stale, fast);
+    world.leave(root(SH), fast);
     world.pass();
     assert_eq!(world.bound(), BTreeMap::from([(root(PAYROLL), fast)]));
     let dropped = super::drop_bindings(&world.fake, &world.state, world.journal.dir()).unwrap();
@@ -290,7 +297,7 @@ fn a_pinned_root_is_left_alone() {
     let mut world = World::new();
     let fast = world.fast();
     let pin = super::pins::Pin::new(world.journal.dir(), root(SH)).unwrap();
-    world.fake.table.borrow_mut().bound.insert(root(SH), fast);
+    world.leave(root(SH), fast);
     world.pass();
     assert_eq!(world.bound().get(&root(SH)), Some(&fast));
     drop(pin);

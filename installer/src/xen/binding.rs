@@ -1,6 +1,6 @@
 //! The words of HVMOP_altp2m_binding (xen-patches, public/hvm/hvm_op.h).
 
-use super::{Root, ViewId};
+use super::{GuestPa, Root, ViewId};
 
 /// What a request asks for. The numbers are the interface's.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -24,6 +24,49 @@ pub enum Action {
     Default = 7,
     /// Say that a view drops a speculation mitigation.
     Flags = 8,
+    /// Take the records of what happened since the last time.
+    Events = 9,
+    /// Say where the guest keeps the running task's pid and comm, so that a violation's record has them.
+    Sample = 10,
+    /// Make entries of a view read-only to the guest.
+    Protect = 11,
+    /// Keep a range of frames out of the guest's sight and reach.
+    Hide = 12,
+    /// Let many entries of a view mean other frames.
+    Remap = 13,
+}
+
+/// Flag of [`Action::Set`]: the root with bit 12 flipped on means the same binding (page-table isolation's user half).
+pub const PAIR: u16 = 1;
+/// Flag of [`Action::Remap`]: the entries become read-only too.
+pub const READ_ONLY: u16 = 1;
+/// Most witnesses of one binding.
+pub const MAX_WITNESSES: usize = 8;
+/// Most entries in one [`Action::Remap`].
+pub const MAX_REMAPS: usize = 1024;
+/// Most entries in one [`Action::Protect`].
+pub const MAX_PROTECTS: u64 = 512;
+/// Most records in one [`Action::Events`].
+pub const MAX_EVENTS: usize = 64;
+
+/// A word of guest memory that must keep its value for a binding to hold: `*gpa & mask == value`. Xen looks when the
+/// binding is made and before each CR3 load of its root takes effect; when it does not hold, the binding is gone and the
+/// vCPU gets the default view.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Witness {
+    /// Where; 8-byte aligned.
+    pub gpa: GuestPa,
+    /// The bits that count.
+    pub mask: u64,
+    /// What they are.
+    pub value: u64,
+}
+
+impl Witness {
+    /// `struct xen_hvm_altp2m_witness`.
+    pub fn to_words(self) -> [u64; 3] {
+        [self.gpa.0, self.mask, self.value]
+    }
 }
 
 /// A request.
@@ -37,8 +80,10 @@ pub struct Binding {
     pub flags: u16,
     /// The page-table root concerned.
     pub root: Root,
-    /// Poking address, generation or index.
+    /// Poking address, generation, index, frame or address, as the action says.
     pub value: u64,
+    /// Numbers and offsets, as the action says: what Xen reads from `out`.
+    pub more: [u64; 2],
 }
 
 impl Binding {
@@ -50,6 +95,7 @@ impl Binding {
             flags: 0,
             root: Root(0),
             value: 0,
+            more: [0; 2],
         }
     }
 
@@ -75,6 +121,12 @@ impl Binding {
     #[must_use]
     pub fn value(self, value: u64) -> Binding {
         Binding { value, ..self }
+    }
+
+    /// With numbers or offsets.
+    #[must_use]
+    pub fn more(self, more: [u64; 2]) -> Binding {
+        Binding { more, ..self }
     }
 }
 

@@ -5,6 +5,8 @@
 //! `fake::Fake`.
 
 mod binding;
+mod calls;
+mod event;
 #[cfg(test)]
 pub mod fake;
 mod ffi;
@@ -13,7 +15,8 @@ mod ids;
 mod names;
 mod real;
 
-pub use binding::{Action, Binding, BindingReply, Stats};
+pub use binding::{Action, Binding, BindingReply, MAX_WITNESSES, Stats, Witness};
+pub use event::{Event, EventKind, Events};
 pub use ids::{DomId, Gfn, GuestPa, GuestVa, PAGE, Root, ViewId};
 pub use names::{ResolveError, list, resolve};
 pub use real::Xen;
@@ -140,6 +143,8 @@ impl Errno {
     pub const AGAIN: Errno = Errno(11);
     /// Out of memory.
     pub const NOMEM: Errno = Errno(12);
+    /// Input or output error.
+    pub const IO: Errno = Errno(5);
     /// Access denied.
     pub const ACCES: Errno = Errno(13);
     /// Bad address.
@@ -154,6 +159,10 @@ impl Errno {
     pub const NOSPC: Errno = Errno(28);
     /// No such call.
     pub const NOSYS: Errno = Errno(38);
+    /// No data: Xen has no context of a vCPU that is down.
+    pub const NODATA: Errno = Errno(61);
+    /// A witness does not hold.
+    pub const STALE: Errno = Errno(116);
     /// Call not supported.
     pub const OPNOTSUPP: Errno = Errno(95);
 }
@@ -208,8 +217,51 @@ pub trait Hypervisor {
     fn destroy_view(&self, view: ViewId) -> Result<(), XenError>;
     /// Lets `gfn` mean the frame `copy` in `view`.
     fn remap(&self, view: ViewId, gfn: Gfn, copy: Gfn) -> Result<(), XenError>;
-    /// HVMOP_altp2m_binding.
+    /// Lets each gfn mean its copy in `view`, or the host's page again where there is none; `read_only` as
+    /// [`Hypervisor::protect`]. Those before one that fails are done.
+    fn remap_all(
+        &self,
+        view: ViewId,
+        pages: &[(Gfn, Option<Gfn>)],
+        read_only: bool,
+    ) -> Result<(), XenError>;
+    /// HVMOP_altp2m_binding, for the actions that need no array.
     fn binding(&self, request: Binding) -> Result<BindingReply, XenError>;
+    /// Binds `root` to `view` for as long as every witness holds; ESTALE if one does not hold now. With `pair` the root
+    /// with bit 12 flipped on means the same binding (page-table isolation's user half).
+    fn set_binding(
+        &self,
+        root: Root,
+        view: ViewId,
+        pair: bool,
+        witnesses: &[Witness],
+    ) -> Result<(), XenError>;
+    /// Takes up to 64 records of what happened.
+    fn events(&self) -> Result<Events, XenError>;
+
+    /// Says where the running task is (`current`, from the GS base) and where its pid and comm are in it, for the records.
+    fn sample(&self, current: u64, pid: u64, comm: u64) -> Result<(), XenError> {
+        let request = Binding::new(Action::Sample).value(current);
+        self.binding(request.more([pid, comm])).map(drop)
+    }
+
+    /// Makes `count` entries of `view` from `first` on read-only to the guest: what it writes there is dropped and recorded.
+    fn protect(&self, view: ViewId, first: Gfn, count: u64) -> Result<(), XenError> {
+        let mut done = 0;
+        while done < count {
+            let some = binding::MAX_PROTECTS.min(count - done);
+            let request = Binding::new(Action::Protect).view(view);
+            self.binding(request.value(first.0 + done).more([some, 0]))?;
+            done += some;
+        }
+        Ok(())
+    }
+
+    /// Keeps `count` frames from `first` on out of the guest's sight and reach; 0 shows them again.
+    fn hide(&self, first: Gfn, count: u64) -> Result<(), XenError> {
+        let request = Binding::new(Action::Hide).value(first.0);
+        self.binding(request.more([count, 0])).map(drop)
+    }
 
     /// The counters and state of the binding table.
     fn stats(&self) -> Result<Stats, XenError> {

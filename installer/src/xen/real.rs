@@ -1,10 +1,10 @@
 //! The real Xen, through libxenctrl and libxencall.
 
-use super::ffi::{self, RawAltp2mOp, RawBinding};
+use super::calls::Calls;
 use super::frames::Frames;
 use super::{
-    Altp2mMode, Binding, BindingReply, DomId, Domain, Errno, Gfn, Hypervisor, Root, Vcpu, ViewId,
-    XenError,
+    Altp2mMode, Binding, BindingReply, DomId, Domain, Errno, Events, Gfn, Hypervisor, Root, Vcpu,
+    ViewId, Witness, XenError,
 };
 use std::ffi::c_void;
 use std::ptr::NonNull;
@@ -330,92 +330,27 @@ impl Hypervisor for Xen {
     fn binding(&self, request: Binding) -> Result<BindingReply, XenError> {
         self.calls.binding(self.domain, request)
     }
-}
 
-/// libxencall's handle and one buffer that Xen can reach.
-struct Calls {
-    handle: NonNull<ffi::XenCall>,
-    buffer: NonNull<RawAltp2mOp>,
-}
-
-impl Calls {
-    fn open() -> Result<Calls, XenError> {
-        // SAFETY: the logger lives for ever. Needed: the library is C.
-        let handle = NonNull::new(unsafe { ffi::xencall_open(quiet().cast::<c_void>(), 0) })
-            .ok_or_else(|| XenError::NoXen {
-                what: "xencall_open",
-                errno: last_errno(),
-            })?;
-        // SAFETY: the handle is open. Hypercall buffers are page-aligned, so the cast keeps the alignment.
-        // Needed: Xen reads arguments only from memory that the privcmd driver keeps in place.
-        let buffer =
-            unsafe { ffi::xencall_alloc_buffer(handle.as_ptr(), size_of::<RawAltp2mOp>()) };
-        match NonNull::new(buffer.cast::<RawAltp2mOp>()) {
-            Some(buffer) => Ok(Calls { handle, buffer }),
-            None => {
-                let errno = last_errno();
-                // SAFETY: the handle is open and not used again. Needed: the library is C.
-                unsafe { ffi::xencall_close(handle.as_ptr()) };
-                Err(XenError::Call {
-                    what: "a hypercall buffer".to_owned(),
-                    errno,
-                })
-            }
-        }
+    fn set_binding(
+        &self,
+        root: Root,
+        view: ViewId,
+        pair: bool,
+        witnesses: &[Witness],
+    ) -> Result<(), XenError> {
+        self.calls.set(self.domain, (root, view, pair), witnesses)
     }
 
-    fn binding(&self, domain: DomId, request: Binding) -> Result<BindingReply, XenError> {
-        let op = RawAltp2mOp {
-            version: xc::HVMOP_ALTP2M_INTERFACE_VERSION,
-            cmd: ffi::HVMOP_ALTP2M_BINDING,
-            domain: domain.0,
-            binding: RawBinding {
-                action: request.action as u32,
-                view: request.view.0,
-                flags: request.flags,
-                root: request.root.0,
-                value: request.value,
-                out: [0; 5],
-            },
-            ..RawAltp2mOp::default()
-        };
-        // SAFETY: the buffer is ours, large enough and aligned, and `&self` is not shared between threads (NonNull is
-        // not Sync). Needed: hypercall memory comes from C.
-        unsafe { self.buffer.write(op) };
-        // SAFETY: Xen reads and writes one `struct xen_hvm_altp2m_op` at the buffer. Needed: it is a hypercall.
-        let rc = unsafe {
-            ffi::xencall2(
-                self.handle.as_ptr(),
-                ffi::HYPERVISOR_HVM_OP,
-                u64::from(xc::HVMOP_altp2m),
-                self.buffer.as_ptr().addr() as u64,
-            )
-        };
-        done(rc, || {
-            format!(
-                "{:?} (view {}, root {}, value {:#x})",
-                request.action, request.view, request.root, request.value
-            )
-        })?;
-        // SAFETY: as for the write above. Needed: hypercall memory comes from C.
-        let reply = unsafe { self.buffer.read() }.binding;
-        Ok(BindingReply {
-            view: ViewId(reply.view),
-            flags: reply.flags,
-            root: Root(reply.root),
-            value: reply.value,
-            out: reply.out,
-        })
+    fn events(&self) -> Result<Events, XenError> {
+        self.calls.events(self.domain)
     }
-}
 
-impl Drop for Calls {
-    fn drop(&mut self) {
-        // SAFETY: buffer and handle came from these libraries, are freed once and in this order, and not used again.
-        // Needed: the library is C.
-        unsafe {
-            ffi::xencall_free_buffer(self.handle.as_ptr(), self.buffer.as_ptr().cast::<c_void>());
-            ffi::xencall_close(self.handle.as_ptr());
-        }
+    fn remap_all(
+        &self,
+        view: ViewId,
+        pages: &[(Gfn, Option<Gfn>)],
+        read_only: bool,
+    ) -> Result<(), XenError> {
+        self.calls.remap_all(self.domain, view, pages, read_only)
     }
 }

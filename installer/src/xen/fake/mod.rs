@@ -1,11 +1,18 @@
 //! A domain in memory, for the tests of everything above Xen.
 //!
 //! It keeps the rules of the real interface that the logic leans on: views exist only while altp2m is on, a default or
-//! bound view cannot be destroyed, ENABLE compares the generation, DISABLE drops everything. Any call can be made to fail.
+//! bound view cannot be destroyed, ENABLE compares the generation, DISABLE drops everything, a binding lapses with its
+//! witnesses, protected and hidden frames are not written. `contract` asks both the same questions. Any call can be made
+//! to fail.
+
+mod guest;
+mod table;
+
+pub use table::{Bound, Table};
 
 use super::{
-    Action, Altp2mMode, Binding, BindingReply, DomId, Domain, Errno, Gfn, GuestPa, Hypervisor,
-    PAGE, Root, Vcpu, ViewId, XenError,
+    Altp2mMode, Binding, BindingReply, DomId, Domain, Errno, Events, Gfn, GuestPa, Hypervisor,
+    PAGE, Root, Vcpu, ViewId, Witness, XenError,
 };
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,21 +20,13 @@ use std::collections::{BTreeMap, BTreeSet};
 /// What runs right before a call that changes the domain; it sees the call's name and may write guest memory.
 pub type Hook = Box<dyn Fn(&Fake, &str)>;
 
-/// The binding table.
+/// What one view has of its own.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Table {
-    /// poking_mm's root and poking_addr.
-    pub armed: Option<(Root, u64)>,
-    /// Bindings take effect.
-    pub enabled: bool,
-    /// View of unbound roots.
-    pub default: ViewId,
-    /// Pokes so far.
-    pub generation: u64,
-    /// Root to view.
-    pub bound: BTreeMap<Root, ViewId>,
-    /// Views that drop a mitigation.
-    pub flagged: BTreeSet<ViewId>,
+pub struct View {
+    /// Frames in place of the host's.
+    pub map: BTreeMap<Gfn, Gfn>,
+    /// What the guest cannot write through it.
+    pub read_only: BTreeSet<Gfn>,
 }
 
 /// A domain in memory.
@@ -42,8 +41,8 @@ pub struct Fake {
     pub mode: Cell<Altp2mMode>,
     /// altp2m now.
     pub on: Cell<bool>,
-    /// What each view has in place of the host's frames.
-    pub views: RefCell<BTreeMap<ViewId, BTreeMap<Gfn, Gfn>>>,
+    /// What each view has of its own.
+    pub views: RefCell<BTreeMap<ViewId, View>>,
     /// The binding table.
     pub table: RefCell<Table>,
     /// Whether this Xen knows HVMOP_altp2m_binding.
@@ -115,12 +114,38 @@ impl Fake {
                 let at = GuestPa(at.0 + offset);
                 let gfn = views
                     .get(&view)
-                    .and_then(|view| view.get(&at.gfn()))
+                    .and_then(|view| view.map.get(&at.gfn()))
                     .copied()
                     .unwrap_or(at.gfn());
                 memory[&gfn][(at.0 % PAGE as u64) as usize]
             })
             .collect()
+    }
+
+    /// One entry of a view.
+    fn map(
+        &self,
+        view: ViewId,
+        gfn: Gfn,
+        copy: Option<Gfn>,
+        read_only: bool,
+    ) -> Result<(), XenError> {
+        let memory = self.memory.borrow();
+        let there = memory.contains_key(&gfn) && copy.is_none_or(|copy| memory.contains_key(&copy));
+        let mut views = self.views.borrow_mut();
+        let Some(view) = views.get_mut(&view).filter(|_| there) else {
+            return refuse("Remap", Errno::INVAL);
+        };
+        match copy {
+            Some(copy) => view.map.insert(gfn, copy),
+            None => view.map.remove(&gfn),
+        };
+        if read_only {
+            view.read_only.insert(gfn);
+        } else {
+            view.read_only.remove(&gfn);
+        }
+        Ok(())
     }
 
     /// Counts a changing call, lets the hook run, and fails it if that was asked for.
@@ -212,7 +237,7 @@ impl Hypervisor for Fake {
                 .views
                 .borrow()
                 .values()
-                .any(|view| view.values().any(|copy| *copy == gfn));
+                .any(|view| view.map.values().any(|copy| *copy == gfn));
             assert!(!used, "a frame that a view maps is not taken away");
             taken += u64::from(self.memory.borrow_mut().remove(&gfn).is_some());
         }
@@ -245,7 +270,7 @@ impl Hypervisor for Fake {
         let view = (1..10).map(ViewId).find(|view| !views.contains_key(view));
         match view {
             Some(view) => {
-                views.insert(view, BTreeMap::new());
+                views.insert(view, View::default());
                 Ok(view)
             }
             None => refuse("create_view", Errno::INVAL),
@@ -255,7 +280,9 @@ impl Hypervisor for Fake {
     fn destroy_view(&self, view: ViewId) -> Result<(), XenError> {
         self.change(format!("destroy_view {view}"))?;
         let table = self.table.borrow();
-        if table.enabled && (table.default == view || table.bound.values().any(|to| *to == view)) {
+        if table.enabled
+            && (table.default == view || table.bound.values().any(|to| to.view == view))
+        {
             return refuse("destroy_view", Errno::BUSY);
         }
         match self.views.borrow_mut().remove(&view) {
@@ -266,95 +293,48 @@ impl Hypervisor for Fake {
 
     fn remap(&self, view: ViewId, gfn: Gfn, copy: Gfn) -> Result<(), XenError> {
         self.change(format!("remap {view}"))?;
-        if !self.memory.borrow().contains_key(&copy) {
-            return refuse("remap", Errno::INVAL);
+        self.map(view, gfn, Some(copy), false)
+    }
+
+    fn remap_all(
+        &self,
+        view: ViewId,
+        pages: &[(Gfn, Option<Gfn>)],
+        read_only: bool,
+    ) -> Result<(), XenError> {
+        self.armed("Remap")?;
+        let fails = self.change(format!("Remap {view}"));
+        // Half of them are done when it fails, as the real one may do.
+        let done = if fails.is_ok() {
+            pages.len()
+        } else {
+            pages.len() / 2
+        };
+        for (gfn, copy) in &pages[..done] {
+            self.map(view, *gfn, *copy, read_only)?;
         }
-        match self.views.borrow_mut().get_mut(&view) {
-            Some(map) => {
-                map.insert(gfn, copy);
-                Ok(())
-            }
-            None => refuse("remap", Errno::INVAL),
-        }
+        fails
     }
 
     fn binding(&self, request: Binding) -> Result<BindingReply, XenError> {
-        let what = format!("{:?}", request.action);
-        if !self.patched.get() || !self.on.get() {
-            return refuse(&what, Errno::OPNOTSUPP);
-        }
-        if !matches!(request.action, Action::Stats | Action::Get) {
-            self.change(format!("{what} {} {}", request.view, request.root))?;
-        }
-        let known = request.view == ViewId::HOST || self.views.borrow().contains_key(&request.view);
-        let mut table = self.table.borrow_mut();
-        let armed = table.armed.is_some();
-        let poking = table.armed.map(|(root, _)| root);
-        if !armed
-            && !matches!(
-                request.action,
-                Action::Arm | Action::Disable | Action::Stats
-            )
-        {
-            return refuse(&what, Errno::NODEV);
-        }
-        let mut reply = BindingReply::default();
-        match request.action {
-            Action::Arm => match table.armed {
-                Some(old) if old != (request.root, request.value) => {
-                    return refuse(&what, Errno::BUSY);
-                }
-                _ => table.armed = Some((request.root, request.value)),
-            },
-            Action::Enable | Action::Default | Action::Flags if !known => {
-                return refuse(&what, Errno::INVAL);
-            }
-            Action::Enable if table.generation != request.value => {
-                return refuse(&what, Errno::AGAIN);
-            }
-            Action::Enable => {
-                table.enabled = true;
-                table.default = request.view;
-            }
-            Action::Default if !table.enabled => return refuse(&what, Errno::NODEV),
-            Action::Default => table.default = request.view,
-            Action::Flags => {
-                table.flagged.insert(request.view);
-            }
-            Action::Disable => *table = Table::default(),
-            Action::Set
-                if !known
-                    || poking == Some(request.root)
-                    || !request.root.0.is_multiple_of(4096) =>
-            {
-                return refuse(&what, Errno::INVAL);
-            }
-            Action::Set => {
-                if table.bound.len() == self.room.get() && !table.bound.contains_key(&request.root)
-                {
-                    return refuse(&what, Errno::NOSPC);
-                }
-                table.bound.insert(request.root, request.view);
-            }
-            Action::Clear => {
-                if table.bound.remove(&request.root).is_none() {
-                    return refuse(&what, Errno::NOENT);
-                }
-            }
-            Action::Get => {
-                let index = usize::try_from(request.value).expect("a small index");
-                match table.bound.iter().nth(index) {
-                    Some((root, view)) => (reply.root, reply.view) = (*root, *view),
-                    None => return refuse(&what, Errno::NOENT),
-                }
-            }
-            Action::Stats => {
-                reply.view = table.default;
-                reply.flags = u16::from(table.enabled) | u16::from(armed) << 1;
-                reply.value = table.bound.len() as u64;
-                reply.out[3] = table.generation;
-            }
-        }
-        Ok(reply)
+        self.table_action(request, &[])
+    }
+
+    fn set_binding(
+        &self,
+        root: Root,
+        view: ViewId,
+        pair: bool,
+        witnesses: &[Witness],
+    ) -> Result<(), XenError> {
+        let request = Binding::new(super::Action::Set)
+            .root(root)
+            .view(view)
+            .flags(u16::from(pair));
+        self.table_action(request, witnesses).map(drop)
+    }
+
+    fn events(&self) -> Result<Events, XenError> {
+        self.take_events()
     }
 }
