@@ -9,6 +9,7 @@ use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use hardener::emit::{self, kernel_thunks};
 use hardener::image::{Image, unpacked};
 use hardener::passes::{self, Context};
+use hardener::recipe::Recipe;
 use hardener::text::{self, Sweep, Text};
 use hardener::thunks;
 use std::hint::black_box;
@@ -49,12 +50,14 @@ fn phases(criterion: &mut Criterion, name: &str, path: &Path) {
     group.bench_function("6 run-time model", |bench| {
         bench.iter(|| text::model::build(&image, &tables, text.span).expect("builds"));
     });
+    let recipe = Recipe::default();
     let kernel = kernel_thunks(&image).expect("has thunks");
     group.bench_function("7 thunks and tables", |bench| {
-        bench.iter(|| thunks::build(&text, &kernel).expect("fits"))
+        bench.iter(|| thunks::build(&text, &kernel, &recipe).expect("fits"))
     });
-    let cave = thunks::build(&text, &kernel).expect("fits");
+    let cave = thunks::build(&text, &kernel, &recipe).expect("fits");
     let context = Context {
+        recipe: &recipe,
         text: &text,
         cave: &cave,
     };
@@ -69,7 +72,7 @@ fn phases(criterion: &mut Criterion, name: &str, path: &Path) {
             })
         });
     });
-    let bundle = emit::emit(path, &mut |_| {}).expect("emits");
+    let bundle = emit::emit(path, &Recipe::default(), &mut |_| {}).expect("emits");
     group.bench_function("9 digests and encoding", |bench| {
         bench.iter_batched(
             || bundle.clone(),
@@ -78,7 +81,7 @@ fn phases(criterion: &mut Criterion, name: &str, path: &Path) {
         );
     });
     group.bench_function("whole, without writing", |bench| {
-        bench.iter(|| emit::emit(path, &mut |_| {}).expect("emits"));
+        bench.iter(|| emit::emit(path, &Recipe::default(), &mut |_| {}).expect("emits"));
     });
     group.finish();
 }

@@ -2,7 +2,7 @@
 
 use crate::exit::{self, Error};
 use crate::report::{Progress, Summary};
-use crate::{check, emit};
+use crate::{check, emit, recipe::Recipe};
 use clap::{CommandFactory, Parser, Subcommand};
 use penumbra_bundle::{Bundle, WriteError};
 use std::io::Write as _;
@@ -13,7 +13,8 @@ use std::process::ExitCode;
 #[derive(Parser)]
 #[command(
     version,
-    after_help = "Exit codes: 0 done or proved; 1 the check found violations; 2 wrong usage, bad input or cannot be done.\n\
+    after_help = "Recipes: `hardener emit --recipe FILE` says in TOML what the passes do; `hardener emit --help` shows one.\n\
+                  Exit codes: 0 done or proved; 1 the check found violations; 2 wrong usage, bad input or cannot be done.\n\
                   No command needs root, Xen or the network."
 )]
 struct Cli {
@@ -28,7 +29,14 @@ enum Command {
         hardener emit /boot/vmlinuz-6.1.0-56-cloud-amd64 -o bundle\n  \
         hardener check bundle --image /boot/vmlinuz-6.1.0-56-cloud-amd64\n  \
         signer sign bundle --key alice.pem\n\n\
-        The same image always makes the same bytes. Look at the thunks with: objdump -d bundle/cave.elf")]
+        A recipe says what a thunk does, once it has reported it, about a value that it does not accept: `kill` the\n\
+        task (the default), `log` it and go on, or `panic`:\n\n  \
+        schema = 1\n\n  \
+        [pass.return-cfi]\n  \
+        on-violation = \"log\"\n\n  \
+        [pass.forward-cfi]\n  \
+        on-violation = \"kill\"\n\n\
+        The same image and recipe always make the same bytes. Look at the thunks with: objdump -d bundle/cave.elf")]
     Emit {
         /// The kernel: a vmlinuz (gzip, xz, lz4 or zstd), or the vmlinux inside it
         #[arg(value_name = "VMLINUZ")]
@@ -36,6 +44,9 @@ enum Command {
         /// The directory to write
         #[arg(short, long, value_name = "BUNDLE")]
         output: PathBuf,
+        /// What the passes do, in TOML; without it, their defaults
+        #[arg(long, value_name = "FILE")]
+        recipe: Option<PathBuf>,
         /// Replace the bundle that is there
         #[arg(long)]
         force: bool,
@@ -82,9 +93,10 @@ pub fn main() -> ExitCode {
         Command::Emit {
             image,
             output,
+            recipe,
             force,
             json,
-        } => emit_bundle(&image, &output, force, json),
+        } => emit_bundle(&image, &output, recipe.as_deref(), force, json),
         Command::Check {
             bundle,
             image,
@@ -116,13 +128,21 @@ fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-fn emit_bundle(image: &Path, output: &Path, force: bool, json: bool) -> Result<String, Error> {
+fn emit_bundle(
+    image: &Path,
+    output: &Path,
+    recipe: Option<&Path>,
+    force: bool,
+    json: bool,
+) -> Result<String, Error> {
     // Said before the work is done; writing looks again.
     if output.exists() && !force {
         return Err(emit::EmitError::from(WriteError::Exists(output.to_owned())).into());
     }
+    let recipe = recipe.map(Recipe::open).transpose();
+    let recipe = recipe.map_err(emit::EmitError::from)?.unwrap_or_default();
     let progress = Progress::start();
-    let mut bundle = emit::emit(image, &mut |stage| progress.stage(stage.label()))?;
+    let mut bundle = emit::emit(image, &recipe, &mut |stage| progress.stage(stage.label()))?;
     progress.stage(emit::Stage::Write.label());
     bundle
         .write_dir(output, force)

@@ -2,6 +2,7 @@
 
 use crate::image::{Fault, Image, ImageError};
 use crate::passes::{self, Context, PassError};
+use crate::recipe::{Recipe, RecipeError};
 use crate::text::{self, REGISTERS, Text, TextError};
 use crate::thunks::{self, CaveContents, KernelThunks};
 use penumbra_bundle::{
@@ -58,14 +59,43 @@ const LAYOUT: &[(&str, &[&str])] = &[
     ("mount", &["mnt", "mnt_parent", "mnt_mountpoint"]),
     ("cred", &["uid", "euid", "gid"]),
     ("list_head", &["next"]),
+    ("module", &["list", "name", "state"]),
 ];
 /// Members that not every kernel has.
-const LAYOUT_OPTIONAL: &[(&str, &[&str])] = &[(
-    "task_struct",
-    &["thread_group", "thread_info", "thread", "on_cpu"],
-)];
+const LAYOUT_OPTIONAL: &[(&str, &[&str])] = &[
+    (
+        "task_struct",
+        &["thread_group", "thread_info", "thread", "on_cpu"],
+    ),
+    // A module's memory: two layouts to Linux 6.3, one array of regions from then on. Its notes, sections and symbols depend
+    // on the configuration.
+    (
+        "module",
+        &[
+            "core_layout",
+            "init_layout",
+            "mem",
+            "srcversion",
+            "notes_attrs",
+            "sect_attrs",
+            "kallsyms",
+        ],
+    ),
+    (
+        "module_layout",
+        &["base", "size", "text_size", "ro_size", "ro_after_init_size"],
+    ),
+    ("module_memory", &["base", "size"]),
+    ("module_notes_attrs", &["notes", "attrs"]),
+    ("module_sect_attrs", &["nsections", "attrs"]),
+    ("module_sect_attr", &["battr", "address"]),
+    ("bin_attribute", &["attr", "size", "private"]),
+    ("attribute", &["name"]),
+];
 /// Structures whose sizes the installer needs.
 const SIZES: &[&str] = &["task_struct", "mm_struct"];
+/// Sizes of structures that not every kernel has.
+const SIZES_OPTIONAL: &[&str] = &["bin_attribute", "module_sect_attr", "module_memory"];
 /// 16 KiB on x86-64 without KASAN (arch/x86/include/asm/page_64_types.h, `THREAD_SIZE_ORDER` 2).
 const THREAD_SIZE: u32 = 0x4000;
 /// Data symbols that the installer needs, and those that not every kernel has.
@@ -80,6 +110,7 @@ const DATA: &[&str] = &[
     "linux_banner",
     "init_mm",
     "__per_cpu_offset",
+    "modules",
 ];
 const DATA_OPTIONAL: &[&str] = &[
     "efi_mm",
@@ -90,9 +121,15 @@ const DATA_OPTIONAL: &[&str] = &[
     "hypercall_page",
 ];
 
+/// A per-CPU variable: its address is an offset.
+const CURRENT: &str = "current_task";
+
 /// Why there is no bundle.
 #[derive(Debug, Error)]
 pub enum EmitError {
+    /// The recipe is refused.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
     /// The image cannot be read.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -148,12 +185,16 @@ impl Stage {
     }
 }
 
-/// Reads the kernel at `image` and makes its bundle; `progress` hears of each stage as it starts.
-pub fn emit(image: &Path, progress: &mut dyn FnMut(Stage)) -> Result<Bundle, EmitError> {
+/// Reads the kernel at `image` and makes its bundle as `recipe` says; `progress` hears of each stage as it starts.
+pub fn emit(
+    image: &Path,
+    recipe: &Recipe,
+    progress: &mut dyn FnMut(Stage),
+) -> Result<Bundle, EmitError> {
     let file = image.display().to_string();
     progress(Stage::Image);
     let image = Image::open(image)?;
-    bundle(&image, progress).map_err(|error| match error {
+    bundle(&image, recipe, progress).map_err(|error| match error {
         Failure::Text(source) => EmitError::Text { file, source },
         Failure::Pass(source) => EmitError::Pass { file, source },
     })
@@ -171,18 +212,23 @@ impl<E: Into<TextError>> From<E> for Failure {
     }
 }
 
-fn bundle(image: &Image, progress: &mut dyn FnMut(Stage)) -> Result<Bundle, Failure> {
+fn bundle(
+    image: &Image,
+    recipe: &Recipe,
+    progress: &mut dyn FnMut(Stage),
+) -> Result<Bundle, Failure> {
     let tables = image.tables()?;
     progress(Stage::Text);
     let text = Text::analyse(image, &tables)?;
     progress(Stage::Model);
     let model = text::model::build(image, &tables, text.span)?;
     progress(Stage::Thunks);
-    let cave = thunks::build(&text, &kernel_thunks(image)?)?;
+    let cave = thunks::build(&text, &kernel_thunks(image)?, recipe)?;
     progress(Stage::Passes);
     let context = Context {
         text: &text,
         cave: &cave,
+        recipe,
     };
     let (mut variants, mut edits) = (Vec::new(), Vec::new());
     for (name, passes) in passes::VARIANTS {
@@ -230,6 +276,7 @@ pub fn kernel_thunks(image: &Image) -> Result<KernelThunks, Fault> {
     Ok(KernelThunks {
         return_thunk: image.need_symbol("__x86_return_thunk")?,
         indirect,
+        panic: image.need_symbol("panic")?,
     })
 }
 
@@ -278,6 +325,7 @@ fn manifest(
             relocs: cave.relocs.clone(),
             return_tails: cave.return_tails.clone(),
             tables: cave.tables.clone(),
+            traps: cave.traps.clone(),
         },
         variants,
         layout: layout(image)?,
@@ -314,6 +362,11 @@ fn layout(image: &Image) -> Result<BTreeMap<String, u32>, Fault> {
         })?;
         layout.insert(format!("sizeof.{structure}"), size);
     }
+    for structure in SIZES_OPTIONAL {
+        if let Some(size) = image.btf.size_of(structure) {
+            layout.insert(format!("sizeof.{structure}"), size);
+        }
+    }
     Ok(layout)
 }
 
@@ -327,7 +380,19 @@ fn data(image: &Image) -> Result<BTreeMap<String, LinkVa>, Fault> {
             data.insert((*name).to_owned(), va);
         }
     }
+    data.insert(CURRENT.to_owned(), current(image)?);
     Ok(data)
+}
+
+/// Where a CPU's running task stands, as an offset from its GS base. Linux 6.2 to 6.14 has it in `pcpu_hot`.
+fn current(image: &Image) -> Result<LinkVa, Fault> {
+    if let Some(va) = image.symbol(CURRENT) {
+        return Ok(va);
+    }
+    let hot = image.need_symbol("pcpu_hot")?;
+    let member = image.btf.member("pcpu_hot", CURRENT);
+    let at = member.and_then(|member| hot.checked_add(u64::from(member.byte()?)));
+    at.ok_or_else(|| Fault::unsupported(".BTF", "`struct pcpu_hot` has no `current_task`"))
 }
 
 /// Every symbol in the text's pages, whatever its kind.

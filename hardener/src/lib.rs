@@ -2,6 +2,7 @@
 //!
 //! Data flows one way: [`image`] (unpacked, its tables read) to [`text`] (swept, slots and caves found) to [`passes`] (slot
 //! edits) with [`thunks`] (what the edits call) to a bundle ([`emit`]), which [`report`] prints and [`check`] verifies afresh.
+//! A [`recipe`] says what the passes do.
 #![forbid(unsafe_code)]
 
 pub mod check;
@@ -10,6 +11,7 @@ pub mod emit;
 pub mod exit;
 pub mod image;
 pub mod passes;
+pub mod recipe;
 pub mod report;
 pub mod text;
 pub mod thunks;

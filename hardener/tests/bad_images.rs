@@ -4,6 +4,7 @@ mod common;
 
 use hardener::emit::emit;
 use hardener::image::{Image, unpacked};
+use hardener::recipe::Recipe;
 use std::fs;
 
 /// What `emit` says of `bytes`.
@@ -11,7 +12,7 @@ fn said(bytes: &[u8]) -> String {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("vmlinuz");
     fs::write(&path, bytes).unwrap();
-    match emit(&path, &mut |_| {}) {
+    match emit(&path, &Recipe::default(), &mut |_| {}) {
         Ok(_) => "accepted".to_owned(),
         Err(error) => {
             let said = error.to_string();

@@ -5,11 +5,13 @@
 mod cases;
 #[path = "check/scene.rs"]
 mod scene;
+#[path = "check/violations.rs"]
+mod violations;
 
 use cases::Case;
 use hardener::check::{Checker, Rule};
 use penumbra_bundle::{Bundle, LinkVa, VaRange};
-use scene::{Scene, real, vmlinuz};
+use scene::{Scene, emitted, logging, real, vmlinuz};
 use std::process::{Command, Output};
 
 #[test]
@@ -39,6 +41,7 @@ fn null(bundle: &Bundle) -> Bundle {
     cave.tables.clear();
     cave.relocs.clear();
     cave.return_tails.clear();
+    cave.traps.clear();
     let nothing = object::write::Object::new(
         object::BinaryFormat::Elf,
         object::Architecture::X86_64,
@@ -60,11 +63,30 @@ fn a_null_bundle_may_have_no_cave_at_all() {
     assert!(outcome.clean, "{}", outcome.render());
 }
 
+#[test]
+fn every_action_is_proved() {
+    let (checker, _) = real();
+    let turned = emitted(
+        "schema = 1\n[pass.return-cfi]\non-violation = \"panic\"\n[pass.forward-cfi]\non-violation = \"log\"\n",
+    );
+    for bundle in [logging(), &turned] {
+        let reports = checker.prove(bundle, &[Rule::OneSharedCave, Rule::ThunkContract]);
+        for report in reports.unwrap() {
+            let lines: Vec<String> = report.violations.iter().map(|one| one.line()).collect();
+            assert!(lines.is_empty(), "{lines:?}");
+        }
+    }
+}
+
 fn caught(cases: &[Case]) {
+    caught_in(&real().1, cases);
+}
+
+fn caught_in(bundle: &Bundle, cases: &[Case]) {
     let (checker, _) = real();
     let mut wrong = Vec::new();
     for case in cases {
-        let mut scene = Scene::new();
+        let mut scene = Scene::of(bundle);
         let site = (case.fault)(&mut scene);
         let reports = checker.prove(&scene.bundle, &[case.rule]).unwrap();
         let violations: Vec<_> = reports
@@ -108,6 +130,12 @@ fn faults_in_the_cave_are_caught() {
 #[test]
 fn faults_in_thunks_are_caught() {
     caught(cases::THUNKS);
+}
+
+#[test]
+fn faults_in_what_follows_a_violation_are_caught() {
+    caught(violations::KILL);
+    caught_in(logging(), violations::LOG_AND_PANIC);
 }
 
 #[test]

@@ -3,13 +3,15 @@
 mod common;
 
 use hardener::emit::emit;
+use hardener::recipe::Recipe;
 use penumbra_bundle::{Bundle, LinkVa, Mitigation, SiteKind, SlotKind, TableKind, TextOff};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::OnceLock;
 
 fn bundle(path: &Path) -> Bundle {
-    let mut bundle = emit(path, &mut |_| {}).unwrap_or_else(|error| panic!("{error}"));
+    let mut bundle =
+        emit(path, &Recipe::default(), &mut |_| {}).unwrap_or_else(|error| panic!("{error}"));
     bundle.seal();
     bundle
 }
@@ -223,6 +225,8 @@ fn the_cave_is_filler_and_its_relocations_and_tails_lie_in_it() {
             .all(|reloc| cave.range.contains(reloc.at))
     );
     assert_eq!(cave.return_tails.len(), 2);
+    assert!(cave.traps.len() > 20, "one for each register and form");
+    assert!(cave.traps.iter().all(|trap| cave.range.contains(trap.at)));
     assert!(
         cave.return_tails
             .iter()

@@ -1,7 +1,7 @@
 //! Reading and writing bundles: everything is checked before anything is used.
 
 use crate::manifest::SCHEMA;
-use crate::{Edits, FileRef, Manifest, RunTimeModel, Symbols, TextOff, VaRange};
+use crate::{Edits, FileRef, Manifest, Offending, RunTimeModel, Symbols, TextOff, VaRange};
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -280,6 +280,24 @@ impl Bundle {
                     format!("{name}: {} to {} leaves the text", range.start, range.end),
                 );
             }
+        }
+        let mut free = manifest.cave.range.start.0;
+        for trap in &manifest.cave.traps {
+            let register = match trap.offending {
+                Offending::Register(number) => number,
+                Offending::Stack(_) => 0,
+            };
+            // An `out imm8` has 2 bytes (SDM volume 2, OUT).
+            if trap.at.0 < free || trap.at.0 >= manifest.cave.range.end.0 - 1 || register > 15 {
+                return fail(
+                    MANIFEST,
+                    format!(
+                        "the trap at {} overlaps, leaves the cave or names no register",
+                        trap.at
+                    ),
+                );
+            }
+            free = trap.at.0 + 2;
         }
         if manifest
             .variants

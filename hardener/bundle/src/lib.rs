@@ -28,7 +28,7 @@ pub use addr::{LinkVa, TextOff, VaRange};
 pub use edits::{Edit, Edits, SlotKind};
 pub use io::{Bundle, ENVELOPE, MANIFEST, ReadError, WriteError};
 pub use manifest::{
-    Cave, FileRef, Kernel, Manifest, Mitigation, PassSummary, Reloc, RelocKind, SCHEMA, Table,
-    TableKind, Text, Variant,
+    Cave, FileRef, Kernel, Manifest, Mitigation, Offending, PassSummary, Reloc, RelocKind, SCHEMA,
+    Table, TableKind, Text, Trap, Variant, ViolationAction,
 };
 pub use model::{Form, RunTimeModel, Site, SiteKind, Symbol, Symbols};

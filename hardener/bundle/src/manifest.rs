@@ -103,6 +103,64 @@ pub struct Cave {
     pub return_tails: Vec<LinkVa>,
     /// The tables, by address.
     pub tables: Vec<Table>,
+    /// Where thunks report what they stop. Sorted.
+    pub traps: Vec<Trap>,
+}
+
+/// Where a thunk reports what it stops: `out %al,$0xe4` when it then goes on, `out %al,$0xe5` when it does not.
+///
+/// RSP and every register that the thunk must keep are there as at its entry, so the word at RSP is the return address of a
+/// slot that called the thunk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trap {
+    /// The `out` instruction, 2 bytes.
+    pub at: LinkVa,
+    /// The pass whose thunk it is.
+    pub pass: String,
+    /// Where the value stands that the thunk does not accept.
+    pub offending: Offending,
+    /// What follows.
+    pub action: ViolationAction,
+}
+
+/// Where a value stands when a thunk reports it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Offending {
+    /// In the general register of this number (rax 0 to r15 15).
+    Register(u8),
+    /// In the word of this index at RSP: 0 is the word that RSP points to.
+    Stack(u32),
+}
+
+/// What a thunk does about a value that it does not accept, once it has reported it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ViolationAction {
+    /// An invalid instruction that is in no bug table: the kernel ends the task.
+    #[default]
+    Kill,
+    /// Goes on as the slot would have.
+    Log,
+    /// The kernel's own `panic`.
+    Panic,
+}
+
+impl ViolationAction {
+    /// Its name in recipes and manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            ViolationAction::Kill => "kill",
+            ViolationAction::Log => "log",
+            ViolationAction::Panic => "panic",
+        }
+    }
+
+    /// Whether the reporting code is not gone on with.
+    pub fn is_fatal(self) -> bool {
+        self != ViolationAction::Log
+    }
 }
 
 /// An absolute address in the cave.
@@ -182,6 +240,8 @@ pub struct PassSummary {
     pub edited: u64,
     /// Slots of its kind that it left alone, by reason.
     pub left: BTreeMap<String, u64>,
+    /// Its parameters, as the recipe set them or by default: `on-violation` to `kill`.
+    pub parameters: BTreeMap<String, String>,
 }
 
 /// A speculation mitigation that a variant can leave out.

@@ -60,6 +60,7 @@ fn small() -> Bundle {
                 relocs: vec![],
                 return_tails: vec![],
                 tables: vec![],
+                traps: vec![],
             },
             variants: vec![variant("stock"), variant("hardened")],
             layout: BTreeMap::from([("task_struct.mm".to_owned(), 0x8b0)]),

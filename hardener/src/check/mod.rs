@@ -10,6 +10,7 @@
 //! | one-shared-cave | `cave.rs` | thunks and tables lie in filler, apart from one another |
 //! | allowed-slots | `slots.rs` | no edit touches what the kernel pokes or depends on |
 //! | thunk-contract | `thunks.rs`, `exec/` | thunks keep what they must and pass exactly the members of their tables |
+//! | thunk-contract | `violations.rs` | what they stop is reported as the manifest says, with all that the slot had in place |
 //! | exact-sets | `tables.rs`, `sets.rs` | the tables hold exactly the legal addresses |
 //! | true-to-image | `image.rs` | text, relocations, layouts, names and counts are the image's |
 
@@ -22,6 +23,7 @@ mod sets;
 mod slots;
 mod tables;
 mod thunks;
+mod violations;
 
 use kernel::Kernel;
 pub use kernel::KernelError;

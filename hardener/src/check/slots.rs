@@ -43,23 +43,27 @@ pub struct KernelThunks {
     pub ret: LinkVa,
     /// `__x86_indirect_thunk_*`, and the number of the register.
     pub indirect: HashMap<LinkVa, u8>,
+    /// `panic`.
+    pub panic: LinkVa,
 }
 
 impl KernelThunks {
     /// Finds them by name.
     pub fn find(kernel: &Kernel) -> Result<KernelThunks, KernelError> {
-        let name = "__x86_return_thunk";
-        let ret = kernel.symbols.find(name).ok_or(KernelError::Missing {
-            what: "symbol",
-            name,
-        })?;
+        let find = |name| {
+            kernel.symbols.find(name).ok_or(KernelError::Missing {
+                what: "symbol",
+                name,
+            })
+        };
         let indirect = kernel.symbols.iter().filter_map(|symbol| {
             let register = symbol.name.strip_prefix("__x86_indirect_thunk_")?;
             Some((symbol.at, register_number(register)?))
         });
         Ok(KernelThunks {
-            ret,
+            ret: find("__x86_return_thunk")?,
             indirect: indirect.collect(),
+            panic: find("panic")?,
         })
     }
 

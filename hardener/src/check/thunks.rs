@@ -1,14 +1,16 @@
 //! Rule 4: every thunk that an edit reaches keeps what its slots must keep and lets through exactly what its tables hold.
 
 use super::cave::CaveImage;
+use super::exec::exits::Reports;
 use super::exec::machine::{Code, Contract, Exit, Fault, Machine};
 use super::exec::tree::{Lookup, Tree, Wrong};
 use super::kernel::Kernel;
 use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
 use super::slots::{Original, Replacement, replacement};
+use super::violations::{self, Reported};
 use super::{Subject, decoded_tables};
-use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction};
+use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, Mnemonic};
 use penumbra_bundle::{LinkVa, Reloc, RelocKind};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -146,6 +148,7 @@ fn fields(subject: &Subject<'_>, image: &CaveImage, findings: &mut Findings<'_>)
     let cave = &subject.bundle.manifest.cave;
     let mut relocs = BTreeSet::new();
     let mut tails = BTreeSet::new();
+    let mut outs = BTreeSet::new();
     let mut decoder = Decoder::with_ip(
         64,
         image.slice(cave, image.thunks),
@@ -163,6 +166,9 @@ fn fields(subject: &Subject<'_>, image: &CaveImage, findings: &mut Findings<'_>)
             continue;
         }
         count += 1;
+        if instruction.mnemonic() == Mnemonic::Out {
+            outs.insert(LinkVa(at));
+        }
         let offsets = decoder.get_constant_offsets(&instruction);
         let mut field = |offset: usize, size: usize, value: u64| {
             let (kind, value) = match size {
@@ -233,6 +239,15 @@ fn fields(subject: &Subject<'_>, image: &CaveImage, findings: &mut Findings<'_>)
         let what = "the manifest's return tail is no jump to __x86_return_thunk".to_owned();
         findings.broken(None, Some(*at), what);
     }
+    let listed: BTreeSet<LinkVa> = cave.traps.iter().map(|trap| trap.at).collect();
+    for at in outs.difference(&listed) {
+        let what = format!("{}: a report that the manifest lacks", image.describe(*at));
+        findings.broken(None, Some(*at), what);
+    }
+    for at in listed.difference(&outs) {
+        let what = "the manifest's trap is no `out`".to_owned();
+        findings.broken(None, Some(*at), what);
+    }
     if !cave.relocs.is_sorted_by_key(|reloc| reloc.at) || !cave.return_tails.is_sorted() {
         findings.broken(
             None,
@@ -243,12 +258,13 @@ fn fields(subject: &Subject<'_>, image: &CaveImage, findings: &mut Findings<'_>)
     findings.proved("thunk instructions", count);
     findings.proved("relocations", relocs.len() as u64);
     findings.proved("return tails", tails.len() as u64);
+    findings.proved("traps", outs.len() as u64);
 }
 
 /// A thunk and what its slots ask of it.
 type Key = (LinkVa, Contract);
-/// The tables that a thunk reads, or where it fails and how.
-type Verdict = Result<Vec<usize>, (LinkVa, String)>;
+/// The tables that a thunk reads and what it reports, or where it fails and how.
+type Verdict = Result<(Vec<usize>, Reports), (LinkVa, String)>;
 
 fn prove(
     subject: &Subject<'_>,
@@ -272,6 +288,7 @@ fn prove(
         threads.into_iter().map(join).collect()
     });
     let (mut contracts, mut slots, mut kinds) = (0, 0, BTreeSet::new());
+    let mut reported = Vec::new();
     for (index, (key, group)) in groups.iter().enumerate() {
         let (thunk, contract) = key;
         let verdicts = proofs.iter().map(|(verdicts, _)| &verdicts[index]);
@@ -285,7 +302,12 @@ fn prove(
             findings.broken(Some(group.variant), Some(*at), what);
             continue;
         }
-        for seen in verdicts.flatten() {
+        for (seen, reports) in verdicts.flatten() {
+            reported.extend(reports.iter().map(|(at, report)| Reported {
+                at: LinkVa(*at),
+                report: *report,
+                contract: *contract,
+            }));
             match contract.target {
                 None => roles.returns.insert(seen.clone()),
                 Some(_) => roles.entries.insert(seen.clone()),
@@ -303,6 +325,10 @@ fn prove(
     findings.proved("kinds of thunk", kinds.len() as u64);
     findings.proved("thunk contracts", contracts);
     findings.proved("slots behind them", slots);
+    // A thunk that fails is not followed to its reports.
+    if contracts == groups.len() as u64 {
+        violations::check(subject, image, &reported, findings);
+    }
 }
 
 /// The verdict on each thunk with the kernel at `slide`, and how many different decisions there were.
@@ -341,12 +367,23 @@ fn prove_at(
         if cave.return_tails.binary_search(&at).is_ok() {
             return Some(Exit::Return);
         }
+        if at == subject.thunks.panic {
+            return Some(Exit::Panic);
+        }
         let register = subject.thunks.indirect.get(&at)?;
         Some(Exit::Indirect(*register))
     };
+    let home = |reports: Reports| -> Reports {
+        let homes = reports.into_iter().map(|(at, mut report)| {
+            report.message = report.message.map(|message| down(message).0);
+            (down(at).0, report)
+        });
+        homes.collect()
+    };
     let mut proved: Vec<(Tree, Result<BTreeSet<usize>, Wrong>)> = Vec::new();
     let verdict = |(thunk, contract): &Key| {
-        let tree = Machine::run(&code, &exit, *contract, up(*thunk)).map_err(|fault| {
+        let run = Machine::run(&code, &exit, *contract, up(*thunk));
+        let (tree, reports) = run.map_err(|fault| {
             let Fault { at, what } = fault;
             let at = down(at);
             (at, format!("fails at {}, which {what}", image.describe(at)))
@@ -359,7 +396,7 @@ fn prove_at(
             proved.len() - 1
         });
         match &proved[index].1 {
-            Ok(seen) => Ok(seen.iter().copied().collect()),
+            Ok(seen) => Ok((seen.iter().copied().collect(), home(reports))),
             Err(wrong) => Err((*thunk, explain(subject, *wrong, slide))),
         }
     };

@@ -1,16 +1,24 @@
 //! `forward-cfi`: every indirect call and jump checks that its target is an entry whose address is taken.
 
 use super::{CALL, Context, JMP, Pass, PassError};
+use crate::recipe::ON_VIOLATION;
 use crate::thunks::forward_cfi;
 use penumbra_bundle::{Edit, SlotKind};
 use std::collections::BTreeMap;
+
+/// The pass's name.
+pub const NAME: &str = "forward-cfi";
 
 /// See the module.
 pub struct ForwardCfi;
 
 impl Pass for ForwardCfi {
     fn name(&self) -> &'static str {
-        "forward-cfi"
+        NAME
+    }
+
+    fn parameters(&self) -> &'static [&'static str] {
+        &[ON_VIOLATION]
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {

@@ -5,6 +5,10 @@ mod no_rethunk;
 mod no_retpoline;
 mod return_cfi;
 
+pub use forward_cfi::NAME as FORWARD_CFI;
+pub use return_cfi::NAME as RETURN_CFI;
+
+use crate::recipe::{ON_VIOLATION, Recipe};
 use crate::text::{Indirect, Return, Text};
 use crate::thunks::CaveContents;
 use penumbra_bundle::{Edit, Edits, LinkVa, Mitigation, PassSummary, TextOff};
@@ -17,6 +21,8 @@ pub struct Context<'a> {
     pub text: &'a Text,
     /// The thunks that edits may jump to.
     pub cave: &'a CaveContents,
+    /// What the passes' parameters are.
+    pub recipe: &'a Recipe,
 }
 
 /// A pass: edits slots of one kind.
@@ -27,6 +33,11 @@ pub trait Pass: Sync {
     /// The speculation mitigation that its edits leave out.
     fn drops(&self) -> Option<Mitigation> {
         None
+    }
+
+    /// The parameters that a recipe may set.
+    fn parameters(&self) -> &'static [&'static str] {
+        &[]
     }
 
     /// Its edits, and the slots of its kind that it left alone, by reason.
@@ -99,6 +110,7 @@ pub fn run(
             name: pass.name().to_owned(),
             edited: edits.len() as u64,
             left,
+            parameters: parameters(*pass, context.recipe),
         });
         made.drops.extend(pass.drops());
         made.edits.0.extend(edits);
@@ -107,6 +119,23 @@ pub fn run(
     made.edits.0.sort_by_key(|edit| edit.at);
     self_check(name, context.text, &made.edits)?;
     Ok(made)
+}
+
+/// Every pass that some variant runs, by name.
+pub fn known() -> BTreeMap<&'static str, &'static dyn Pass> {
+    let all = VARIANTS.iter().flat_map(|(_, passes)| passes.iter());
+    all.map(|pass| (pass.name(), *pass)).collect()
+}
+
+/// The values of a pass's parameters, for the manifest.
+fn parameters(pass: &dyn Pass, recipe: &Recipe) -> BTreeMap<String, String> {
+    let value = |parameter: &&'static str| match *parameter {
+        ON_VIOLATION => recipe.on_violation(pass.name()).name().to_owned(),
+        other => unreachable!("no pass has a parameter {other}"),
+    };
+    let all = pass.parameters().iter();
+    all.map(|parameter| ((*parameter).to_owned(), value(parameter)))
+        .collect()
 }
 
 /// Stays in release builds: edits are whole instructions, apart from one another (design, invariant 1).

@@ -1,7 +1,7 @@
 //! What is in a bundle, as tables and as JSON.
 
 use comfy_table::{CellAlignment, Table as Grid, presets};
-use penumbra_bundle::{Bundle, Cave, Kernel, Mitigation, SiteKind, Text, Variant};
+use penumbra_bundle::{Bundle, Cave, Kernel, Mitigation, SiteKind, Text, Variant, ViolationAction};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -82,12 +82,13 @@ impl<'a> Summary<'a> {
         line(
             "cave",
             format!(
-                "{} to {}, {} KiB, {} relocations, {} return tails",
+                "{} to {}, {} KiB, {} relocations, {} return tails, {} traps",
                 cave.range.start,
                 cave.range.end,
                 cave.range.len() / 1024,
                 cave.relocs.len(),
-                cave.return_tails.len()
+                cave.return_tails.len(),
+                cave.traps.len()
             ),
         );
         line("written by", manifest.generator.clone());
@@ -104,12 +105,23 @@ impl<'a> Summary<'a> {
             ]);
         }
         right(&mut tables, &[1, 2]);
+        let mut kinds: BTreeMap<(&str, ViolationAction), u64> = BTreeMap::new();
+        for trap in &cave.traps {
+            *kinds.entry((&trap.pass, trap.action)).or_default() += 1;
+        }
+        let mut traps = grid(&["what is stopped", "traps", "reported, then"]);
+        for ((pass, action), count) in kinds {
+            traps.add_row([pass, &count.to_string(), consequence(action)]);
+        }
+        right(&mut traps, &[1]);
         let mut sites = grid(&["what the kernel itself edits", "sites"]);
         for (kind, count) in &self.sites {
             sites.add_row([kind.clone(), count.to_string()]);
         }
         right(&mut sites, &[1]);
-        let _ = write!(text, "\n{}\n\n{}\n", trimmed(&tables), trimmed(&sites));
+        for grid in [tables, traps, sites] {
+            let _ = write!(text, "\n{}\n", trimmed(&grid));
+        }
         text
     }
 
@@ -168,6 +180,14 @@ fn trimmed(grid: &Grid) -> String {
         .map(|line| line.trim_end().to_owned())
         .collect();
     lines.join("\n")
+}
+
+fn consequence(action: ViolationAction) -> &'static str {
+    match action {
+        ViolationAction::Kill => "kill: the kernel ends the task",
+        ViolationAction::Log => "log: goes on",
+        ViolationAction::Panic => "panic: the kernel stops",
+    }
 }
 
 fn mitigation(one: Mitigation) -> &'static str {

@@ -1,9 +1,10 @@
-//! A section of thunks under construction, on iced's assembler: it remembers where absolute addresses and return tails stand.
+//! A section of thunks under construction, on iced's assembler: it remembers where absolute addresses, return tails and traps
+//! stand.
 
-use super::Named;
+use super::{Named, Violation};
 use iced_x86::code_asm::CodeAssembler;
 use iced_x86::{BlockEncoderOptions, IcedError};
-use penumbra_bundle::{LinkVa, Reloc, RelocKind, VaRange};
+use penumbra_bundle::{LinkVa, Offending, Reloc, RelocKind, Trap, VaRange};
 
 /// Thunks start on a cache line's half, as the kernel's own do.
 const ALIGN: u64 = 32;
@@ -16,6 +17,7 @@ pub struct Section {
     named: Vec<Named>,
     relocs: Vec<Reloc>,
     return_tails: Vec<LinkVa>,
+    traps: Vec<Trap>,
 }
 
 /// One thunk under construction.
@@ -24,6 +26,7 @@ pub struct Thunk {
     pub asm: CodeAssembler,
     absolute: Vec<usize>,
     tails: Vec<usize>,
+    traps: Vec<(usize, Offending)>,
 }
 
 impl Thunk {
@@ -36,6 +39,11 @@ impl Thunk {
     pub fn return_tail(&mut self, return_thunk: LinkVa) -> Result<(), IcedError> {
         self.tails.push(self.asm.instructions().len());
         self.asm.jmp(return_thunk.0)
+    }
+
+    /// Says that the instruction assembled next is a trap.
+    pub fn trap(&mut self, offending: Offending) {
+        self.traps.push((self.asm.instructions().len(), offending));
     }
 }
 
@@ -54,16 +62,18 @@ impl Section {
             named: Vec::new(),
             relocs: Vec::new(),
             return_tails: Vec::new(),
+            traps: Vec::new(),
         }
     }
 
-    /// Assembles one thunk and gives its address.
+    /// Assembles one thunk, whose traps are for `violation`, and gives its address.
     ///
     /// # Panics
     /// When iced refuses an instruction or a jump's length: a mistake in a thunk's source, not in any input.
     pub fn thunk(
         &mut self,
         name: &str,
+        violation: &Violation,
         write: impl FnOnce(&mut Thunk) -> Result<(), IcedError>,
     ) -> LinkVa {
         let at = (self.start.0 + self.bytes.len() as u64).next_multiple_of(ALIGN);
@@ -72,6 +82,7 @@ impl Section {
             asm: CodeAssembler::new(64).expect("64 is a bitness"),
             absolute: Vec::new(),
             tails: Vec::new(),
+            traps: Vec::new(),
         };
         write(&mut thunk).expect("the thunk's instructions exist");
         let options = BlockEncoderOptions::RETURN_CONSTANT_OFFSETS
@@ -99,16 +110,22 @@ impl Section {
         }
         for index in thunk.tails {
             let tail = done.new_instruction_offsets[index] as usize;
-            assert_eq!(
-                done.code_buffer[tail..].len().min(6),
-                5,
-                "{name}: a return tail is 5 bytes and last"
-            );
+            let next = done.new_instruction_offsets.get(index + 1);
+            let next = next.map_or(done.code_buffer.len(), |next| *next as usize);
+            assert_eq!(next - tail, 5, "{name}: a return tail is 5 bytes");
             assert_eq!(
                 done.code_buffer[tail], 0xe9,
                 "{name}: a return tail is a near jump"
             );
             self.return_tails.push(LinkVa(at + tail as u64));
+        }
+        for (index, offending) in thunk.traps {
+            self.traps.push(Trap {
+                at: LinkVa(at + u64::from(done.new_instruction_offsets[index])),
+                pass: violation.pass.to_owned(),
+                offending,
+                action: violation.action,
+            });
         }
         self.bytes.extend(&done.code_buffer);
         let end = LinkVa(self.start.0 + self.bytes.len() as u64);
@@ -135,6 +152,11 @@ impl Section {
     /// Absolute addresses in the code.
     pub fn relocs(&self) -> &[Reloc] {
         &self.relocs
+    }
+
+    /// Traps in the code.
+    pub fn traps(&self) -> &[Trap] {
+        &self.traps
     }
 
     /// Return tails in the code.

@@ -1,15 +1,12 @@
 //! `forward_cfi_REG`: the target in REG must be an entry whose address is taken, or lie outside the kernel's text.
 
 use super::assembler::{Section, Thunk, imm32};
-use super::{KernelThunks, Targets, lookup};
+use super::{KernelThunks, Targets, Violation, lookup};
 use crate::text::{REGISTERS, Text};
 use iced_x86::IcedError;
 use iced_x86::code_asm::registers::*;
 use iced_x86::code_asm::*;
-use penumbra_bundle::LinkVa;
-
-/// Where an illegal call ends: an invalid instruction that is in no bug table, so the kernel kills the task.
-pub const VIOLATION: &str = "forward_cfi_violation";
+use penumbra_bundle::{LinkVa, Offending};
 
 /// The thunk for register number `register`: r11 and the flags are free at calls that the compiler made in functions compiled
 /// with `-pg`; everywhere else everything is kept.
@@ -19,8 +16,13 @@ pub fn name(register: u8, scratch_free: bool) -> String {
 }
 
 /// Assembles the thunks that the text's slots need.
-pub fn emit(section: &mut Section, targets: &Targets, kernel: &KernelThunks, text: &Text) {
-    let violation = section.thunk(VIOLATION, |thunk| thunk.asm.ud2());
+pub fn emit(
+    section: &mut Section,
+    targets: &Targets,
+    kernel: &KernelThunks,
+    text: &Text,
+    violation: &Violation,
+) {
     let mut needed: Vec<(u8, bool)> = text
         .slots
         .indirect
@@ -33,7 +35,7 @@ pub fn emit(section: &mut Section, targets: &Targets, kernel: &KernelThunks, tex
         let Some(retpoline) = kernel.indirect.get(&register) else {
             continue;
         };
-        section.thunk(&name(register, scratch_free), |thunk| {
+        section.thunk(&name(register, scratch_free), violation, |thunk| {
             one(
                 thunk,
                 register,
@@ -52,7 +54,7 @@ fn one(
     scratch_free: bool,
     targets: &Targets,
     retpoline: LinkVa,
-    violation: LinkVa,
+    violation: &Violation,
 ) -> Result<(), IcedError> {
     // r11 is never an argument nor the static chain, which is r10 (System V ABI, 3.2.3); a target in r11 is looked at
     // through r10, saved.
@@ -67,6 +69,7 @@ fn one(
     ][usize::from(register)];
     let a = &mut thunk.asm;
     let (mut ok, mut sparse, mut sorted) = (a.create_label(), a.create_label(), a.create_label());
+    let mut bad = a.create_label();
     if save_scratch {
         a.push(scratch)?;
     }
@@ -85,20 +88,30 @@ fn one(
     a.bt(qword_ptr(i64::from(imm32(targets.bitmap))), scratch)?;
     thunk.absolute();
     let a = &mut thunk.asm;
-    a.jae(violation.0)?;
+    a.jae(bad)?;
     a.set_label(&mut ok)?;
-    if !scratch_free {
-        a.popfq()?;
-    }
-    if save_scratch {
-        a.pop(scratch)?;
-    }
+    let restore = |a: &mut CodeAssembler| {
+        if !scratch_free {
+            a.popfq()?;
+        }
+        if save_scratch {
+            a.pop(scratch)?;
+        }
+        Ok::<(), IcedError>(())
+    };
+    restore(a)?;
     a.jmp(retpoline.0)?;
     a.set_label(&mut sparse)?;
     a.cmp(scratch, targets.text.len() as i32)?;
     a.jae(ok)?;
     a.set_label(&mut sorted)?;
     lookup::sorted(thunk, scratch32, targets)?;
-    thunk.asm.je(ok)?;
-    thunk.asm.jmp(violation.0)
+    let a = &mut thunk.asm;
+    a.je(ok)?;
+    a.set_label(&mut bad)?;
+    restore(a)?;
+    if violation.report(thunk, Offending::Register(register))? {
+        thunk.asm.jmp(retpoline.0)?;
+    }
+    Ok(())
 }

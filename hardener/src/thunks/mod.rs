@@ -7,13 +7,17 @@ pub mod forward_cfi;
 mod lookup;
 pub mod return_cfi;
 mod tables;
+mod violation;
 
+use crate::passes::{FORWARD_CFI, RETURN_CFI};
+use crate::recipe::Recipe;
 use crate::text::{PAGE, Text, TextError};
 use assembler::Section;
-use penumbra_bundle::{LinkVa, Reloc, Table, VaRange};
+use penumbra_bundle::{LinkVa, Reloc, Table, Trap, VaRange, ViolationAction};
 use std::collections::BTreeMap;
 
 pub use tables::{TargetTables, Targets};
+pub use violation::Violation;
 
 /// A named piece of the cave.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -38,6 +42,8 @@ pub struct CaveContents {
     pub relocs: Vec<Reloc>,
     /// Where thunks end by returning. Sorted.
     pub return_tails: Vec<LinkVa>,
+    /// Where thunks report. Sorted.
+    pub traps: Vec<Trap>,
 }
 
 /// Addresses that thunks need from the kernel.
@@ -46,6 +52,8 @@ pub struct KernelThunks {
     pub return_thunk: LinkVa,
     /// `__x86_indirect_thunk_REG`, by register number.
     pub indirect: BTreeMap<u8, LinkVa>,
+    /// `panic`.
+    pub panic: LinkVa,
 }
 
 impl KernelThunks {
@@ -54,13 +62,20 @@ impl KernelThunks {
             let register = crate::text::REGISTERS[usize::from(*register)];
             (format!("__x86_indirect_thunk_{register}"), *va)
         });
-        let own = ("__x86_return_thunk".to_owned(), self.return_thunk);
-        indirect.chain([own]).collect()
+        let own = [
+            ("__x86_return_thunk".to_owned(), self.return_thunk),
+            ("panic".to_owned(), self.panic),
+        ];
+        indirect.chain(own).collect()
     }
 }
 
-/// Builds the cave for a text: tables first, thunks behind them.
-pub fn build(text: &Text, kernel: &KernelThunks) -> Result<CaveContents, TextError> {
+/// Builds the cave for a text: tables and messages first, thunks behind them.
+pub fn build(
+    text: &Text,
+    kernel: &KernelThunks,
+    recipe: &Recipe,
+) -> Result<CaveContents, TextError> {
     let start = text.cave.pages.start;
     let dense_end = text.cave.run.start;
     let mut at = start;
@@ -71,11 +86,31 @@ pub fn build(text: &Text, kernel: &KernelThunks) -> Result<CaveContents, TextErr
     };
     let returns = place("return_targets", &text.return_targets, 1);
     let entries = place("entries", &text.entries, tables::ENTRY_GRANULE);
+    let messages_start = at;
+    let mut messages = Vec::new();
+    let mut violation = |pass| {
+        let violation = Violation {
+            pass,
+            action: recipe.on_violation(pass),
+            panic: kernel.panic,
+            message: at,
+        };
+        if violation.action == ViolationAction::Panic {
+            let text = violation.message_text();
+            let end = LinkVa(at.0 + text.len() as u64);
+            let name = format!("{}_message", pass.replace('-', "_"));
+            messages.push((named(&name, at, end), text));
+            at = end;
+        }
+        violation
+    };
+    let (on_return, on_call) = (violation(RETURN_CFI), violation(FORWARD_CFI));
     let code_start = LinkVa(at.0.next_multiple_of(PAGE));
 
     let mut code = Section::new(code_start);
-    return_cfi::emit(&mut code, &returns.targets(text.range), kernel.return_thunk);
-    forward_cfi::emit(&mut code, &entries.targets(text.range), kernel, text);
+    let (return_targets, call_targets) = (returns.targets(text.range), entries.targets(text.range));
+    return_cfi::emit(&mut code, &return_targets, kernel.return_thunk, &on_return);
+    forward_cfi::emit(&mut code, &call_targets, kernel, text, &on_call);
     let code_end = LinkVa(code_start.0 + code.bytes().len() as u64);
     let range = VaRange {
         start,
@@ -88,10 +123,17 @@ pub fn build(text: &Text, kernel: &KernelThunks) -> Result<CaveContents, TextErr
         });
     }
     let mut table_bytes = Vec::new();
-    let mut named = Vec::new();
+    let mut names = Vec::new();
     let mut tables = Vec::new();
     for part in [returns, entries] {
-        part.append(start, &mut table_bytes, &mut named, &mut tables);
+        part.append(start, &mut table_bytes, &mut names, &mut tables);
+    }
+    if !messages.is_empty() {
+        table_bytes.resize((messages_start.0 - start.0) as usize, 0);
+    }
+    for (name, text) in messages {
+        names.push(name);
+        table_bytes.extend(text);
     }
     let mut relocs = code.relocs().to_vec();
     relocs.sort_by_key(|reloc| reloc.at);
@@ -103,7 +145,7 @@ pub fn build(text: &Text, kernel: &KernelThunks) -> Result<CaveContents, TextErr
             &elf::Part {
                 start,
                 bytes: &table_bytes,
-                named: &named,
+                named: &names,
             },
             &elf::Part {
                 start: code_start,
@@ -120,5 +162,13 @@ pub fn build(text: &Text, kernel: &KernelThunks) -> Result<CaveContents, TextErr
         tables,
         relocs,
         return_tails,
+        traps: code.traps().to_vec(),
     })
+}
+
+fn named(name: &str, start: LinkVa, end: LinkVa) -> Named {
+    Named {
+        name: name.to_owned(),
+        range: VaRange { start, end },
+    }
 }

@@ -1,46 +1,76 @@
 //! `return_cfi`: the return address must follow a call, or lie outside the kernel's text (modules, BPF, trampolines).
 
 use super::assembler::{Section, Thunk, imm32};
-use super::{Targets, lookup};
+use super::{Targets, Violation, lookup};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use penumbra_bundle::LinkVa;
+use penumbra_bundle::{LinkVa, Offending};
 
 /// For functions compiled with `-pg`: r10, r11 and the flags are free at their return.
 pub const PLAIN: &str = "return_cfi";
 /// For all other functions: everything is kept.
 pub const SAVING: &str = "return_cfi_saving";
-/// Where an illegal return ends: an invalid instruction that is in no bug table, so the kernel kills the task.
-pub const VIOLATION: &str = "return_cfi_violation";
 
-/// Assembles all three.
-pub fn emit(section: &mut Section, targets: &Targets, return_thunk: LinkVa) {
-    let violation = section.thunk(VIOLATION, |thunk| thunk.asm.ud2());
-    section.thunk(PLAIN, |thunk| {
-        thunk.asm.mov(r11, qword_ptr(rsp))?;
-        let mut ok = check(thunk, targets, violation)?;
-        thunk.asm.set_label(&mut ok)?;
-        thunk.return_tail(return_thunk)
-    });
-    section.thunk(SAVING, |thunk| {
-        let a = &mut thunk.asm;
+/// Assembles both.
+pub fn emit(section: &mut Section, targets: &Targets, return_thunk: LinkVa, violation: &Violation) {
+    for (name, saving) in [(PLAIN, false), (SAVING, true)] {
+        section.thunk(name, violation, |thunk| {
+            one(thunk, saving, targets, return_thunk, violation)
+        });
+    }
+}
+
+fn one(
+    thunk: &mut Thunk,
+    saving: bool,
+    targets: &Targets,
+    return_thunk: LinkVa,
+    violation: &Violation,
+) -> Result<(), IcedError> {
+    let a = &mut thunk.asm;
+    let (mut ok, mut end, mut bad) = (a.create_label(), a.create_label(), a.create_label());
+    if saving {
         a.push(r10)?;
         a.push(r11)?;
         a.pushfq()?;
         a.mov(r11, qword_ptr(rsp + 24))?;
-        let mut ok = check(thunk, targets, violation)?;
-        let a = &mut thunk.asm;
-        a.set_label(&mut ok)?;
-        a.popfq()?;
-        a.pop(r11)?;
-        a.pop(r10)?;
-        thunk.return_tail(return_thunk)
-    });
+    } else {
+        a.mov(r11, qword_ptr(rsp))?;
+    }
+    check(thunk, targets, ok, bad)?;
+    thunk.asm.set_label(&mut ok)?;
+    if saving {
+        restore(thunk)?;
+        thunk.asm.set_label(&mut end)?;
+    } else {
+        end = ok;
+    }
+    thunk.return_tail(return_thunk)?;
+    // Behind the tail, away from the code that runs.
+    thunk.asm.set_label(&mut bad)?;
+    if saving {
+        restore(thunk)?;
+    }
+    if violation.report(thunk, Offending::Stack(0))? {
+        thunk.asm.jmp(end)?;
+    }
+    Ok(())
 }
 
-/// Checks the address in r11 and goes on at the label that is returned; uses r10, r11 and the flags.
-fn check(thunk: &mut Thunk, targets: &Targets, violation: LinkVa) -> Result<CodeLabel, IcedError> {
-    let ok = thunk.asm.create_label();
+fn restore(thunk: &mut Thunk) -> Result<(), IcedError> {
+    let a = &mut thunk.asm;
+    a.popfq()?;
+    a.pop(r11)?;
+    a.pop(r10)
+}
+
+/// Checks the address in r11; falls through, or goes to `ok`, when it is legal. Uses r10, r11 and the flags.
+fn check(
+    thunk: &mut Thunk,
+    targets: &Targets,
+    ok: CodeLabel,
+    bad: CodeLabel,
+) -> Result<(), IcedError> {
     let mut sparse = thunk.asm.create_label();
     thunk.asm.sub(r11, imm32(targets.text.start))?;
     thunk.absolute();
@@ -55,11 +85,10 @@ fn check(thunk: &mut Thunk, targets: &Targets, violation: LinkVa) -> Result<Code
     // The register form takes the bit number modulo 32 (SDM volume 2, BT).
     a.bt(r10d, r11d)?;
     a.jb(ok)?;
-    a.jmp(violation.0)?;
+    a.jmp(bad)?;
     a.set_label(&mut sparse)?;
     a.cmp(r11, targets.text.len() as i32)?;
     a.jae(ok)?;
     lookup::sorted(thunk, r11d, targets)?;
-    thunk.asm.jne(violation.0)?;
-    Ok(ok)
+    thunk.asm.jne(bad)
 }

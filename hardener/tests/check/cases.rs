@@ -17,7 +17,8 @@ pub struct Case {
     pub fault: fn(&mut Scene) -> Option<LinkVa>,
 }
 
-const fn case(
+/// A case.
+pub const fn case(
     rule: Rule,
     name: &'static str,
     says: &'static str,

@@ -2,8 +2,9 @@
 
 use goblin::elf::Elf;
 use hardener::check::Checker;
+use hardener::recipe::Recipe;
 use iced_x86::{Decoder, DecoderOptions, Instruction};
-use penumbra_bundle::{Bundle, Edit, LinkVa, SiteKind, SlotKind, TextOff, VaRange};
+use penumbra_bundle::{Bundle, Edit, LinkVa, SiteKind, SlotKind, TextOff, Trap, VaRange};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -33,21 +34,47 @@ pub fn real() -> &'static (Checker, Bundle) {
     static REAL: OnceLock<(Checker, Bundle)> = OnceLock::new();
     REAL.get_or_init(|| {
         let path = vmlinuz();
-        let bundle = hardener::emit::emit(&path, &mut |_| {}).unwrap();
+        let bundle = hardener::emit::emit(&path, &Recipe::default(), &mut |_| {}).unwrap();
         (Checker::open(&path).unwrap(), bundle)
     })
 }
 
-/// A copy of the real bundle, to be broken.
+/// The same image by a recipe in which returns are logged and calls panic.
+pub fn logging() -> &'static Bundle {
+    static MADE: OnceLock<Bundle> = OnceLock::new();
+    MADE.get_or_init(|| emitted(LOGGING))
+}
+
+const LOGGING: &str = "schema = 1\n[pass.return-cfi]\non-violation = \"log\"\n[pass.forward-cfi]\non-violation = \"panic\"\n";
+
+/// The image's bundle by a recipe.
+pub fn emitted(recipe: &str) -> Bundle {
+    let recipe = Recipe::parse("recipe", recipe.as_bytes()).unwrap();
+    hardener::emit::emit(&vmlinuz(), &recipe, &mut |_| {}).unwrap()
+}
+
+/// A copy of a real bundle, to be broken.
 pub struct Scene {
     pub bundle: Bundle,
 }
 
 impl Scene {
     pub fn new() -> Scene {
+        Scene::of(&real().1)
+    }
+
+    pub fn of(bundle: &Bundle) -> Scene {
         Scene {
-            bundle: real().1.clone(),
+            bundle: bundle.clone(),
         }
+    }
+
+    /// The trap of the thunk called `name`.
+    pub fn trap(&mut self, name: &str) -> &mut Trap {
+        let thunk = self.named(name);
+        let traps = &mut self.bundle.manifest.cave.traps;
+        let trap = traps.iter_mut().find(|trap| trap.at >= thunk);
+        trap.expect("a trap")
     }
 
     pub fn va(&self, at: TextOff) -> LinkVa {
@@ -132,6 +159,12 @@ impl Scene {
             }
         }
         panic!("no such instruction at {thunk}");
+    }
+
+    /// The instruction at `at` in the cave.
+    pub fn instruction(&mut self, at: LinkVa) -> Instruction {
+        let code = self.cave(at, 15).to_vec();
+        Decoder::with_ip(64, &code, at.0, DecoderOptions::NONE).decode()
     }
 
     /// Bytes of `cave.elf` by address.

@@ -242,6 +242,7 @@ pub fn bundle() -> Bundle {
                 }],
                 return_tails: vec![at(0x2020)],
                 tables: Vec::new(),
+                traps: Vec::new(),
             },
             variants: vec![
                 variant("stock", Vec::new()),

@@ -1,8 +1,9 @@
 //! Following every path through a thunk.
 
+use super::exits::{Made, Reports};
 use super::interval::Set;
 use super::term::{Arena, Bin, Op, Term};
-use super::tree::{Leaf, Node, NodeId, Tree};
+use super::tree::{Node, NodeId, Tree};
 use iced_x86::{ConditionCode, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::collections::BTreeMap;
 
@@ -12,7 +13,7 @@ const MAX_STEPS: usize = 4096;
 const MAX_NODES: usize = 1 << 16;
 
 const RSP: usize = 4;
-const FLAG_NAMES: [&str; 7] = ["CF", "PF", "AF", "ZF", "SF", "OF", "SF and OF"];
+pub(super) const FLAG_NAMES: [&str; 7] = ["CF", "PF", "AF", "ZF", "SF", "OF", "SF and OF"];
 const REGISTER_NAMES: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
     "r14", "r15",
@@ -61,6 +62,8 @@ pub enum Exit {
     Return,
     /// Through the retpoline of this register.
     Indirect(u8),
+    /// To the kernel's `panic`.
+    Panic,
 }
 
 /// What a thunk owes the slots that reach it.
@@ -84,11 +87,13 @@ pub struct Fault {
 }
 
 #[derive(Clone)]
-struct State {
-    ip: u64,
-    registers: [Term; 16],
+pub(super) struct State {
+    pub(super) ip: u64,
+    pub(super) registers: [Term; 16],
     /// In the order of `FLAG_NAMES`; the last is "SF differs from OF", which signed comparisons ask.
-    flags: [Term; 7],
+    pub(super) flags: [Term; 7],
+    /// What was reported on the way.
+    pub(super) report: Option<Made>,
     /// Words pushed, by offset from RSP at entry.
     stack: BTreeMap<i64, Term>,
     /// The subjects that come this way.
@@ -101,23 +106,24 @@ pub struct Machine<'a> {
     code: &'a Code<'a>,
     /// What leaving to an address, or reaching a listed return tail, means.
     exit: &'a dyn Fn(u64) -> Option<Exit>,
-    contract: Contract,
-    arena: Arena,
+    pub(super) contract: Contract,
+    pub(super) arena: Arena,
+    pub(super) reports: Reports,
     saved_flags: Vec<[Term; 7]>,
     nodes: Vec<Node>,
     rsp: Term,
 }
 
-type Step<T> = Result<T, Fault>;
+pub(super) type Step<T> = Result<T, Fault>;
 
 impl<'a> Machine<'a> {
-    /// Follows every path from `entry`.
+    /// Follows every path from `entry`: what is decided, and what is reported.
     pub fn run(
         code: &'a Code<'a>,
         exit: &'a dyn Fn(u64) -> Option<Exit>,
         contract: Contract,
         entry: u64,
-    ) -> Step<Tree> {
+    ) -> Step<(Tree, Reports)> {
         let mut arena = Arena::default();
         let subject = arena.raw(Op::Subject);
         let mut registers = std::array::from_fn(|number| arena.raw(Op::Reg(number as u8)));
@@ -131,6 +137,7 @@ impl<'a> Machine<'a> {
             exit,
             contract,
             arena,
+            reports: Reports::new(),
             saved_flags: Vec::new(),
             nodes: Vec::new(),
             rsp,
@@ -139,11 +146,13 @@ impl<'a> Machine<'a> {
             ip: entry,
             registers,
             flags,
+            report: None,
             stack: BTreeMap::new(),
             subjects: Set::all(),
             steps: 0,
         })?;
-        Ok(Tree::new(&machine.arena, machine.nodes, root))
+        let tree = Tree::new(&machine.arena, machine.nodes, root);
+        Ok((tree, machine.reports))
     }
 
     fn node(&mut self, at: u64, node: Node) -> Step<NodeId> {
@@ -160,8 +169,8 @@ impl<'a> Machine<'a> {
         let end = loop {
             let at = state.ip;
             if let Some(exit) = (self.exit)(at) {
-                self.leave(&state, exit)?;
-                break self.node(at, Node::Leaf(Leaf::Pass, state.subjects.clone()))?;
+                let leaf = self.leave(&state, exit)?;
+                break self.node(at, Node::Leaf(leaf, state.subjects.clone()))?;
             }
             let (low, high) = self.code.executable;
             if !(low..high).contains(&at) {
@@ -184,7 +193,12 @@ impl<'a> Machine<'a> {
             state.ip = instruction.next_ip();
             match instruction.mnemonic() {
                 Mnemonic::Ud2 => {
-                    break self.node(at, Node::Leaf(Leaf::Trap, state.subjects.clone()))?;
+                    let leaf = self.kill(&state, at)?;
+                    break self.node(at, Node::Leaf(leaf, state.subjects.clone()))?;
+                }
+                Mnemonic::Out => self.report(&mut state, &instruction)?,
+                _ if state.report.is_some() && instruction.is_jcc_short_or_near() => {
+                    return Err(fault(at, "decides after a report"));
                 }
                 Mnemonic::Jmp if instruction.op0_kind() == OpKind::NearBranch64 => {
                     state.ip = instruction.near_branch_target();
@@ -238,51 +252,8 @@ impl<'a> Machine<'a> {
         self.node(at, Node::Branch { cond, yes, no })
     }
 
-    /// The state must be the slot's own again.
-    fn leave(&mut self, state: &State, exit: Exit) -> Step<()> {
-        let at = state.ip;
-        let wanted = match self.contract.target {
-            Some(register) => Exit::Indirect(register),
-            None => Exit::Return,
-        };
-        if exit != wanted {
-            let name = |exit| match exit {
-                Exit::Return => "a return".to_owned(),
-                Exit::Indirect(register) => format!("a jump to *%{}", register_name(register)),
-            };
-            return Err(fault(
-                at,
-                &format!(
-                    "ends a thunk by {}; its slots do {}",
-                    name(exit),
-                    name(wanted)
-                ),
-            ));
-        }
-        if let Some(depth) = self.depth(state).filter(|depth| *depth != 0) {
-            return Err(fault(at, &format!("is reached with rsp off by {depth}")));
-        }
-        for (number, value) in state.registers.iter().enumerate() {
-            let entry = match self.contract.target {
-                Some(target) if usize::from(target) == number => Op::Subject,
-                _ => Op::Reg(number as u8),
-            };
-            if self.arena.op(*value) != entry && self.contract.scratch >> number & 1 == 0 {
-                let name = REGISTER_NAMES[number];
-                return Err(fault(at, &format!("is reached with {name} changed")));
-            }
-        }
-        for (number, value) in state.flags.iter().enumerate() {
-            if self.arena.op(*value) != Op::Flag(number as u8) && !self.contract.flags {
-                let name = FLAG_NAMES[number];
-                return Err(fault(at, &format!("is reached with {name} changed")));
-            }
-        }
-        Ok(())
-    }
-
     /// How far RSP is from where it was at entry; none when that is no constant.
-    fn depth(&self, state: &State) -> Option<i64> {
+    pub(super) fn depth(&self, state: &State) -> Option<i64> {
         self.stack_offset(state.registers[RSP])
     }
 
@@ -732,13 +703,13 @@ fn gpr_bits(register: Register) -> Option<u32> {
     (register.is_gpr() && !high).then(|| register.size() as u32 * 8)
 }
 
-fn fault(at: u64, what: &str) -> Fault {
+pub(super) fn fault(at: u64, what: &str) -> Fault {
     Fault {
         at,
         what: what.to_owned(),
     }
 }
 
-fn unknown(at: u64) -> Fault {
+pub(super) fn unknown(at: u64) -> Fault {
     fault(at, "is an instruction that no thunk needs")
 }

@@ -31,6 +31,18 @@ const RAX: Contract = Contract {
     flags: true,
 };
 
+/// Nothing was saved.
+const NOTHING: Write = |_| Ok(());
+/// Flags, r10 and r11 were saved, in that order.
+const RESTORE: Write = |a| {
+    a.pop(r11)?;
+    a.pop(r10)?;
+    a.popfq()
+};
+/// The kernel's panic, and a message in the cave.
+const PANIC: u64 = RETPOLINE_RAX + 0x1000;
+const MESSAGE: u64 = CAVE + 0x1f00;
+
 const MEMBERS: [u64; 4] = [LOW, LOW + 5, LOW + 0x1007, LOW + SIZE - 1];
 
 /// What the checker says about a thunk.
@@ -57,6 +69,7 @@ fn judge(
         TAIL => Some(Exit::Return),
         RETPOLINE_RAX => Some(Exit::Indirect(0)),
         RETPOLINE_RCX => Some(Exit::Indirect(1)),
+        PANIC => Some(Exit::Panic),
         _ => None,
     };
     let table = Lookup {
@@ -66,8 +79,14 @@ fn judge(
     };
     match Machine::run(&code, &exit, contract, CAVE) {
         Err(fault) => fault.what,
-        Ok(tree) => match tree.prove(&code, &[table]) {
-            Ok(_) => "proved".to_owned(),
+        Ok((tree, reports)) => match tree.prove(&code, &[table]) {
+            Ok(_) => {
+                let actions: Vec<&str> = reports.values().map(|one| one.action.name()).collect();
+                match actions[..] {
+                    ["kill"] => "proved".to_owned(),
+                    _ => format!("proved, {}", actions.join(" ")),
+                }
+            }
             Err(Wrong::Passes(at)) => format!("passes +{:#x}", at.wrapping_sub(LOW)),
             Err(Wrong::Traps(at)) => format!("traps +{:#x}", at.wrapping_sub(LOW)),
             Err(Wrong::Outside(at)) => format!("outside +{:#x}", at.wrapping_sub(LOW)),
@@ -79,8 +98,16 @@ fn judge(
     }
 }
 
-/// The check of a return address, in r10 and r11; `limit` is the first offset that passes unseen.
-fn check(a: &mut CodeAssembler, depth: i32, limit: i32) -> Result<CodeLabel, IcedError> {
+type Write = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
+/// The check of a return address, in r10 and r11; `limit` is the first offset that passes unseen, `undo` restores what was
+/// saved before a report.
+fn check(
+    a: &mut CodeAssembler,
+    depth: i32,
+    limit: i32,
+    undo: Write,
+) -> Result<CodeLabel, IcedError> {
     let mut pass = a.create_label();
     let mut trap = a.create_label();
     a.mov(r10, qword_ptr(rsp + depth))?;
@@ -96,6 +123,8 @@ fn check(a: &mut CodeAssembler, depth: i32, limit: i32) -> Result<CodeLabel, Ice
     let mut skip = a.create_label();
     a.jmp(skip)?;
     a.set_label(&mut trap)?;
+    undo(a)?;
+    a.out(0xe5, al)?;
     a.ud2()?;
     a.set_label(&mut pass)?;
     a.nop()?;
@@ -107,7 +136,7 @@ fn check(a: &mut CodeAssembler, depth: i32, limit: i32) -> Result<CodeLabel, Ice
 #[test]
 fn a_return_thunk_with_free_registers_is_proved() {
     let verdict = judge(FREE, |a| {
-        check(a, 0, SIZE as i32)?;
+        check(a, 0, SIZE as i32, NOTHING)?;
         a.jmp(TAIL)
     });
     assert_eq!(verdict, "proved");
@@ -126,6 +155,7 @@ fn a_bit_string_test_is_proved() {
         a.jae(trap)?;
         a.jmp(TAIL)?;
         a.set_label(&mut trap)?;
+        a.out(0xe5, al)?;
         a.ud2()
     });
     assert_eq!(verdict, "proved");
@@ -137,7 +167,7 @@ fn a_thunk_that_saves_everything_is_proved() {
         a.pushfq()?;
         a.push(r10)?;
         a.push(r11)?;
-        check(a, 24, SIZE as i32)?;
+        check(a, 24, SIZE as i32, RESTORE)?;
         a.pop(r11)?;
         a.pop(r10)?;
         a.popfq()?;
@@ -149,14 +179,16 @@ fn a_thunk_that_saves_everything_is_proved() {
 /// The ways of getting the saving thunk wrong.
 #[test]
 fn saving_thunks_with_one_fault() {
-    type Write = fn(&mut CodeAssembler) -> Result<(), IcedError>;
     let cases: [(&str, Write, &str); 9] = [
         (
             "forgets to restore r11",
             |a| {
                 a.pushfq()?;
                 a.push(r10)?;
-                check(a, 16, SIZE as i32)?;
+                check(a, 16, SIZE as i32, |a| {
+                    a.pop(r10)?;
+                    a.popfq()
+                })?;
                 a.pop(r10)?;
                 a.popfq()?;
                 a.jmp(TAIL)
@@ -168,7 +200,10 @@ fn saving_thunks_with_one_fault() {
             |a| {
                 a.push(r10)?;
                 a.push(r11)?;
-                check(a, 16, SIZE as i32)?;
+                check(a, 16, SIZE as i32, |a| {
+                    a.pop(r11)?;
+                    a.pop(r10)
+                })?;
                 a.pop(r11)?;
                 a.pop(r10)?;
                 a.jmp(TAIL)
@@ -181,7 +216,7 @@ fn saving_thunks_with_one_fault() {
                 a.pushfq()?;
                 a.push(r10)?;
                 a.push(r11)?;
-                check(a, 24, SIZE as i32)?;
+                check(a, 24, SIZE as i32, RESTORE)?;
                 a.pop(r10)?;
                 a.pop(r11)?;
                 a.popfq()?;
@@ -195,7 +230,7 @@ fn saving_thunks_with_one_fault() {
                 a.pushfq()?;
                 a.push(r10)?;
                 a.push(r11)?;
-                check(a, 24, SIZE as i32)?;
+                check(a, 24, SIZE as i32, RESTORE)?;
                 a.pop(r11)?;
                 a.pop(r10)?;
                 a.jmp(TAIL)
@@ -231,6 +266,7 @@ fn saving_thunks_with_one_fault() {
             |a| {
                 a.test(rax, rax)?;
                 a.je(TAIL)?;
+                a.out(0xe5, al)?;
                 a.ud2()
             },
             "decides by something other than the checked address",
@@ -254,12 +290,11 @@ fn saving_thunks_with_one_fault() {
 /// The ways of getting the check wrong.
 #[test]
 fn checks_with_one_fault() {
-    type Write = fn(&mut CodeAssembler) -> Result<(), IcedError>;
     let cases: [(&str, Write, &str); 7] = [
         (
             "compares with one byte too few",
             |a| {
-                check(a, 0, SIZE as i32 - 8)?;
+                check(a, 0, SIZE as i32 - 8, NOTHING)?;
                 a.jmp(TAIL)
             },
             "passes +0x3ff8",
@@ -267,7 +302,7 @@ fn checks_with_one_fault() {
         (
             "compares with one byte too many",
             |a| {
-                check(a, 0, SIZE as i32 + 8)?;
+                check(a, 0, SIZE as i32 + 8, NOTHING)?;
                 a.jmp(TAIL)
             },
             "reads past the table for +0x4000",
@@ -286,6 +321,7 @@ fn checks_with_one_fault() {
                 a.and(r10d, 7)?;
                 a.bt(r11d, r10d)?;
                 a.jc(TAIL)?;
+                a.out(0xe5, al)?;
                 a.ud2()
             },
             "Unbounded(0)",
@@ -299,6 +335,7 @@ fn checks_with_one_fault() {
                 a.jae(TAIL)?;
                 a.bt(qword_ptr(TABLE), r10)?;
                 a.jnc(TAIL)?;
+                a.out(0xe5, al)?;
                 a.ud2()
             },
             "traps +0x0",
@@ -312,6 +349,7 @@ fn checks_with_one_fault() {
                 a.jb(TAIL)?;
                 a.bt(qword_ptr(TABLE), r10)?;
                 a.jc(TAIL)?;
+                a.out(0xe5, al)?;
                 a.ud2()
             },
             "Unbounded(0)",
@@ -326,6 +364,7 @@ fn checks_with_one_fault() {
                 a.and(r10, -16)?;
                 a.bt(qword_ptr(TABLE), r10)?;
                 a.jc(TAIL)?;
+                a.out(0xe5, al)?;
                 a.ud2()
             },
             "passes +0x1",
@@ -343,6 +382,7 @@ fn forward(a: &mut CodeAssembler, to: u64) -> Result<(), IcedError> {
     a.jae(to)?;
     a.bt(qword_ptr(TABLE), r11)?;
     a.jc(to)?;
+    a.out(0xe5, al)?;
     a.ud2()
 }
 
@@ -380,4 +420,195 @@ fn a_computed_goto_may_lose_nothing() {
         judge(inside, |a| forward(a, RETPOLINE_RAX)),
         "is reached with r11 changed"
     );
+}
+
+/// A thunk that saves everything, and ends with `report` when the address is not in the table.
+fn reporting(a: &mut CodeAssembler, report: Write) -> Result<(), IcedError> {
+    let mut pass = a.create_label();
+    a.pushfq()?;
+    a.push(r10)?;
+    a.push(r11)?;
+    a.mov(r10, qword_ptr(rsp + 24))?;
+    a.sub(r10, LOW as i32)?;
+    a.cmp(r10, SIZE as i32)?;
+    a.jae(pass)?;
+    a.bt(qword_ptr(TABLE), r10)?;
+    a.jc(pass)?;
+    report(a)?;
+    a.set_label(&mut pass)?;
+    RESTORE(a)?;
+    a.jmp(TAIL)
+}
+
+/// What follows a report, right and wrong.
+#[test]
+fn reports() {
+    let cases: [(&str, Write, &str); 17] = [
+        (
+            "kills",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe5, al)?;
+                a.ud2()
+            },
+            "proved",
+        ),
+        (
+            "logs",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe4, al)?;
+                a.jmp(TAIL)
+            },
+            "proved, log",
+        ),
+        (
+            "panics",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe5, al)?;
+                a.mov(rdi, MESSAGE as i64)?;
+                a.xor(eax, eax)?;
+                a.jmp(PANIC)
+            },
+            "proved, panic",
+        ),
+        (
+            "reports before it restores",
+            |a| {
+                a.out(0xe5, al)?;
+                RESTORE(a)?;
+                a.ud2()
+            },
+            "is reached with rsp off by -24",
+        ),
+        (
+            "restores the stack only",
+            |a| {
+                a.add(rsp, 24)?;
+                a.out(0xe5, al)?;
+                a.ud2()
+            },
+            "is reached with r10 changed",
+        ),
+        (
+            "restores all but the flags",
+            |a| {
+                a.pop(r11)?;
+                a.pop(r10)?;
+                a.add(rsp, 8)?;
+                a.out(0xe4, al)?;
+                a.jmp(TAIL)
+            },
+            "is reached with CF changed",
+        ),
+        (
+            "loses a register after its report",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe5, al)?;
+                a.xor(eax, eax)?;
+                a.ud2()
+            },
+            "is reached with rax changed",
+        ),
+        (
+            "loses a register and goes on",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe4, al)?;
+                a.mov(rbx, rax)?;
+                a.jmp(TAIL)
+            },
+            "is reached with rbx changed",
+        ),
+        (
+            "kills in silence",
+            |a| {
+                RESTORE(a)?;
+                a.ud2()
+            },
+            "ends the task without a report",
+        ),
+        (
+            "says that it goes on and does not",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe4, al)?;
+                a.ud2()
+            },
+            "ends the task after a report that says it goes on",
+        ),
+        (
+            "says that it does not go on and does",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe5, al)?;
+                a.jmp(TAIL)
+            },
+            "reports that it does not go on, and goes on",
+        ),
+        (
+            "reports twice",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe4, al)?;
+                a.out(0xe4, al)?;
+                a.jmp(TAIL)
+            },
+            "reports a second time",
+        ),
+        (
+            "goes on elsewhere",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe4, al)?;
+                a.jmp(RETPOLINE_RAX)
+            },
+            "ends a thunk by a jump to *%rax; its slots do a return",
+        ),
+        (
+            "uses another port",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe3, al)?;
+                a.jmp(TAIL)
+            },
+            "is an instruction that no thunk needs",
+        ),
+        (
+            "panics without a report",
+            |a| {
+                RESTORE(a)?;
+                a.mov(rdi, MESSAGE as i64)?;
+                a.xor(eax, eax)?;
+                a.jmp(PANIC)
+            },
+            "is reached without a report that says so",
+        ),
+        (
+            "panics with what the guest chose",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe5, al)?;
+                a.xor(eax, eax)?;
+                a.jmp(PANIC)
+            },
+            "is called without a fixed message",
+        ),
+        (
+            "panics with vector registers",
+            |a| {
+                RESTORE(a)?;
+                a.out(0xe5, al)?;
+                a.mov(rdi, MESSAGE as i64)?;
+                a.jmp(PANIC)
+            },
+            "is called with vector registers",
+        ),
+    ];
+    for (name, write, verdict) in cases {
+        let said = judge(STRICT, |a| reporting(a, write));
+        assert_eq!(said, verdict, "a thunk that {name}");
+    }
 }

@@ -19,7 +19,7 @@ pub struct NodeId(pub usize);
 pub enum Leaf {
     /// As the slot would have gone on.
     Pass,
-    /// UD2.
+    /// Reported.
     Trap,
 }
 

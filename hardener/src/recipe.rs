@@ -1,0 +1,403 @@
+//! A recipe: what the passes do, in TOML. Without one every pass does its default.
+//!
+//! ```toml
+//! schema = 1
+//!
+//! [pass.return-cfi]
+//! on-violation = "log"     # kill (the default), log or panic
+//!
+//! [pass.forward-cfi]
+//! on-violation = "panic"
+//! ```
+//!
+//! All errors of a file are found at once, each with its place.
+
+use crate::passes;
+use penumbra_bundle::ViolationAction;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::{self, Read as _};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+/// The parameter that says what a thunk does about a value that it does not accept.
+pub const ON_VIOLATION: &str = "on-violation";
+
+/// The only schema that this version reads.
+const SCHEMA: &str = "1";
+/// The largest recipe.
+const MAX_RECIPE: u64 = 1 << 20;
+/// Nobody reads more of what is wrong with one file.
+const MAX_FAULTS: usize = 50;
+const ACTIONS: [ViolationAction; 3] = [
+    ViolationAction::Kill,
+    ViolationAction::Log,
+    ViolationAction::Panic,
+];
+
+/// What the passes do.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Recipe {
+    on_violation: BTreeMap<&'static str, ViolationAction>,
+}
+
+/// Why a recipe is refused.
+#[derive(Debug, Error)]
+pub enum RecipeError {
+    /// The file system said no.
+    #[error("{path}: {source}")]
+    Io {
+        /// The recipe.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The recipe is no recipe.
+    #[error("{}", lines(.0))]
+    Bad(Vec<RecipeFault>),
+}
+
+/// What is wrong at one place: `FILE:LINE:COLUMN: what; remedy`.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+#[error("{file}:{line}:{column}: {kind}")]
+pub struct RecipeFault {
+    /// The file's name as given.
+    pub file: String,
+    /// Line, from 1.
+    pub line: usize,
+    /// Column in characters, from 1.
+    pub column: usize,
+    /// What is wrong.
+    pub kind: RecipeFaultKind,
+}
+
+/// What is wrong.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+pub enum RecipeFaultKind {
+    /// Too long to be a recipe.
+    #[error("larger than {MAX_RECIPE} bytes; is it the right file?")]
+    TooLarge,
+    /// TOML is UTF-8.
+    #[error("not UTF-8, as TOML must be")]
+    NotUtf8,
+    /// Not TOML.
+    #[error("{0}")]
+    Syntax(String),
+    /// A key that must be there is not.
+    #[error("the recipe has no `schema`; write `schema = 1`, the version of this format")]
+    NoSchema,
+    /// Another version of the format.
+    #[error(
+        "this version reads schema 1 only; use a newer hardener, or write the recipe as schema 1"
+    )]
+    OtherSchema,
+    /// A value of another type.
+    #[error("expected {expected}, found {found}")]
+    Type {
+        /// What stands there in a recipe.
+        expected: &'static str,
+        /// What stands there.
+        found: String,
+    },
+    /// A key, pass, parameter or value that there is not.
+    #[error("unknown {what} `{name}`; {}", known_or_near(.name, .known))]
+    Unknown {
+        /// What it would be.
+        what: &'static str,
+        /// What is written.
+        name: String,
+        /// What may stand there.
+        known: Vec<&'static str>,
+    },
+}
+
+fn lines(faults: &[RecipeFault]) -> String {
+    let lines: Vec<String> = faults.iter().map(ToString::to_string).collect();
+    lines.join("\n")
+}
+
+fn known_or_near(name: &str, known: &[&'static str]) -> String {
+    // Longer than any name: not worth the quadratic distance.
+    let near = known
+        .iter()
+        .filter(|_| name.len() <= 40)
+        .min_by_key(|known| strsim::osa_distance(name, known))
+        .filter(|near| strsim::osa_distance(name, near) <= near.len().max(name.len()) / 3);
+    match near {
+        Some(near) => format!("did you mean `{near}`?"),
+        None if known.is_empty() => "there is none".to_owned(),
+        None => format!("there are: {}", known.join(", ")),
+    }
+}
+
+impl Recipe {
+    /// Reads the recipe in the file `path`.
+    pub fn open(path: &Path) -> Result<Recipe, RecipeError> {
+        let fail = |source| RecipeError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(path).map_err(fail)?;
+        file.take(MAX_RECIPE + 1)
+            .read_to_end(&mut bytes)
+            .map_err(fail)?;
+        Recipe::parse(&path.display().to_string(), &bytes)
+    }
+
+    /// Reads a recipe from its bytes; `file` is its name in messages.
+    pub fn parse(file: &str, bytes: &[u8]) -> Result<Recipe, RecipeError> {
+        let src = String::from_utf8_lossy(bytes);
+        let mut reader = Reader {
+            file,
+            src: &src,
+            faults: Vec::new(),
+        };
+        let mut recipe = Recipe::default();
+        if bytes.len() as u64 > MAX_RECIPE {
+            reader.fault(0..0, RecipeFaultKind::TooLarge);
+        } else if let Err(error) = std::str::from_utf8(bytes) {
+            let at = error.valid_up_to();
+            reader.fault(at..at, RecipeFaultKind::NotUtf8);
+        } else {
+            reader.read(&mut recipe);
+        }
+        if reader.faults.is_empty() {
+            return Ok(recipe);
+        }
+        reader
+            .faults
+            .sort_by_key(|fault| (fault.line, fault.column));
+        // The TOML parser says once for each of many open brackets that the file ends.
+        reader.faults.dedup();
+        Err(RecipeError::Bad(reader.faults))
+    }
+
+    /// What the thunks of `pass` do about a value that they do not accept.
+    pub fn on_violation(&self, pass: &str) -> ViolationAction {
+        self.on_violation.get(pass).copied().unwrap_or_default()
+    }
+}
+
+type Value<'i> = Spanned<DeValue<'i>>;
+
+struct Reader<'a> {
+    file: &'a str,
+    src: &'a str,
+    faults: Vec<RecipeFault>,
+}
+
+impl Reader<'_> {
+    fn fault(&mut self, span: Range<usize>, kind: RecipeFaultKind) {
+        if self.faults.len() >= MAX_FAULTS {
+            return;
+        }
+        let mut start = span.start.min(self.src.len());
+        while !self.src.is_char_boundary(start) {
+            start -= 1;
+        }
+        let before = &self.src[..start];
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        self.faults.push(RecipeFault {
+            file: self.file.to_owned(),
+            line: before.matches('\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+            kind,
+        });
+    }
+
+    fn read(&mut self, recipe: &mut Recipe) {
+        let (root, errors) = DeTable::parse_recoverable(self.src);
+        let broken = !errors.is_empty();
+        for error in errors {
+            let kind = RecipeFaultKind::Syntax(error.message().to_owned());
+            self.fault(error.span().unwrap_or(0..0), kind);
+        }
+        let root = root.get_ref();
+        match root.get("schema") {
+            Some(value) => match value.get_ref().as_integer() {
+                Some(number) if number.as_str() == SCHEMA && number.radix() == 10 => {}
+                // Of another schema nothing else can be said.
+                Some(_) => return self.fault(value.span(), RecipeFaultKind::OtherSchema),
+                None => self.wrong_type(value, "an integer"),
+            },
+            None if broken => {}
+            None => self.fault(0..0, RecipeFaultKind::NoSchema),
+        }
+        self.only(root, "key", &["schema", "pass"]);
+        let Some(table) = root.get("pass").and_then(|value| self.table(value)) else {
+            return;
+        };
+        let known = passes::known();
+        self.only(table, "pass", &known.keys().copied().collect::<Vec<_>>());
+        for (name, pass) in known {
+            let value = table.get(name);
+            if let Some(fields) = value.and_then(|value| self.table(value)) {
+                self.only(fields, "parameter", pass.parameters());
+                if pass.parameters().contains(&ON_VIOLATION)
+                    && let Some(value) = fields.get(ON_VIOLATION)
+                    && let Some(action) = self.action(value)
+                {
+                    recipe.on_violation.insert(name, action);
+                }
+            }
+        }
+    }
+
+    fn action(&mut self, value: &Value<'_>) -> Option<ViolationAction> {
+        let Some(name) = value.get_ref().as_str() else {
+            self.wrong_type(value, "a string");
+            return None;
+        };
+        let action = ACTIONS.into_iter().find(|action| action.name() == name);
+        if action.is_none() {
+            self.unknown(
+                value.span(),
+                "action",
+                name,
+                &ACTIONS.map(ViolationAction::name),
+            );
+        }
+        action
+    }
+
+    fn table<'t, 'i>(&mut self, value: &'t Value<'i>) -> Option<&'t DeTable<'i>> {
+        let table = value.get_ref().as_table();
+        if table.is_none() {
+            self.wrong_type(value, "a table");
+        }
+        table
+    }
+
+    fn only(&mut self, table: &DeTable<'_>, what: &'static str, known: &[&'static str]) {
+        for key in table.keys() {
+            let name = key.get_ref().as_ref();
+            if !known.contains(&name) {
+                self.unknown(key.span(), what, name, known);
+            }
+        }
+    }
+
+    fn unknown(
+        &mut self,
+        span: Range<usize>,
+        what: &'static str,
+        name: &str,
+        known: &[&'static str],
+    ) {
+        let kind = RecipeFaultKind::Unknown {
+            what,
+            name: name.escape_debug().to_string(),
+            known: known.to_vec(),
+        };
+        self.fault(span, kind);
+    }
+
+    fn wrong_type(&mut self, value: &Value<'_>, expected: &'static str) {
+        let found = value.get_ref().type_str();
+        let vowel = found.starts_with(['a', 'e', 'i', 'o', 'u']);
+        let found = format!("{} {found}", if vowel { "an" } else { "a" });
+        self.fault(value.span(), RecipeFaultKind::Type { expected, found });
+    }
+}
+
+impl fmt::Display for Recipe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "schema = {SCHEMA}")?;
+        for (pass, action) in &self.on_violation {
+            writeln!(f, "\n[pass.{pass}]\n{ON_VIOLATION} = \"{}\"", action.name())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_RECIPE, Recipe};
+    use crate::passes::{FORWARD_CFI, RETURN_CFI};
+    use penumbra_bundle::ViolationAction;
+
+    fn said(src: impl AsRef<[u8]>) -> String {
+        match Recipe::parse("r.toml", src.as_ref()) {
+            Ok(recipe) => recipe.to_string(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn a_pass_does_what_its_recipe_says_and_kills_otherwise() {
+        let src = "schema = 1\n\n[pass.return-cfi]\non-violation = \"log\"\n";
+        let recipe = Recipe::parse("r.toml", src.as_bytes()).unwrap();
+        assert_eq!(recipe.on_violation(RETURN_CFI), ViolationAction::Log);
+        assert_eq!(recipe.on_violation(FORWARD_CFI), ViolationAction::Kill);
+        assert_eq!(recipe.to_string(), src);
+    }
+
+    #[test]
+    fn the_documented_example_is_a_recipe() {
+        let doc = include_str!("recipe.rs").lines();
+        let example: Vec<&str> = doc
+            .skip_while(|line| *line != "//! ```toml")
+            .skip(1)
+            .map_while(|line| line.strip_prefix("//!").filter(|line| *line != " ```"))
+            .map(str::trim_start)
+            .collect();
+        let recipe = Recipe::parse("doc", example.join("\n").as_bytes()).unwrap();
+        assert_eq!(recipe.on_violation(FORWARD_CFI), ViolationAction::Panic);
+    }
+
+    #[test]
+    fn each_mistake_is_named_with_its_place() {
+        for (src, expected) in [
+            (
+                "",
+                "r.toml:1:1: the recipe has no `schema`; write `schema = 1`, the version of this format",
+            ),
+            (
+                "schema = 2\n[pass.x]\n",
+                "r.toml:1:10: this version reads schema 1 only; use a newer hardener, or write the recipe as schema 1",
+            ),
+            (
+                "schema = \"1\"\n",
+                "r.toml:1:10: expected an integer, found a string",
+            ),
+            (
+                "schema = 1\npasses = 3\n",
+                "r.toml:2:1: unknown key `passes`; did you mean `pass`?",
+            ),
+            (
+                "schema = 1\n[pass.retrun-cfi]\n",
+                "r.toml:2:7: unknown pass `retrun-cfi`; did you mean `return-cfi`?",
+            ),
+            (
+                "schema = 1\n[pass.return-cfi]\non-violation = \"ignore\"\n",
+                "r.toml:3:16: unknown action `ignore`; there are: kill, log, panic",
+            ),
+            (
+                "schema = 1\n[pass.return-cfi]\non-violation = 1\n[pass.forward-cfi]\nwhen = 1\n",
+                "r.toml:3:16: expected a string, found an integer\n\
+                 r.toml:5:1: unknown parameter `when`; there are: on-violation",
+            ),
+            (
+                "schema = 1\n[pass.no-rethunk]\non-violation = \"log\"\n",
+                "r.toml:3:1: unknown parameter `on-violation`; there is none",
+            ),
+            (
+                "schema = 1\npass = 1\n",
+                "r.toml:2:8: expected a table, found an integer",
+            ),
+        ] {
+            assert_eq!(said(src), expected, "{src}");
+        }
+        assert!(said("schema = 1\n[pass").starts_with("r.toml:2:"));
+        assert_eq!(
+            said(b"schema = 1\n# \xff"),
+            "r.toml:2:3: not UTF-8, as TOML must be"
+        );
+        let long = "#".repeat(MAX_RECIPE as usize + 1);
+        assert!(said(long).contains("larger than"));
+    }
+}
