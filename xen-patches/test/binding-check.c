@@ -2,201 +2,25 @@
 /*
  * Drives HVMOP_altp2m_binding on a live guest, from dom0.
  *
- *   binding-check api   DOMID POKING_MM POKING_ADDR PGD_OFFSET
- *   binding-check storm DOMID POKING_MM POKING_ADDR PGD_OFFSET TEXT END SECONDS [logdirty]
- *   binding-check lost  DOMID POKING_MM POKING_ADDR PGD_OFFSET
+ *   binding-check api|witness|lost DOMID POKING_MM POKING_ADDR PGD_OFFSET
+ *   binding-check storm DOMID POKING_MM POKING_ADDR PGD_OFFSET TEXT END SECONDS
  *
  * POKING_MM and POKING_ADDR are the addresses of the guest kernel's variables
  * of these names, PGD_OFFSET that of pgd in its struct mm_struct, TEXT and END
  * the bounds of its text.  The guest's own work is up to the caller.
  *
  * api: what has to be refused, then each action once and what it has to show.
+ * witness: bindings that lapse, pairs of roots (in a guest with pti=on), and
+ * the ring of events.  The guest has to switch between processes.
  * storm: two views, each with its own copy of the whole text, bound to the
  * roots the guest uses; the default view changes all the time.  Afterwards all
  * copies have to equal the guest's text, whatever it wrote to it meanwhile.
- * With logdirty, log-dirty mode goes on and off at each turn: all of the guest's
- * p2m entries change under the views.
  * lost: takes away a page that a bound view needs; the guest has to be crashed.
  *
  * One line per check, "ok ..." or "FAIL ...".  Exit code 0: all ok, 1: not
  * all, 2: could not be run.
  */
-#include <errno.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
-
-#include <xencall.h>
-#include <xenctrl.h>
-#include <xenforeignmemory.h>
-#include <xen/hvm/save.h>
-
-/* The interface, spelled out: a change of it has to break this test. */
-#define OP_HVM          34
-#define HVMOP_ALTP2M    25
-#define CMD_BINDING     17
-enum { ARM, ENABLE, DISABLE, SET, CLEAR, GET, STATS, DEFAULT, FLAGS };
-
-struct binding {
-    uint32_t action;
-    uint16_t view, flags;
-    uint64_t root, value, out[5];
-};
-
-struct altp2m_op {
-    uint32_t version, cmd;
-    uint16_t domain, pad1;
-    uint32_t pad2;
-    struct binding u;
-};
-
-#define PAGE    4096UL
-/* Where the copies go: above the RAM of any guest this is used with. */
-#define COPIES  0x40000UL
-
-static xc_interface *xch;
-static xencall_handle *call;
-static xenforeignmemory_handle *fmem;
-static uint32_t dom;
-static unsigned int failed;
-
-static void die(const char *what)
-{
-    printf("cannot: %s: %s\n", what, strerror(errno));
-    exit(2);
-}
-
-static void check(bool ok, const char *fmt, ...)
-{
-    va_list args;
-
-    failed += !ok;
-    printf("%s ", ok ? "ok" : "FAIL");
-    va_start(args, fmt);
-    vprintf(fmt, args);
-    va_end(args);
-    printf("\n");
-    fflush(stdout);
-}
-
-/* Returns 0 or a positive errno. */
-static int raw(struct altp2m_op *op)
-{
-    struct altp2m_op *buf = xencall_alloc_buffer(call, sizeof(*buf));
-    int rc;
-
-    if ( !buf )
-        die("hypercall buffer");
-    *buf = *op;
-    rc = xencall2(call, OP_HVM, HVMOP_ALTP2M, (uintptr_t)buf);
-    rc = rc < 0 ? errno : 0;
-    *op = *buf;
-    xencall_free_buffer(call, buf);
-    return rc;
-}
-
-static int bind_op(struct binding *b)
-{
-    struct altp2m_op op = { .version = 1, .cmd = CMD_BINDING, .domain = dom };
-    int rc;
-
-    op.u = *b;
-    rc = raw(&op);
-    *b = op.u;
-    return rc;
-}
-
-static int act(uint32_t action, uint16_t view, uint64_t root, uint64_t value)
-{
-    struct binding b = { .action = action, .view = view, .root = root, .value = value };
-
-    return bind_op(&b);
-}
-
-static struct binding stats(void)
-{
-    struct binding b = { .action = STATS };
-
-    if ( bind_op(&b) )
-        die("STATS");
-    return b;
-}
-
-static void expect(const char *what, int want, int got)
-{
-    if ( want == got )
-        check(true, "%s: %s", what, want ? strerror(want) : "done");
-    else
-        check(false, "%s: %s instead of %s", what, strerror(got), strerror(want));
-}
-
-/* The root a vCPU has loaded; 0 if it is down. */
-static uint64_t cr3_of(unsigned int vcpu)
-{
-    struct hvm_hw_cpu cpu;
-    xc_vcpuinfo_t info;
-
-    if ( xc_vcpu_getinfo(xch, dom, vcpu, &info) )
-        die("vCPU info");
-    if ( !info.online )
-        return 0;
-    if ( xc_domain_hvm_getcontext_partial(xch, dom, HVM_SAVE_CODE(CPU), vcpu, &cpu, sizeof(cpu)) )
-        die("vCPU context");
-    return cpu.cr3 & ~0xfffUL & ~(1UL << 63);
-}
-
-static uint64_t phys(uint64_t va)
-{
-    unsigned long pfn = xc_translate_foreign_address(xch, dom, 0, va);
-
-    if ( !pfn )
-        die("translate a guest address");
-    return ((uint64_t)pfn << 12) | (va & 0xfff);
-}
-
-static void *map(uint64_t gfn, int prot)
-{
-    xen_pfn_t pfn = gfn;
-    void *p = xenforeignmemory_map(fmem, dom, prot, 1, &pfn, NULL);
-
-    if ( !p )
-        die("map a guest page");
-    return p;
-}
-
-static uint64_t read64(uint64_t va)
-{
-    uint64_t pa = phys(va), value;
-    char *p = map(pa >> 12, PROT_READ);
-
-    memcpy(&value, p + (pa & 0xfff), sizeof(value));
-    munmap(p, PAGE);
-    return value;
-}
-
-static uint16_t view_of(unsigned int vcpu)
-{
-    uint16_t view = 0xffff;
-
-    if ( xc_altp2m_get_vcpu_p2m_idx(xch, dom, vcpu, &view) )
-        die("view of a vCPU");
-    return view;
-}
-
-static uint16_t new_view(void)
-{
-    uint16_t view = 0;
-
-    if ( xc_altp2m_create_view(xch, dom, XENMEM_access_default, &view) )
-        die("create a view");
-    return view;
-}
+#include "check.h"
 
 static void api(uint64_t poking_root, uint64_t poking_addr)
 {
@@ -229,7 +53,7 @@ static void api(uint64_t poking_root, uint64_t poking_addr)
     op.cmd = 250;
     expect("unknown sub-command", EOPNOTSUPP, raw(&op));
 
-    expect("unknown action", EINVAL, act(FLAGS + 1, 0, 0, 0));
+    expect("unknown action", EINVAL, act(QUERY + 1, 0, 0, 0));
     expect("far unknown action", EINVAL, act(~0u, 0, 0, 0));
     expect("ENABLE before ARM", ENODEV, act(ENABLE, view, 0, 0));
     expect("SET before ARM", ENODEV, act(SET, view, 0x1000, 0));
@@ -269,10 +93,8 @@ static void api(uint64_t poking_root, uint64_t poking_addr)
     expect("ENABLE, root given", EINVAL, act(ENABLE, view, 0x1000, b.out[3]));
     expect("DEFAULT before ENABLE", ENODEV, act(DEFAULT, view, 0, 0));
     check(view_of(0) == 0, "still in view 0");
-    for ( i = 0; i < 20; i++ )
-        if ( act(ENABLE, view, 0, stats().out[3]) != EAGAIN )
-            break;
-    check(stats().flags == 3, "enabled (after %u retries)", i);
+    i = enable(view);
+    check(stats().flags == 3, "enabled (on try %u)", i);
     check(view_of(0) == view, "vCPU 0 in the default view");
 
     errno = 0;
@@ -365,8 +187,7 @@ static void api(uint64_t poking_root, uint64_t poking_addr)
     /* Switching altp2m off takes all of it along. */
     view = new_view();
     act(ARM, 0, poking_root, poking_addr);
-    for ( i = 0; i < 20 && act(ENABLE, view, 0, stats().out[3]) == EAGAIN; i++ )
-        ;
+    enable(view);
     check(stats().flags == 3, "enabled once more");
     check(!xc_altp2m_set_domain_state(xch, dom, false), "altp2m off while enabled");
     check(!xc_altp2m_set_domain_state(xch, dom, true), "and on");
@@ -403,9 +224,9 @@ static unsigned long differing(unsigned int copy)
     return n;
 }
 
-static void storm(uint64_t poking_root, uint64_t poking_addr, uint64_t text, uint64_t end,
-                  unsigned int seconds, bool logdirty)
+static void storm(const struct guest *guest, unsigned int seconds)
 {
+    uint64_t text = guest->text, end = guest->end;
     uint16_t view[3] = { 0 };
     xen_pfn_t *gfns, *text_gfn;
     unsigned long i;
@@ -434,7 +255,7 @@ static void storm(uint64_t poking_root, uint64_t poking_addr, uint64_t text, uin
     copy_map[1] = map_all(gfns + pages, PROT_READ | PROT_WRITE);
     if ( xc_altp2m_set_domain_state(xch, dom, true) )
         die("altp2m for the domain");
-    if ( act(ARM, 0, poking_root, poking_addr) )
+    if ( act(ARM, 0, guest->root, guest->addr) )
         die("ARM");
     for ( copy = 0; copy < 2; copy++ )
     {
@@ -465,23 +286,15 @@ static void storm(uint64_t poking_root, uint64_t poking_addr, uint64_t text, uin
         /* Bind what runs, in turn to all views; now and then let go of one. */
         uint64_t root = cr3_of(flips & 1);
 
-        if ( root && root != poking_root && !act(SET, view[rand() % 3], root, 0) )
+        if ( root && root != guest->root && !act(SET, view[rand() % 3], root, 0) )
             bound++;
         if ( root && rand() % 4 == 0 )
             act(CLEAR, 0, root, 0);
         if ( act(DEFAULT, view[rand() % 3], 0, 0) )
             die("DEFAULT");
         flips++;
-        if ( logdirty &&
-             xc_logdirty_control(xch, dom, flips & 1 ? XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY
-                                                     : XEN_DOMCTL_SHADOW_OP_OFF,
-                                 NULL, 0, 0, NULL) < 0 )
-            die("log-dirty mode");
         usleep(rand() % 3000);
     }
-
-    if ( logdirty && flips & 1 )
-        xc_logdirty_control(xch, dom, XEN_DOMCTL_SHADOW_OP_OFF, NULL, 0, 0, NULL);
 
     /* Compare at a moment without a write under way. */
     for ( tries = 1; tries <= 200; tries++ )
@@ -520,7 +333,6 @@ static void lost(uint64_t poking_root, uint64_t poking_addr)
     xen_pfn_t gfn = COPIES;
     xc_domaininfo_t info;
     uint16_t view;
-    unsigned int i;
 
     if ( xc_domain_setmaxmem(xch, dom, 1UL << 20) ||
          xc_domain_populate_physmap_exact(xch, dom, 1, 0, 0, &gfn) ||
@@ -531,8 +343,7 @@ static void lost(uint64_t poking_root, uint64_t poking_addr)
     if ( xc_altp2m_change_gfn(xch, dom, view, 0x100, gfn) ||
          act(ARM, 0, poking_root, poking_addr) )
         die("prepare");
-    for ( i = 0; i < 20 && act(ENABLE, 0, 0, stats().out[3]) == EAGAIN; i++ )
-        ;
+    enable(0);
     expect("SET", 0, act(SET, view, 0x1000, 0));
     check(!xc_domain_decrease_reservation_exact(xch, dom, 1, 0, &gfn), "page taken away");
     if ( xc_domain_getinfolist(xch, dom, 1, &info) != 1 || info.domain != dom )
@@ -544,19 +355,19 @@ static void lost(uint64_t poking_root, uint64_t poking_addr)
 
 int main(int argc, char **argv)
 {
-    uint64_t arg[8] = { 0 }, root;
+    uint64_t arg[8] = { 0 };
+    struct guest guest;
     bool is_storm = argc > 1 && !strcmp(argv[1], "storm");
-    bool logdirty = is_storm && argc == 10 && !strcmp(argv[9], "logdirty");
     int i;
 
-    if ( argc != (is_storm ? 9 + logdirty : 6) )
+    if ( argc != (is_storm ? 9 : 6) )
     {
-        fprintf(stderr, "usage: %s api|lost DOMID POKING_MM POKING_ADDR PGD_OFFSET\n"
-                "       %s storm DOMID POKING_MM POKING_ADDR PGD_OFFSET TEXT END SECONDS [logdirty]\n",
+        fprintf(stderr, "usage: %s api|witness|lost DOMID POKING_MM POKING_ADDR PGD_OFFSET\n"
+                "       %s storm DOMID POKING_MM POKING_ADDR PGD_OFFSET TEXT END SECONDS\n",
                 argv[0], argv[0]);
         return 2;
     }
-    for ( i = 2; i < argc - logdirty; i++ )
+    for ( i = 2; i < argc; i++ )
         arg[i - 2] = strtoull(argv[i], NULL, 0);
 
     xch = xc_interface_open(NULL, NULL, 0);
@@ -565,14 +376,21 @@ int main(int argc, char **argv)
     if ( !xch || !call || !fmem )
         die("open Xen's interfaces");
     dom = arg[0];
-    root = phys(read64(read64(arg[1]) + arg[3]));
+    guest = (struct guest){
+        .root = phys(read64(read64(arg[1]) + arg[3])),
+        .addr = read64(arg[2]),
+        .text = arg[4],
+        .end = arg[5],
+    };
 
     if ( is_storm )
-        storm(root, read64(arg[2]), arg[4], arg[5], arg[6], logdirty);
+        storm(&guest, arg[6]);
     else if ( !strcmp(argv[1], "lost") )
-        lost(root, read64(arg[2]));
+        lost(guest.root, guest.addr);
+    else if ( !strcmp(argv[1], "witness") )
+        witnesses(&guest);
     else
-        api(root, read64(arg[2]));
+        api(guest.root, guest.addr);
 
     printf("%s\n", failed ? "FAILED" : "all ok");
     return failed ? 1 : 0;
