@@ -53,9 +53,9 @@ fn phases(criterion: &mut Criterion, name: &str, path: &Path) {
     let recipe = Recipe::default();
     let kernel = kernel_thunks(&image).expect("has thunks");
     group.bench_function("7 thunks and tables", |bench| {
-        bench.iter(|| thunks::build(&text, &kernel, &recipe).expect("fits"))
+        bench.iter(|| thunks::build(&text, &[], &kernel, &recipe).expect("fits"))
     });
-    let cave = thunks::build(&text, &kernel, &recipe).expect("fits");
+    let cave = thunks::build(&text, &[], &kernel, &recipe).expect("fits");
     let context = Context {
         recipe: &recipe,
         text: &text,

@@ -28,7 +28,8 @@ enum Command {
     #[command(after_help = "Examples:\n  \
         hardener emit /boot/vmlinuz-6.1.0-56-cloud-amd64 -o bundle\n  \
         hardener check bundle --image /boot/vmlinuz-6.1.0-56-cloud-amd64\n  \
-        signer sign bundle --key alice.pem\n\n\
+        signer sign bundle --key alice.pem\n  \
+        hardener emit vmlinuz -o bundle --module /lib/modules/6.1.0-56-cloud-amd64/kernel\n\n\
         A recipe says what a thunk does, once it has reported it, about a value that it does not accept: `kill` the\n\
         task (the default), `log` it and go on, or `panic`:\n\n  \
         schema = 1\n\n  \
@@ -47,6 +48,9 @@ enum Command {
         /// What the passes do, in TOML; without it, their defaults
         #[arg(long, value_name = "FILE")]
         recipe: Option<PathBuf>,
+        /// A module (.ko, .ko.gz, .ko.xz, .ko.zst) or a folder of them, whose text gets views too; again for more
+        #[arg(long = "module", value_name = "FILE")]
+        modules: Vec<PathBuf>,
         /// Replace the bundle that is there
         #[arg(long)]
         force: bool,
@@ -94,9 +98,10 @@ pub fn main() -> ExitCode {
             image,
             output,
             recipe,
+            modules,
             force,
             json,
-        } => emit_bundle(&image, &output, recipe.as_deref(), force, json),
+        } => emit_bundle(&image, &output, recipe.as_deref(), &modules, force, json),
         Command::Check {
             bundle,
             image,
@@ -132,6 +137,7 @@ fn emit_bundle(
     image: &Path,
     output: &Path,
     recipe: Option<&Path>,
+    modules: &[PathBuf],
     force: bool,
     json: bool,
 ) -> Result<String, Error> {
@@ -142,17 +148,25 @@ fn emit_bundle(
     let recipe = recipe.map(Recipe::open).transpose();
     let recipe = recipe.map_err(emit::EmitError::from)?.unwrap_or_default();
     let progress = Progress::start();
-    let mut bundle = emit::emit(image, &recipe, &mut |stage| progress.stage(stage.label()))?;
+    let emitted = emit::emit_with(image, &recipe, modules, &mut |stage| {
+        progress.stage(stage.label())
+    })?;
+    let mut bundle = emitted.bundle;
     progress.stage(emit::Stage::Write.label());
     bundle
         .write_dir(output, force)
         .map_err(emit::EmitError::from)?;
     drop(progress);
+    for refused in &emitted.refused {
+        eprintln!("hardener: left out: {refused}");
+    }
     let summary = Summary::of(&bundle);
     Ok(if json {
         summary.json("penumbra.emit/v1")
     } else {
-        format!("wrote {}\n{}", output.display(), summary.variants_table())
+        let modules = summary.modules_line();
+        let table = summary.variants_table();
+        format!("wrote {}\n{table}{modules}", output.display())
     })
 }
 

@@ -1,16 +1,17 @@
 //! `hardener emit`: from an image to a bundle.
 
 use crate::image::{Fault, Image, ImageError};
+use crate::modules::{Modules, Refused};
 use crate::passes::{self, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
 use crate::text::{self, REGISTERS, Text, TextError};
 use crate::thunks::{self, CaveContents, KernelThunks};
 use penumbra_bundle::{
-    Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, RunTimeModel, SCHEMA, Symbol, Symbols,
-    VaRange, Variant, WriteError,
+    Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, Module, ModuleName, ModuleSet, SCHEMA, Symbol,
+    Symbols, VaRange, Variant, WriteError,
 };
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 /// Structure members whose offsets the installer reads guests with.
@@ -141,6 +142,9 @@ pub enum EmitError {
         /// Why.
         source: TextError,
     },
+    /// A module cannot be taken.
+    #[error(transparent)]
+    Module(#[from] Refused),
     /// A pass is at fault.
     #[error("{file}: {source}")]
     Pass {
@@ -163,6 +167,8 @@ pub enum Stage {
     Text,
     /// Modelling what the kernel itself edits.
     Model,
+    /// Reading modules.
+    Modules,
     /// Assembling thunks and tables.
     Thunks,
     /// Running the passes.
@@ -178,6 +184,7 @@ impl Stage {
             Stage::Image => "unpacking the kernel, reading its tables",
             Stage::Text => "sweeping the text",
             Stage::Model => "modelling what the kernel edits itself",
+            Stage::Modules => "reading modules",
             Stage::Thunks => "assembling thunks and tables",
             Stage::Passes => "running the passes",
             Stage::Write => "writing the bundle",
@@ -191,12 +198,31 @@ pub fn emit(
     recipe: &Recipe,
     progress: &mut dyn FnMut(Stage),
 ) -> Result<Bundle, EmitError> {
+    Ok(emit_with(image, recipe, &[], progress)?.bundle)
+}
+
+/// A bundle, and the modules that are not in it though they were there.
+pub struct Emitted {
+    /// The bundle.
+    pub bundle: Bundle,
+    /// Modules found in a folder that cannot be taken.
+    pub refused: Vec<Refused>,
+}
+
+/// Like [`emit`], with the modules in `modules`: files, or folders of them.
+pub fn emit_with(
+    image: &Path,
+    recipe: &Recipe,
+    modules: &[PathBuf],
+    progress: &mut dyn FnMut(Stage),
+) -> Result<Emitted, EmitError> {
     let file = image.display().to_string();
     progress(Stage::Image);
     let image = Image::open(image)?;
-    bundle(&image, recipe, progress).map_err(|error| match error {
+    bundle(&image, recipe, modules, progress).map_err(|error| match error {
         Failure::Text(source) => EmitError::Text { file, source },
         Failure::Pass(source) => EmitError::Pass { file, source },
+        Failure::Module(refused) => EmitError::Module(refused),
     })
 }
 
@@ -204,6 +230,7 @@ pub fn emit(
 enum Failure {
     Text(TextError),
     Pass(PassError),
+    Module(Refused),
 }
 
 impl<E: Into<TextError>> From<E> for Failure {
@@ -215,15 +242,21 @@ impl<E: Into<TextError>> From<E> for Failure {
 fn bundle(
     image: &Image,
     recipe: &Recipe,
+    modules: &[PathBuf],
     progress: &mut dyn FnMut(Stage),
-) -> Result<Bundle, Failure> {
+) -> Result<Emitted, Failure> {
     let tables = image.tables()?;
     progress(Stage::Text);
     let text = Text::analyse(image, &tables)?;
     progress(Stage::Model);
     let model = text::model::build(image, &tables, text.span)?;
+    let kernel = kernel_thunks(image)?;
+    if !modules.is_empty() {
+        progress(Stage::Modules);
+    }
+    let mut modules = Modules::read(image, &kernel, modules).map_err(Failure::Module)?;
     progress(Stage::Thunks);
-    let cave = thunks::build(&text, &kernel_thunks(image)?, recipe)?;
+    let cave = thunks::build(&text, &modules.slots(), &kernel, recipe)?;
     progress(Stage::Passes);
     let context = Context {
         text: &text,
@@ -242,27 +275,33 @@ fn bundle(
         });
         edits.push(made.edits);
     }
-    let manifest = manifest(image, &text, &cave, variants)?;
+    let refused = std::mem::take(&mut modules.refused);
+    let modules = modules.finish(&cave).map_err(Failure::Pass)?;
+    let mut manifest = manifest(image, &text, &cave, variants)?;
+    manifest.modules = module_set(&modules);
     let symbols = symbols(image, &text);
-    Ok(assemble(manifest, text, model, symbols, cave, edits))
-}
-
-fn assemble(
-    manifest: Manifest,
-    text: Text,
-    model: RunTimeModel,
-    symbols: Symbols,
-    cave: CaveContents,
-    edits: Vec<penumbra_bundle::Edits>,
-) -> Bundle {
-    Bundle {
+    let bundle = Bundle {
         manifest,
         text: text.bytes,
         model,
         symbols,
         cave: cave.elf,
         edits,
-    }
+        modules,
+    };
+    Ok(Emitted { bundle, refused })
+}
+
+/// Names the modules, if there are any.
+fn module_set(modules: &[Module]) -> Option<ModuleSet> {
+    let names = modules.iter().map(|module| ModuleName {
+        name: module.name.clone(),
+        build_id: module.build_id.clone(),
+    });
+    (!modules.is_empty()).then(|| ModuleSet {
+        file: file_ref("modules.postcard"),
+        modules: names.collect(),
+    })
 }
 
 /// The kernel's own thunks, by symbol.
@@ -328,6 +367,7 @@ fn manifest(
             traps: cave.traps.clone(),
         },
         variants,
+        modules: None,
         layout: layout(image)?,
         data: data(image)?,
     })

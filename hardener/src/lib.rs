@@ -10,6 +10,7 @@ pub mod cli;
 pub mod emit;
 pub mod exit;
 pub mod image;
+pub mod modules;
 pub mod passes;
 pub mod recipe;
 pub mod report;

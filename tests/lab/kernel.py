@@ -23,6 +23,11 @@ class Kernel:
     def vmlinuz(self):
         return self.tree / "boot" / f"vmlinuz-{self.release}"
 
+    @property
+    def modules(self):
+        """The folder of the package's modules."""
+        return self.tree / "lib" / "modules" / self.release / "kernel"
+
     def module(self, name):
         """The file of one module of the package."""
         found = list((self.tree / "lib" / "modules" / self.release).rglob(f"{name}.ko*"))
@@ -39,8 +44,8 @@ def _kernel(metapackage, pattern, modules):
 
 
 def cloud():
-    """The guest's kernel: what Debian's cloud images run."""
-    return _kernel("linux-image-cloud-amd64", r"linux-image-[0-9].*-cloud-amd64", [])
+    """The guest's kernel: what Debian's cloud images run, with all its modules."""
+    return _kernel("linux-image-cloud-amd64", r"linux-image-[0-9].*-cloud-amd64", ["*"])
 
 
 def amd64():

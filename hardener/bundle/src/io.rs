@@ -1,7 +1,7 @@
 //! Reading and writing bundles: everything is checked before anything is used.
 
 use crate::manifest::SCHEMA;
-use crate::{Edits, FileRef, Manifest, Offending, RunTimeModel, Symbols, TextOff, VaRange};
+use crate::{Edits, FileRef, Manifest, Module, Offending, RunTimeModel, Symbols, TextOff, VaRange};
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -95,6 +95,8 @@ pub struct Bundle {
     pub cave: Vec<u8>,
     /// Each variant's edits, in the manifest's order.
     pub edits: Vec<Edits>,
+    /// `modules.postcard`: modules by name; empty when the bundle has none.
+    pub modules: Vec<Module>,
 }
 
 impl Bundle {
@@ -141,6 +143,10 @@ impl Bundle {
             symbols: decode(&manifest.symbols.name, get(&manifest.symbols.name)?)?,
             cave: get(&manifest.cave.file.name)?.clone(),
             edits,
+            modules: match &manifest.modules {
+                Some(set) => decode(&set.file.name, get(&set.file.name)?)?,
+                None => Vec::new(),
+            },
             manifest,
         };
         bundle.check_shape()?;
@@ -211,6 +217,9 @@ impl Bundle {
         for (variant, edits) in self.manifest.variants.iter_mut().zip(&self.edits) {
             variant.edit_count = edits.0.len() as u64;
             put(&mut variant.edits, encode(edits));
+        }
+        if let Some(set) = &mut self.manifest.modules {
+            put(&mut set.file, encode(&self.modules));
         }
         let mut manifest =
             serde_json::to_vec_pretty(&self.manifest).expect("a manifest has string keys only");
@@ -341,6 +350,22 @@ impl Bundle {
                 return fail(&variant.edits.name, "`stock` has edits".to_owned());
             }
         }
+        if let Some(set) = &manifest.modules {
+            let said = set.modules.iter().map(|one| (&one.name, &one.build_id));
+            let found = self.modules.iter().map(|one| (&one.name, &one.build_id));
+            if !said.eq(found) || !set.modules.is_sorted_by(|a, b| a.name < b.name) {
+                let what = "the modules are unsorted or not those that the manifest names";
+                return fail(&set.file.name, what.to_owned());
+            }
+            let variants = manifest.variants.len();
+            let broken = self
+                .modules
+                .iter()
+                .find_map(|module| module.fault(variants));
+            if let Some(what) = broken {
+                return fail(&set.file.name, what);
+            }
+        }
         let model = &self.model;
         let name = &manifest.model.name;
         for (list, width) in [
@@ -362,22 +387,8 @@ impl Bundle {
             return fail(name, "sites are unsorted".to_owned());
         }
         for site in &model.sites {
-            let len = usize::from(site.len);
-            let bad = |form: &crate::Form| match form {
-                crate::Form::Exact {
-                    bytes,
-                    abs32,
-                    inverse32,
-                } => {
-                    bytes.len() != len
-                        || abs32
-                            .iter()
-                            .chain(inverse32)
-                            .any(|at| usize::from(*at) + 4 > len)
-                }
-                _ => false,
-            };
-            if len == 0 || site.at.0 as usize + len > text_len || site.forms.iter().any(bad) {
+            let end = site.at.0 as usize + usize::from(site.len);
+            if end > text_len || !site.has_sound_forms() {
                 return fail(
                     name,
                     format!(
@@ -411,6 +422,7 @@ fn file_refs(manifest: &Manifest) -> impl Iterator<Item = &FileRef> {
     ]
     .into_iter()
     .chain(manifest.variants.iter().map(|variant| &variant.edits))
+    .chain(manifest.modules.iter().map(|set| &set.file))
 }
 
 /// A file name from a manifest is hostile until it is known to stay in its directory.

@@ -10,6 +10,7 @@
 //! | `symbols.postcard` | [`Symbols`]: text symbols by address |
 //! | `cave.elf` | thunks and tables at their link addresses; read it with `objdump -d` |
 //! | `VARIANT.edits` | [`Edits`]: the slots that a variant replaces |
+//! | `modules.postcard` | a list of [`Module`], when the bundle has modules |
 //! | `statement.dsse.json` | the signer's envelope; not part of what it signs |
 //!
 //! Addresses are link-time ones: the installer adds the guest's KASLR slide. Everything a slot edit holds is relative,
@@ -23,12 +24,17 @@ mod edits;
 mod io;
 mod manifest;
 mod model;
+mod module;
 
 pub use addr::{LinkVa, TextOff, VaRange};
 pub use edits::{Edit, Edits, SlotKind};
 pub use io::{Bundle, ENVELOPE, MANIFEST, ReadError, WriteError};
 pub use manifest::{
-    Cave, FileRef, Kernel, Manifest, Mitigation, Offending, PassSummary, Reloc, RelocKind, SCHEMA,
-    Table, TableKind, Text, Trap, Variant, ViolationAction,
+    Cave, FileRef, Kernel, Manifest, Mitigation, ModuleName, ModuleSet, Offending, PassSummary,
+    Reloc, RelocKind, SCHEMA, Table, TableKind, Text, Trap, Variant, ViolationAction,
 };
 pub use model::{Form, RunTimeModel, Site, SiteKind, Symbol, Symbols};
+pub use module::{
+    Export, FormReloc, Module, ModuleEdit, ModuleReloc, ModuleRelocKind, ModuleSection, Place,
+    Placement, Put, RelocateError, Target,
+};

@@ -27,10 +27,33 @@ pub struct Manifest {
     pub cave: Cave,
     /// The variants; `stock` first, without edits.
     pub variants: Vec<Variant>,
+    /// Modules whose text has views too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modules: Option<ModuleSet>,
     /// Byte offsets of structure members, from the image's BTF: `task_struct.mm` to 0x8b0 and the like.
     pub layout: BTreeMap<String, u32>,
     /// Data symbols that the installer needs: `init_task`, `poking_mm`, `poking_addr` and the like.
     pub data: BTreeMap<String, LinkVa>,
+}
+
+/// The modules of a bundle.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModuleSet {
+    /// All of them: a list of [`crate::Module`].
+    pub file: FileRef,
+    /// Which, by name.
+    pub modules: Vec<ModuleName>,
+}
+
+/// Names one build of a module.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModuleName {
+    /// Its name.
+    pub name: String,
+    /// Its GNU build-id, in hexadecimal.
+    pub build_id: String,
 }
 
 /// Names one kernel build.

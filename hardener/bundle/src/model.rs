@@ -36,6 +36,25 @@ pub struct Site {
     pub forms: Vec<Form>,
 }
 
+impl Site {
+    /// Whether it has a length and every exact form has the same, with its relocated fields inside.
+    pub(crate) fn has_sound_forms(&self) -> bool {
+        let len = usize::from(self.len);
+        let sound = |form: &Form| match form {
+            Form::Exact {
+                bytes,
+                abs32,
+                inverse32,
+            } => {
+                let mut fields = abs32.iter().chain(inverse32);
+                bytes.len() == len && fields.all(|at| usize::from(*at) + 4 <= len)
+            }
+            _ => true,
+        };
+        len > 0 && self.forms.iter().all(sound)
+    }
+}
+
 /// The table that a poke site comes from.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -63,6 +63,7 @@ fn small() -> Bundle {
                 traps: vec![],
             },
             variants: vec![variant("stock"), variant("hardened")],
+            modules: None,
             layout: BTreeMap::from([("task_struct.mm".to_owned(), 0x8b0)]),
             data: BTreeMap::from([("init_task".to_owned(), LinkVa(START))]),
         },
@@ -81,6 +82,7 @@ fn small() -> Bundle {
             name: "_stext".to_owned(),
         }]),
         cave: b"\x7fELF".to_vec(),
+        modules: Vec::new(),
         edits: vec![
             Edits::default(),
             Edits(vec![Edit {

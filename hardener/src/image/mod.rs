@@ -8,6 +8,7 @@ mod bzimage;
 mod elf;
 mod fault;
 mod kallsyms;
+pub mod module;
 mod notes;
 mod read;
 mod relocs;
@@ -28,6 +29,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
+use std::rc::Rc;
 
 /// Where Linux maps physical address 0 for its own image (`__START_KERNEL_map`, arch/x86/include/asm/page_64_types.h).
 const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
@@ -67,7 +69,7 @@ pub struct Image {
     pub symbols: Vec<KernelSymbol>,
     by_name: HashMap<String, LinkVa>,
     /// The image's own type information.
-    pub btf: Btf,
+    pub btf: Rc<Btf>,
     /// Build-id and release.
     pub build_id: BuildId,
 }
@@ -111,7 +113,7 @@ impl Image {
             relocs,
             symbols: elf.symbols,
             by_name: HashMap::new(),
-            btf: Btf::default(),
+            btf: Rc::default(),
             build_id: BuildId::default(),
             bytes,
         };
@@ -125,7 +127,7 @@ impl Image {
         for symbol in image.symbols.iter().rev() {
             image.by_name.insert(symbol.name.clone(), symbol.va);
         }
-        image.btf = Btf::parse(image.need_section(".BTF")?)?;
+        image.btf = Rc::new(Btf::parse(image.need_section(".BTF")?)?);
         image.build_id = notes::build_id(image.need_section(".notes")?)?;
         Ok(image)
     }
@@ -239,6 +241,11 @@ fn unpack_file(file: Vec<u8>) -> Result<(Vec<u8>, &'static str), Fault> {
     unpack::unpack(bzimage::payload(&file)?)
 }
 
+/// A module's ELF file in `file`, which may be packed as distributions do (`.ko.xz`, `.ko.gz`, `.ko.zst`).
+pub fn unpacked_module(file: Vec<u8>) -> Result<Vec<u8>, Fault> {
+    unpack::module(file)
+}
+
 /// The ELF file in `file`, nothing more: what the checker shares with the emitter.
 pub fn unpacked(file: Vec<u8>) -> Result<Vec<u8>, Fault> {
     Ok(unpack_file(file)?.0)
@@ -260,7 +267,7 @@ impl Image {
             relocs: Relocs::default(),
             symbols: vec![],
             by_name: HashMap::new(),
-            btf: Btf::default(),
+            btf: Rc::default(),
             build_id: BuildId::default(),
             bytes,
         }

@@ -280,6 +280,55 @@ impl Image {
         Ok(tables)
     }
 
+    /// Reads the tables of a module, which are all sections of their own and none of which it must have
+    /// (arch/x86/kernel/module.c, `module_finalize`; kernel/module/main.c, `find_module_sections`).
+    pub fn module_tables(&self) -> Result<Tables, Fault> {
+        let mut tables = Tables::default();
+        let code = |name| match self.in_section(name) {
+            Some(table) => self.all_code(&table),
+            None => Ok(Vec::new()),
+        };
+        tables.retpolines = code(".retpoline_sites")?;
+        tables.returns = code(".return_sites")?;
+        tables.sealed_endbr = code(".ibt_endbr_seal")?;
+        tables.smp_locks = code(".smp_locks")?;
+        for (name, list) in [
+            ("__mcount_loc", &mut tables.fentry),
+            ("_kprobe_blacklist", &mut tables.no_kprobes),
+        ] {
+            if let Some(table) = self.in_section(name) {
+                *list = table.all_absolute()?;
+                list.retain(|va| va.0 != 0);
+                tables.not_taken.push(table.range());
+            }
+        }
+        if let Some(table) = self.in_section(".altinstructions") {
+            self.alternatives(&table, &mut tables)?;
+        }
+        if let Some(table) = self.in_section(".parainstructions") {
+            self.paravirt(&table, &mut tables)?;
+            tables.not_taken.push(table.range());
+        }
+        if let Some(table) = self.in_section("__ex_table") {
+            self.exceptions(&table, &mut tables)?;
+        }
+        if let Some(table) = self.in_section("__bug_table") {
+            let size = self.need_size("bug_entry")?;
+            let at = self.need_member("bug_entry", "bug_addr_disp", 4)?;
+            tables.bugs = table
+                .entries(size)?
+                .map(|entry| table.relative(entry + at))
+                .collect();
+        }
+        if let Some(table) = self.in_section("__jump_table") {
+            self.jump_table(&table, &mut tables)?;
+        }
+        if let Some(table) = self.in_section(".static_call_sites") {
+            self.static_call_sites(&table, &mut tables)?;
+        }
+        Ok(tables)
+    }
+
     fn alternatives(&self, table: &Table<'_>, tables: &mut Tables) -> Result<(), Fault> {
         let size = self.need_size("alt_instr")?;
         let member = |name, width| self.need_member("alt_instr", name, width);
@@ -326,13 +375,17 @@ impl Image {
             "__start___jump_table",
             "__stop___jump_table",
         )?;
+        self.jump_table(&table, tables)
+    }
+
+    fn jump_table(&self, table: &Table<'_>, tables: &mut Tables) -> Result<(), Fault> {
         let size = self.need_size("jump_entry")?;
         let code = self.need_member("jump_entry", "code", 4)?;
         let target = self.need_member("jump_entry", "target", 4)?;
         for at in table.entries(size)? {
             tables.jump_labels.push(JumpEntry {
-                code: self.code(&table, at + code)?,
-                target: self.code(&table, at + target)?,
+                code: self.code(table, at + code)?,
+                target: self.code(table, at + target)?,
             });
         }
         Ok(())
@@ -344,12 +397,16 @@ impl Image {
             "__start_static_call_sites",
             "__stop_static_call_sites",
         )?;
+        self.static_call_sites(&table, tables)
+    }
+
+    fn static_call_sites(&self, table: &Table<'_>, tables: &mut Tables) -> Result<(), Fault> {
         let size = self.need_size("static_call_site")?;
         let site = self.need_member("static_call_site", "addr", 4)?;
         let key = self.need_member("static_call_site", "key", 4)?;
         for at in table.entries(size)? {
             tables.static_calls.push(StaticCallSite {
-                site: self.code(&table, at + site)?,
+                site: self.code(table, at + site)?,
                 // include/linux/static_call_types.h: bit 0 of the key is STATIC_CALL_SITE_TAIL.
                 tail: table.relative(at + key).0 & 1 == 1,
             });

@@ -5,6 +5,8 @@ use std::io::Read;
 
 /// The largest kernel that is unpacked; Debian's is 66 MB.
 const MAX_KERNEL: usize = 256 << 20;
+/// The largest module that is unpacked; Debian's largest has 7 MB.
+const MAX_MODULE: usize = 128 << 20;
 /// The blocks of a legacy LZ4 frame unpack to at most this (lz4_Frame_format.md, "Legacy frame").
 const LZ4_BLOCK: usize = 8 << 20;
 /// `xz` in the kernel's build uses a dictionary of 32 MiB (scripts/xz_wrap.sh); more is refused.
@@ -79,6 +81,40 @@ pub fn unpack(payload: &[u8]) -> Result<(Vec<u8>, &'static str), Fault> {
     Ok((bytes, format))
 }
 
+/// Unpacks a module, which carries no size.
+pub fn module(file: Vec<u8>) -> Result<Vec<u8>, Fault> {
+    let broken = |error: std::io::Error| {
+        Fault::damaged("module", format!("the stream does not unpack: {error}"))
+    };
+    let bytes = match &file[..] {
+        [0x7f, b'E', b'L', b'F', ..] => return Ok(file),
+        [0x1f, 0x8b, ..] => read_all(flate2::read::GzDecoder::new(&file[..]), MAX_MODULE),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
+            let stream = lzma_rust2::XzReader::new_mem_limit(&file[..], false, XZ_MEMORY_KIB);
+            read_all(stream, MAX_MODULE)
+        }
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            let stream = ruzstd::decoding::StreamingDecoder::new_with_max_window_size(
+                &file[..],
+                ZSTD_WINDOW,
+            );
+            let stream =
+                stream.map_err(|error| broken(std::io::Error::other(error.to_string())))?;
+            read_all(stream, MAX_MODULE)
+        }
+        _ => {
+            let what = "is neither ELF nor packed by gzip, xz or zstd; give a .ko file";
+            return Err(Fault::not_a_kernel("module", what));
+        }
+    };
+    let bytes = bytes.map_err(broken)?;
+    if bytes.len() > MAX_MODULE {
+        let what = format!("unpacks to more than {MAX_MODULE} bytes");
+        return Err(Fault::damaged("module", what));
+    }
+    Ok(bytes)
+}
+
 fn foreign(format: &str) -> Fault {
     Fault::unsupported(
         "payload",
@@ -90,7 +126,9 @@ fn foreign(format: &str) -> Fault {
 
 /// Reads at most one byte more than `size`, so that a stream that lies about its size is noticed and not followed.
 fn read_all(stream: impl Read, size: usize) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(size + 1);
+    // What a module's stream claims nobody knows, so memory is not asked for beforehand there.
+    let expected = if size == MAX_MODULE { 0 } else { size + 1 };
+    let mut bytes = Vec::with_capacity(expected);
     stream.take(size as u64 + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
 }

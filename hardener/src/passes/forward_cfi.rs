@@ -1,9 +1,10 @@
 //! `forward-cfi`: every indirect call and jump checks that its target is an entry whose address is taken.
 
-use super::{CALL, Context, JMP, Pass, PassError};
+use super::{CALL, CS, Context, JMP, Pass, PassError, thunk};
 use crate::recipe::ON_VIOLATION;
-use crate::thunks::forward_cfi;
-use penumbra_bundle::{Edit, SlotKind};
+use crate::text::Slots;
+use crate::thunks::{CaveContents, forward_cfi};
+use penumbra_bundle::{Edit, ModuleEdit, Put, SlotKind};
 use std::collections::BTreeMap;
 
 /// The pass's name.
@@ -19,6 +20,20 @@ impl Pass for ForwardCfi {
 
     fn parameters(&self) -> &'static [&'static str] {
         &[ON_VIOLATION]
+    }
+
+    fn module(&self, slots: &Slots, cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
+        let edits = slots.indirect.iter().map(|slot| {
+            let name = forward_cfi::name(slot.register, slot.scratch_free);
+            let mut before = vec![CS; usize::from(slot.len) - 5];
+            before.push(if slot.jump { JMP } else { CALL });
+            Ok(ModuleEdit {
+                at: slot.at,
+                slot: SlotKind::Indirect,
+                put: Put::Branch(before, thunk(cave, NAME, &name)?),
+            })
+        });
+        edits.collect()
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {

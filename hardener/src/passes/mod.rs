@@ -9,9 +9,9 @@ pub use forward_cfi::NAME as FORWARD_CFI;
 pub use return_cfi::NAME as RETURN_CFI;
 
 use crate::recipe::{ON_VIOLATION, Recipe};
-use crate::text::{Indirect, Return, Text};
+use crate::text::{Indirect, Return, Slots, Text};
 use crate::thunks::CaveContents;
-use penumbra_bundle::{Edit, Edits, LinkVa, Mitigation, PassSummary, TextOff};
+use penumbra_bundle::{Edit, Edits, LinkVa, Mitigation, ModuleEdit, PassSummary, TextOff};
 use std::collections::BTreeMap;
 use thiserror::Error;
 
@@ -39,6 +39,9 @@ pub trait Pass: Sync {
     fn parameters(&self) -> &'static [&'static str] {
         &[]
     }
+
+    /// Its edits in a module with these slots.
+    fn module(&self, slots: &Slots, cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError>;
 
     /// Its edits, and the slots of its kind that it left alone, by reason.
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError>;
@@ -121,6 +124,19 @@ pub fn run(
     Ok(made)
 }
 
+/// Runs the passes of each variant over a module's slots.
+pub fn run_module(slots: &Slots, cave: &CaveContents) -> Result<Vec<Vec<ModuleEdit>>, PassError> {
+    let variants = VARIANTS.iter().map(|(_, passes)| {
+        let mut edits = Vec::new();
+        for pass in *passes {
+            edits.extend(pass.module(slots, cave)?);
+        }
+        edits.sort_by_key(|edit: &ModuleEdit| edit.at);
+        Ok(edits)
+    });
+    variants.collect()
+}
+
 /// Every pass that some variant runs, by name.
 pub fn known() -> BTreeMap<&'static str, &'static dyn Pass> {
     let all = VARIANTS.iter().flat_map(|(_, passes)| passes.iter());
@@ -163,16 +179,17 @@ fn self_check(variant: &'static str, text: &Text, edits: &Edits) -> Result<(), P
     Ok(())
 }
 
+fn thunk(cave: &CaveContents, pass: &'static str, name: &str) -> Result<LinkVa, PassError> {
+    let known = cave.thunks.get(name).copied();
+    known.ok_or_else(|| PassError::NoThunk {
+        pass,
+        thunk: name.to_owned(),
+    })
+}
+
 impl Context<'_> {
     fn thunk(&self, pass: &'static str, name: &str) -> Result<LinkVa, PassError> {
-        self.cave
-            .thunks
-            .get(name)
-            .copied()
-            .ok_or_else(|| PassError::NoThunk {
-                pass,
-                thunk: name.to_owned(),
-            })
+        thunk(self.cave, pass, name)
     }
 
     /// `opcode rel32` to `target`, behind `prefixes` CS prefixes.

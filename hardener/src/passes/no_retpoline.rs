@@ -1,8 +1,9 @@
 //! `no-retpoline`: the indirect branch itself, filled with CS prefixes to the slot's length, so the return address stays.
 
 use super::{CS, Context, Pass, PassError};
-use crate::text::Indirect;
-use penumbra_bundle::{Edit, Mitigation, SlotKind};
+use crate::text::{Indirect, Slots};
+use crate::thunks::CaveContents;
+use penumbra_bundle::{Edit, Mitigation, ModuleEdit, Put, SlotKind};
 use std::collections::BTreeMap;
 
 /// See the module.
@@ -15,6 +16,15 @@ impl Pass for NoRetpoline {
 
     fn drops(&self) -> Option<Mitigation> {
         Some(Mitigation::Retpoline)
+    }
+
+    fn module(&self, slots: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
+        let edits = slots.indirect.iter().map(|slot| ModuleEdit {
+            at: slot.at,
+            slot: SlotKind::Indirect,
+            put: Put::Bytes(branch(slot)),
+        });
+        Ok(edits.collect())
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {

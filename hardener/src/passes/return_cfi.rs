@@ -1,9 +1,10 @@
 //! `return-cfi`: every return checks that its address follows a call.
 
-use super::{Context, JMP, Pass, PassError};
+use super::{Context, JMP, Pass, PassError, thunk};
 use crate::recipe::ON_VIOLATION;
-use crate::thunks::return_cfi;
-use penumbra_bundle::{Edit, SlotKind};
+use crate::text::Slots;
+use crate::thunks::{CaveContents, return_cfi};
+use penumbra_bundle::{Edit, ModuleEdit, Put, SlotKind};
 use std::collections::BTreeMap;
 
 /// The pass's name.
@@ -19,6 +20,17 @@ impl Pass for ReturnCfi {
 
     fn parameters(&self) -> &'static [&'static str] {
         &[ON_VIOLATION]
+    }
+
+    fn module(&self, slots: &Slots, cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
+        let plain = thunk(cave, NAME, return_cfi::PLAIN)?;
+        let saving = thunk(cave, NAME, return_cfi::SAVING)?;
+        let edits = slots.returns.iter().map(|slot| ModuleEdit {
+            at: slot.at,
+            slot: SlotKind::Return,
+            put: Put::Branch(vec![JMP], if slot.scratch_free { plain } else { saving }),
+        });
+        Ok(edits.collect())
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {

@@ -23,8 +23,66 @@ struct Json<'a> {
     poke_sites: &'a BTreeMap<String, u64>,
     functions: usize,
     symbols: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    modules: Option<Modules>,
     layout: &'a BTreeMap<String, u32>,
     data: &'a BTreeMap<String, penumbra_bundle::LinkVa>,
+}
+
+/// The modules of a bundle, counted.
+#[derive(Serialize)]
+struct Modules {
+    count: usize,
+    text_bytes: u64,
+    relocations: usize,
+    poke_sites: usize,
+    edits: BTreeMap<String, usize>,
+    left: BTreeMap<String, u64>,
+}
+
+impl Modules {
+    fn of(bundle: &Bundle) -> Option<Modules> {
+        let all = &bundle.modules;
+        let mut left = BTreeMap::new();
+        for (reason, count) in all.iter().flat_map(|module| &module.left) {
+            *left.entry(reason.clone()).or_default() += count;
+        }
+        let names = bundle.manifest.variants.iter().enumerate();
+        let edits = names.map(|(index, variant)| {
+            let count = all.iter().map(|module| module.edits[index].len()).sum();
+            (variant.name.clone(), count)
+        });
+        (!all.is_empty()).then(|| Modules {
+            count: all.len(),
+            text_bytes: all.iter().map(|module| u64::from(module.text_size)).sum(),
+            relocations: all.iter().map(|module| module.relocs.len()).sum(),
+            poke_sites: all.iter().map(|module| module.sites.len()).sum(),
+            edits: edits.collect(),
+            left,
+        })
+    }
+
+    fn line(&self) -> String {
+        let edits = self.edits.iter().filter(|(_, count)| **count > 0);
+        let edits: Vec<String> = edits
+            .map(|(name, count)| format!("{name} {count}"))
+            .collect();
+        let left: Vec<String> = self
+            .left
+            .iter()
+            .map(|(reason, count)| format!("{reason} {count}"))
+            .collect();
+        let left = match left.is_empty() {
+            true => String::new(),
+            false => format!("; left alone: {}", left.join(", ")),
+        };
+        format!(
+            "{}, {} KiB of text; edits: {}{left}",
+            self.count,
+            self.text_bytes / 1024,
+            edits.join(", ")
+        )
+    }
 }
 
 impl<'a> Summary<'a> {
@@ -50,6 +108,7 @@ impl<'a> Summary<'a> {
             poke_sites: &self.sites,
             functions: self.bundle.model.functions.len(),
             symbols: self.bundle.symbols.0.len(),
+            modules: Modules::of(self.bundle),
             layout: &manifest.layout,
             data: &manifest.data,
         };
@@ -92,6 +151,9 @@ impl<'a> Summary<'a> {
             ),
         );
         line("written by", manifest.generator.clone());
+        if let Some(modules) = Modules::of(self.bundle) {
+            line("modules", modules.line());
+        }
         text.push('\n');
         text.push_str(&self.variants_table());
 
@@ -123,6 +185,14 @@ impl<'a> Summary<'a> {
             let _ = write!(text, "\n{}\n", trimmed(&grid));
         }
         text
+    }
+
+    /// The modules, counted; empty when there are none.
+    pub fn modules_line(&self) -> String {
+        let modules = Modules::of(self.bundle);
+        modules.map_or(String::new(), |modules| {
+            format!("modules {}\n", modules.line())
+        })
     }
 
     /// The variants and what each pass did.

@@ -6,6 +6,7 @@ mod entries;
 mod error;
 mod functions;
 pub mod model;
+pub mod module;
 mod regions;
 mod returns;
 mod slots;
@@ -16,7 +17,7 @@ pub use caves::{Cave, FILLER};
 pub use error::TextError;
 pub use functions::Functions;
 pub use regions::Regions;
-pub use slots::{Indirect, REGISTERS, Return, Slots};
+pub use slots::{Indirect, REGISTERS, Return, Slots, inline_asm_is_plain};
 pub use sweep::{Call, Sweep};
 
 use crate::image::{Image, Tables};
@@ -81,7 +82,10 @@ impl Text {
         let regions = Regions::find(image, tables, span)?;
         let functions = Functions::find(image, tables, span);
         let cave = caves::find(&bytes, span, &regions)?;
-        let slots = slots::find(&bytes, span, image, tables, &sweep, &regions, &functions)?;
+        let plain = inline_asm_is_plain(image);
+        let slots = slots::find(
+            &bytes, span, image, tables, &sweep, &regions, &functions, plain,
+        )?;
         let return_targets = returns::find(span, image, tables, &sweep, &regions)?;
         let entries = entries::find(span, image, tables, &sweep, &regions, &functions);
         Ok(Text {

@@ -81,6 +81,41 @@ impl Regions {
         })
     }
 
+    /// Finds them in a module, by its sections.
+    pub fn of_module(image: &Image, tables: &Tables, span: Span) -> Regions {
+        let mut list: Vec<(&'static str, VaRange)> = Vec::new();
+        for section in image.sections() {
+            let why = match section.name.as_str() {
+                ".noinstr.text" => "noinstr",
+                ".static_call.text" => "static-call-text",
+                ".kprobes.text" => "no-kprobes",
+                // Never executed where it stands, or only before the kernel is patched.
+                ".altinstr_replacement" | ".altinstr_aux" => "alternative",
+                _ => continue,
+            };
+            list.push((why, section.range));
+        }
+        for start in &tables.no_kprobes {
+            if let Some(end) = next_symbol(image, *start) {
+                list.push(("no-kprobes", VaRange { start: *start, end }));
+            }
+        }
+        let mut faulting = Bitmap::new(span.code.len() as usize);
+        for at in tables.faulting.iter().filter_map(|va| span.offset(*va)) {
+            faulting.set(at.0 as usize);
+        }
+        let nowhere = VaRange {
+            start: span.code.start,
+            end: span.code.start,
+        };
+        Regions {
+            entry: nowhere,
+            static_calls: nowhere,
+            list,
+            faulting,
+        }
+    }
+
     /// Why the instruction at `at` must not be edited, if so.
     pub fn forbids(&self, span: Span, at: TextOff) -> Option<&'static str> {
         let va = span.va(at);

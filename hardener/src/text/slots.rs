@@ -30,7 +30,7 @@ pub struct Indirect {
 }
 
 /// All slots, by address, and how many were left out for which reason.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Slots {
     /// R slots.
     pub returns: Vec<Return>,
@@ -52,6 +52,10 @@ pub const REGISTERS: [&str; 16] = [
 const ELSEWHERE: &str = "elsewhere";
 
 /// Finds all slots.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is another thing that is known about the text"
+)]
 pub fn find(
     bytes: &[u8],
     span: Span,
@@ -60,6 +64,7 @@ pub fn find(
     sweep: &Sweep,
     regions: &Regions,
     functions: &Functions,
+    inline_asm_plain: bool,
 ) -> Result<Slots, TextError> {
     let return_thunk = image.need_symbol("__x86_return_thunk")?;
     let mut thunks = BTreeMap::new();
@@ -107,7 +112,6 @@ pub fn find(
             Err(reason) => *slots.returns_left.entry(reason.to_owned()).or_default() += 1,
         }
     }
-    let inline_asm_plain = inline_asm_is_plain(image);
     let mut labels: Vec<TextOff> = entries::pointers(image, tables)
         .into_iter()
         .filter_map(|va| span.offset(va))
@@ -161,7 +165,7 @@ pub fn find(
 
 /// Whether `CALL_NOSPEC` in inline assembly is a retpoline site like those that the compiler makes. To Linux 6.13 it is an
 /// alternative (arch/x86/include/asm/nospec-branch.h), which is no slot.
-fn inline_asm_is_plain(image: &Image) -> bool {
+pub fn inline_asm_is_plain(image: &Image) -> bool {
     let banner = image.banner().unwrap_or_default();
     let release = banner.split(' ').nth(2).unwrap_or_default();
     let mut numbers = release

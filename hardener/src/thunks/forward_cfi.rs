@@ -2,7 +2,7 @@
 
 use super::assembler::{Section, Thunk, imm32};
 use super::{KernelThunks, Targets, Violation, lookup};
-use crate::text::{REGISTERS, Text};
+use crate::text::{REGISTERS, Slots};
 use iced_x86::IcedError;
 use iced_x86::code_asm::registers::*;
 use iced_x86::code_asm::*;
@@ -15,18 +15,17 @@ pub fn name(register: u8, scratch_free: bool) -> String {
     format!("forward_cfi_{form}{}", REGISTERS[usize::from(register)])
 }
 
-/// Assembles the thunks that the text's slots need.
+/// Assembles the thunks that the slots need.
 pub fn emit(
     section: &mut Section,
     targets: &Targets,
     kernel: &KernelThunks,
-    text: &Text,
+    slots: &[&Slots],
     violation: &Violation,
 ) {
-    let mut needed: Vec<(u8, bool)> = text
-        .slots
-        .indirect
+    let mut needed: Vec<(u8, bool)> = slots
         .iter()
+        .flat_map(|slots| &slots.indirect)
         .map(|slot| (slot.register, slot.scratch_free))
         .collect();
     needed.sort_unstable();

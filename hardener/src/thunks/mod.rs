@@ -11,7 +11,7 @@ mod violation;
 
 use crate::passes::{FORWARD_CFI, RETURN_CFI};
 use crate::recipe::Recipe;
-use crate::text::{PAGE, Text, TextError};
+use crate::text::{PAGE, Slots, Text, TextError};
 use assembler::Section;
 use penumbra_bundle::{LinkVa, Reloc, Table, Trap, VaRange, ViolationAction};
 use std::collections::BTreeMap;
@@ -57,7 +57,8 @@ pub struct KernelThunks {
 }
 
 impl KernelThunks {
-    fn named(&self) -> Vec<(String, LinkVa)> {
+    /// All of them by name.
+    pub fn named(&self) -> Vec<(String, LinkVa)> {
         let indirect = self.indirect.iter().map(|(register, va)| {
             let register = crate::text::REGISTERS[usize::from(*register)];
             (format!("__x86_indirect_thunk_{register}"), *va)
@@ -70,9 +71,10 @@ impl KernelThunks {
     }
 }
 
-/// Builds the cave for a text: tables and messages first, thunks behind them.
+/// Builds the cave for a text and for modules with these slots: tables and messages first, thunks behind them.
 pub fn build(
     text: &Text,
+    modules: &[&Slots],
     kernel: &KernelThunks,
     recipe: &Recipe,
 ) -> Result<CaveContents, TextError> {
@@ -110,7 +112,11 @@ pub fn build(
     let mut code = Section::new(code_start);
     let (return_targets, call_targets) = (returns.targets(text.range), entries.targets(text.range));
     return_cfi::emit(&mut code, &return_targets, kernel.return_thunk, &on_return);
-    forward_cfi::emit(&mut code, &call_targets, kernel, text, &on_call);
+    let slots: Vec<&Slots> = [&text.slots]
+        .into_iter()
+        .chain(modules.iter().copied())
+        .collect();
+    forward_cfi::emit(&mut code, &call_targets, kernel, &slots, &on_call);
     let code_end = LinkVa(code_start.0 + code.bytes().len() as u64);
     let range = VaRange {
         start,

@@ -53,3 +53,29 @@ fn find(variable: &str, cloud: bool) -> PathBuf {
         )
     })
 }
+
+/// The modules of the cloud kernel.
+#[allow(dead_code, reason = "not every test program needs them")]
+pub fn modules() -> &'static Path {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        if let Some(path) = std::env::var_os("PENUMBRA_MODULES_CLOUD") {
+            return path.into();
+        }
+        let tree = cloud().ancestors().nth(2).expect("a vmlinuz in a tree's boot");
+        let mut found: Vec<PathBuf> = std::fs::read_dir(tree.join("lib/modules"))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path().join("kernel"))
+            .collect();
+        found.sort();
+        found.pop().unwrap_or_else(|| {
+            panic!(
+                "{} has no modules to test with. Run tests/run, which fetches Debian's kernels, or set PENUMBRA_MODULES_CLOUD \
+                 to the modules of PENUMBRA_VMLINUZ_CLOUD",
+                tree.display()
+            )
+        })
+    })
+}

@@ -249,6 +249,7 @@ pub fn bundle() -> Bundle {
                 variant("fast", vec![Mitigation::Retpoline]),
                 variant("hardened", Vec::new()),
             ],
+            modules: None,
             layout: LAYOUT
                 .iter()
                 .map(|(name, at)| ((*name).to_owned(), *at))
@@ -271,6 +272,7 @@ pub fn bundle() -> Bundle {
             },
         ]),
         cave: elf(LINK + 0x2010, &cave),
+        modules: Vec::new(),
         edits: vec![
             Edits::default(),
             Edits(fast.to_vec()),
