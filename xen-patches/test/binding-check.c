@@ -353,44 +353,68 @@ static void lost(uint64_t poking_root, uint64_t poking_addr)
           "the guest has been crashed");
 }
 
+/* What there is to do, and how many numbers after DOMID it takes. */
+static const struct {
+    const char *name;
+    int takes;
+} verbs[] = {
+    { "api", 3 }, { "witness", 3 }, { "lost", 3 }, { "storm", 6 }, { "hold", 8 }, { "events", 0 },
+    { "release", 0 }, { "word", 1 },
+};
+
 int main(int argc, char **argv)
 {
     uint64_t arg[8] = { 0 };
-    struct guest guest;
-    bool is_storm = argc > 1 && !strcmp(argv[1], "storm");
-    int i;
+    struct guest guest = { 0 };
+    unsigned int i;
+    int takes = -1, k;
 
-    if ( argc != (is_storm ? 9 : 6) )
+    for ( i = 0; argc > 2 && i < sizeof(verbs) / sizeof(*verbs); i++ )
+        if ( !strcmp(argv[1], verbs[i].name) )
+            takes = verbs[i].takes;
+    if ( takes != argc - 3 )
     {
-        fprintf(stderr, "usage: %s api|witness|lost DOMID POKING_MM POKING_ADDR PGD_OFFSET\n"
-                "       %s storm DOMID POKING_MM POKING_ADDR PGD_OFFSET TEXT END SECONDS\n",
-                argv[0], argv[0]);
+        fprintf(stderr, "usage: %s api|witness|lost DOMID GUEST\n"
+                "       %s storm DOMID GUEST TEXT END SECONDS\n"
+                "       %s hold DOMID GUEST TEXT END CURRENT_TASK PID COMM\n"
+                "       %s events|release DOMID\n"
+                "       %s word DOMID GFN\n"
+                "GUEST: POKING_MM POKING_ADDR PGD_OFFSET\n", argv[0], argv[0], argv[0], argv[0], argv[0]);
         return 2;
     }
-    for ( i = 2; i < argc; i++ )
-        arg[i - 2] = strtoull(argv[i], NULL, 0);
 
     xch = xc_interface_open(NULL, NULL, 0);
     call = xencall_open(NULL, 0);
     fmem = xenforeignmemory_open(NULL, 0);
     if ( !xch || !call || !fmem )
         die("open Xen's interfaces");
-    dom = arg[0];
-    guest = (struct guest){
-        .root = phys(read64(read64(arg[1]) + arg[3])),
-        .addr = read64(arg[2]),
-        .text = arg[4],
-        .end = arg[5],
-    };
+    dom = strtoull(argv[2], NULL, 0);
+    for ( k = 0; k < takes; k++ )
+        arg[k] = strtoull(argv[k + 3], NULL, 0);
+    if ( takes > 1 )
+        guest = (struct guest){
+            .root = phys(read64(read64(arg[0]) + arg[2])),
+            .addr = read64(arg[1]),
+            .text = arg[3],
+            .end = arg[4],
+        };
 
-    if ( is_storm )
-        storm(&guest, arg[6]);
-    else if ( !strcmp(argv[1], "lost") )
-        lost(guest.root, guest.addr);
+    if ( !strcmp(argv[1], "api") )
+        api(guest.root, guest.addr);
     else if ( !strcmp(argv[1], "witness") )
         witnesses(&guest);
+    else if ( !strcmp(argv[1], "lost") )
+        lost(guest.root, guest.addr);
+    else if ( !strcmp(argv[1], "storm") )
+        storm(&guest, arg[5]);
+    else if ( !strcmp(argv[1], "hold") )
+        hold(&guest, arg + 5);
+    else if ( !strcmp(argv[1], "events") )
+        print_events();
+    else if ( !strcmp(argv[1], "word") )
+        word(arg[0]);
     else
-        api(guest.root, guest.addr);
+        release();
 
     printf("%s\n", failed ? "FAILED" : "all ok");
     return failed ? 1 : 0;

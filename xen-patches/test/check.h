@@ -90,5 +90,10 @@ uint16_t new_view(void);
 unsigned int enable(uint16_t view);
 
 void witnesses(const struct guest *guest);
+/* @sample: offsets of current_task, pid and comm. */
+void hold(const struct guest *guest, const uint64_t sample[3]);
+void print_events(void);
+void release(void);
+void word(uint64_t gfn);
 
 #endif
