@@ -69,6 +69,9 @@ enum Command {
         /// The kernel that it was made from
         #[arg(long, value_name = "VMLINUZ")]
         image: PathBuf,
+        /// A module that is in the bundle, or a folder of them; again for more
+        #[arg(long = "module", value_name = "FILE")]
+        modules: Vec<PathBuf>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -105,8 +108,9 @@ pub fn main() -> ExitCode {
         Command::Check {
             bundle,
             image,
+            modules,
             json,
-        } => return check_bundle(&bundle, &image, json),
+        } => return check_bundle(&bundle, &image, &modules, json),
         Command::Inspect { bundle, json } => inspect_bundle(&bundle, json),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -180,8 +184,8 @@ fn inspect_bundle(dir: &Path, json: bool) -> Result<String, Error> {
     })
 }
 
-fn check_bundle(bundle: &Path, image: &Path, json: bool) -> ExitCode {
-    match check::run(bundle, image, json) {
+fn check_bundle(bundle: &Path, image: &Path, modules: &[PathBuf], json: bool) -> ExitCode {
+    match check::run(bundle, image, modules, json) {
         Ok(outcome) => {
             print(&outcome.render());
             ExitCode::from(if outcome.clean { exit::YES } else { exit::NO })

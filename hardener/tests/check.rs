@@ -3,6 +3,9 @@
 
 #[path = "check/cases.rs"]
 mod cases;
+mod common;
+#[path = "check/modules.rs"]
+mod modules;
 #[path = "check/scene.rs"]
 mod scene;
 #[path = "check/violations.rs"]
@@ -35,6 +38,8 @@ fn a_bundle_with_stock_only_is_proved() {
 /// The same kernel without any change to it.
 fn null(bundle: &Bundle) -> Bundle {
     let mut null = bundle.clone();
+    null.manifest.modules = None;
+    null.modules.clear();
     null.manifest.variants.truncate(1);
     null.edits.truncate(1);
     let cave = &mut null.manifest.cave;
@@ -139,6 +144,22 @@ fn faults_in_what_follows_a_violation_are_caught() {
 }
 
 #[test]
+fn faults_in_modules_are_caught() {
+    caught(modules::MODULES);
+}
+
+#[test]
+fn a_module_without_its_file_is_not_proved() {
+    let checker = Checker::open(&vmlinuz()).unwrap();
+    let [report] = &checker.prove(&real().1, &[Rule::Modules]).unwrap()[..] else {
+        panic!("one rule, one report");
+    };
+    assert_eq!(report.violation_count, 3);
+    let said = report.violations[0].line();
+    assert!(said.contains("say --module FILE or FOLDER"), "{said}");
+}
+
+#[test]
 fn faults_in_tables_are_caught() {
     caught(cases::TABLES);
 }
@@ -156,6 +177,7 @@ fn every_rule_has_a_fault() {
         cases::THUNKS,
         cases::TABLES,
         cases::IMAGE,
+        modules::MODULES,
     ];
     for rule in Rule::ALL {
         assert!(
@@ -186,6 +208,7 @@ fn exit_codes_and_json() {
     let check = |bundle: &std::path::Path, image: &std::path::Path, more: &[&str]| {
         let mut arguments = vec!["check".as_ref(), bundle.as_os_str()];
         arguments.extend(["--image".as_ref(), image.as_os_str()]);
+        arguments.extend(["--module".as_ref(), common::modules().as_os_str()]);
         arguments.extend(more.iter().map(|word| std::ffi::OsStr::new(*word)));
         hardener(&arguments)
     };

@@ -74,7 +74,7 @@ pub fn own_build_id(kernel: &Kernel) -> Option<String> {
 }
 
 /// The build-id in a `.notes` section (System V gABI, note section; owner "GNU", type 3).
-fn build_id(mut notes: &[u8]) -> Option<String> {
+pub(super) fn build_id(mut notes: &[u8]) -> Option<String> {
     loop {
         let word = |at: usize| {
             let bytes = notes.get(at..at + 4)?.try_into().ok()?;
@@ -90,7 +90,7 @@ fn build_id(mut notes: &[u8]) -> Option<String> {
     }
 }
 
-fn string(kernel: &Kernel, at: LinkVa) -> Option<String> {
+pub(super) fn string(kernel: &Kernel, at: LinkVa) -> Option<String> {
     let bytes = (1..=512).find_map(|len| {
         let bytes = kernel.vmlinux.bytes(at, len)?;
         (bytes.last() == Some(&0)).then_some(&bytes[..len - 1])

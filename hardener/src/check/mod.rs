@@ -12,12 +12,14 @@
 //! | thunk-contract | `thunks.rs`, `exec/` | thunks keep what they must and pass exactly the members of their tables |
 //! | thunk-contract | `violations.rs` | what they stop is reported as the manifest says, with all that the slot had in place |
 //! | exact-sets | `tables.rs`, `sets.rs` | the tables hold exactly the legal addresses |
+//! | modules | `module/` | the same for modules: text, tables and edits, each loaded afresh at two places |
 //! | true-to-image | `image.rs` | text, relocations, layouts, names and counts are the image's |
 
 mod cave;
 mod exec;
 mod image;
 mod kernel;
+mod module;
 mod report;
 mod sets;
 mod slots;
@@ -73,6 +75,14 @@ pub enum CheckError {
         /// The image's build-id.
         found: String,
     },
+    /// A module's file cannot be found.
+    #[error("{path}: {source}; give the modules that are in the bundle, or a folder of them")]
+    Module {
+        /// What was given.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The bundle cannot be read.
     #[error(transparent)]
     Bundle(#[from] ReadError),
@@ -84,6 +94,7 @@ pub struct Checker {
     kernel: Kernel,
     path: PathBuf,
     reading: Duration,
+    modules: module::Files,
 }
 
 impl Checker {
@@ -107,7 +118,20 @@ impl Checker {
             kernel,
             path: path.to_owned(),
             reading: started.elapsed(),
+            modules: module::Files::new(),
         })
+    }
+
+    /// Adds the files against which a bundle's modules are proved: files, or folders of them.
+    pub fn with_modules(mut self, paths: &[PathBuf]) -> Result<Checker, CheckError> {
+        for path in paths {
+            let found = module_files(path, &mut self.modules);
+            found.map_err(|source| CheckError::Module {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        Ok(self)
     }
 
     /// Proves `bundle`, or says where it cannot.
@@ -135,7 +159,16 @@ impl Checker {
             });
         }
         let cave = CaveImage::read(&bundle.cave, &bundle.manifest.cave);
+        let about_modules = wanted
+            .iter()
+            .any(|rule| matches!(rule, Rule::Modules | Rule::ThunkContract | Rule::ExactSets));
+        let (modules, module_faults) = match about_modules {
+            true => module::read(&self.kernel, bundle, &self.modules).map_err(fail)?,
+            false => Default::default(),
+        };
         let subject = Subject {
+            modules: &modules,
+            module_faults: &module_faults,
             kernel: &self.kernel,
             bundle,
             cave: &cave,
@@ -159,16 +192,44 @@ impl Checker {
                     tables::check(&subject, &roles).map_err(fail)?
                 }
                 Rule::TrueToImage => image::check(&subject, &self.file),
+                Rule::Modules => module::check(&subject),
             });
         }
         Ok(reports)
     }
 }
 
-/// Checks the bundle in `bundle` against the image at `image`.
-pub fn run(bundle: &Path, image: &Path, json: bool) -> Result<Outcome, CheckError> {
+/// Checks the bundle in `bundle` against the image at `image` and the modules in `modules`.
+pub fn run(
+    bundle: &Path,
+    image: &Path,
+    modules: &[PathBuf],
+    json: bool,
+) -> Result<Outcome, CheckError> {
     let bundle = Bundle::read_dir(bundle)?;
-    Checker::open(image)?.check(&bundle, json)
+    let checker = Checker::open(image)?.with_modules(modules)?;
+    checker.check(&bundle, json)
+}
+
+/// Adds the module files at or below `path`, by the name that the kernel gives a module of that file name.
+fn module_files(path: &Path, files: &mut module::Files) -> io::Result<()> {
+    if fs::metadata(path)?.is_dir() {
+        for entry in fs::read_dir(path)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let packed = [".ko", ".ko.gz", ".ko.xz", ".ko.zst"];
+            let file = packed.iter().any(|suffix| name.ends_with(suffix));
+            if file || entry.file_type()?.is_dir() {
+                module_files(&entry.path(), files)?;
+            }
+        }
+        return Ok(());
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name = name.split(".ko").next().unwrap_or_default();
+    files.insert(name.replace('-', "_"), path.to_owned());
+    Ok(())
 }
 
 /// What all rules look at.
@@ -177,6 +238,8 @@ struct Subject<'a> {
     bundle: &'a Bundle,
     cave: &'a Result<CaveImage, String>,
     thunks: &'a KernelThunks,
+    modules: &'a [module::Read<'a>],
+    module_faults: &'a [String],
 }
 
 impl<'a> Subject<'a> {

@@ -26,17 +26,20 @@ pub enum Rule {
     ExactSets,
     /// Text, relocations, layouts and names are the image's.
     TrueToImage,
+    /// Modules are their files', and their edits obey the rules for edits.
+    Modules,
 }
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Rule; 6] = [
+    pub const ALL: [Rule; 7] = [
         Rule::SameBoundaries,
         Rule::OneSharedCave,
         Rule::AllowedSlots,
         Rule::ThunkContract,
         Rule::ExactSets,
         Rule::TrueToImage,
+        Rule::Modules,
     ];
 
     fn name(self) -> &'static str {
@@ -47,6 +50,7 @@ impl Rule {
             Rule::ThunkContract => "thunk-contract",
             Rule::ExactSets => "exact-sets",
             Rule::TrueToImage => "true-to-image",
+            Rule::Modules => "modules",
         }
     }
 }

@@ -69,7 +69,12 @@ impl KernelThunks {
 
     /// What the image has at `at`, and how long that is.
     pub fn original(&self, kernel: &Kernel, at: LinkVa) -> Option<(Original, usize)> {
-        let (instruction, len) = decode(kernel.vmlinux.bytes(at, 15)?, at)?;
+        self.original_in(kernel.vmlinux.bytes(at, 15)?, at)
+    }
+
+    /// What `bytes` are at `at`, and how long that is.
+    pub fn original_in(&self, bytes: &[u8], at: LinkVa) -> Option<(Original, usize)> {
+        let (instruction, len) = decode(bytes, at)?;
         let to = LinkVa(instruction.near_branch_target());
         let register = self.indirect.get(&to);
         let original = match (instruction.code(), register) {
@@ -190,6 +195,12 @@ fn same_boundary(
     let Some(replacement) = replacement(&edit.bytes, at) else {
         return Err("is not one whole branch instruction of the slot's length".to_owned());
     };
+    fits(original, replacement)?;
+    Ok(replacement)
+}
+
+/// Whether the one may stand where the other was.
+pub fn fits(original: Original, replacement: Replacement) -> Result<(), String> {
     let fits = match (original, replacement) {
         (Original::Return, Replacement::Ret | Replacement::Jump(_))
         | (Original::Call(_), Replacement::Call(_))
@@ -207,7 +218,7 @@ fn same_boundary(
     if !fits {
         return Err(format!("puts {replacement:?} where {original:?} was"));
     }
-    Ok(replacement)
+    Ok(())
 }
 
 /// A stretch of text that no edit may touch, and why.

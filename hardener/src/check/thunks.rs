@@ -9,7 +9,7 @@ use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
 use super::slots::{Original, Replacement, replacement};
 use super::violations::{self, Reported};
-use super::{Subject, decoded_tables};
+use super::{Subject, decoded_tables, module};
 use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, Mnemonic};
 use penumbra_bundle::{LinkVa, Reloc, RelocKind};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -64,7 +64,7 @@ fn groups<'a>(
     let kernel = subject.kernel;
     let traced: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
     let gotos = computed_gotos(kernel);
-    let mut groups = BTreeMap::new();
+    let mut slots = Vec::new();
     for (variant, edit) in subject.edits() {
         let at = subject.place(edit);
         let to = match replacement(&edit.bytes, at) {
@@ -75,34 +75,15 @@ fn groups<'a>(
         let Some((original, _)) = subject.thunks.original(kernel, at) else {
             continue;
         };
-        let contract = match original {
-            Original::Return => {
-                let free = kernel
-                    .symbols
-                    .around(at)
-                    .is_some_and(|function| has_fentry(kernel, &traced, function.start));
-                Contract {
-                    target: None,
-                    scratch: if free { R10_R11 } else { 0 },
-                    flags: free,
-                }
-            }
-            Original::Call(register) | Original::Jump(register) => {
-                // A call and a tail call may clobber r11 and flags, which carry no argument (System V psABI, 3.2.1 and
-                // figure 3.4); r10 may be a static chain. A computed goto stays in its function, where all may be live.
-                let inside = matches!(original, Original::Jump(_))
-                    && kernel
-                        .symbols
-                        .around(at)
-                        .is_some_and(|function| gotos.contains(&function.start));
-                let scratch = if inside || register == 11 { 0 } else { 1 << 11 };
-                Contract {
-                    target: Some(register),
-                    scratch,
-                    flags: !inside,
-                }
-            }
-        };
+        let function = kernel.symbols.around(at);
+        let traced = function.is_some_and(|range| has_fentry(kernel, &traced, range.start));
+        let goto = function.is_some_and(|range| gotos.contains(&range.start));
+        slots.push((variant, at, to, contract(original, traced, goto)));
+    }
+    let of_modules = module::thunk_slots(subject).into_iter();
+    slots.extend(of_modules.map(|slot| (slot.variant, slot.at, slot.thunk, slot.contract)));
+    let mut groups = BTreeMap::new();
+    for (variant, at, to, contract) in slots {
         if !subject.bundle.manifest.cave.range.contains(to) {
             let what = format!("branches to {}, which is no thunk", hex(to));
             findings.broken(Some(variant), Some(at), what);
@@ -116,6 +97,28 @@ fn groups<'a>(
         group.slots += 1;
     }
     groups
+}
+
+/// What a slot asks of its thunk: whether its function is traced by ftrace, and whether it jumps to labels in itself.
+pub fn contract(original: Original, traced: bool, goto: bool) -> Contract {
+    match original {
+        Original::Return => Contract {
+            target: None,
+            scratch: if traced { R10_R11 } else { 0 },
+            flags: traced,
+        },
+        Original::Call(register) | Original::Jump(register) => {
+            // A call and a tail call may clobber r11 and flags, which carry no argument (System V psABI, 3.2.1 and
+            // figure 3.4); r10 may be a static chain. A computed goto stays in its function, where all may be live.
+            let inside = matches!(original, Original::Jump(_)) && goto;
+            let scratch = if inside || register == 11 { 0 } else { 1 << 11 };
+            Contract {
+                target: Some(register),
+                scratch,
+                flags: !inside,
+            }
+        }
+    }
 }
 
 /// A function traced by ftrace: compiled with -pg, so without -fipa-ra, so its callers expect r10, r11 and flags to be

@@ -5,28 +5,20 @@ use hardener::check::Checker;
 use hardener::recipe::Recipe;
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 use penumbra_bundle::{Bundle, Edit, LinkVa, SiteKind, SlotKind, TextOff, Trap, VaRange};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
-/// Debian's current cloud kernel: `tests/run` says where it is.
+/// Debian's current cloud kernel.
 pub fn vmlinuz() -> PathBuf {
-    if let Some(path) = std::env::var_os("PENUMBRA_VMLINUZ_CLOUD") {
-        return path.into();
-    }
-    let trees = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/trees");
-    let mut found: Vec<PathBuf> = Vec::new();
-    for tree in std::fs::read_dir(&trees).into_iter().flatten().flatten() {
-        let boot = std::fs::read_dir(tree.path().join("boot"));
-        found.extend(boot.into_iter().flatten().flatten().map(|file| file.path()));
-    }
-    found.retain(|path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with("vmlinuz-") && name.contains("cloud")
-    });
-    found.sort();
-    found.pop().expect(
-        "these tests need Debian's cloud kernel: `tests/run` fetches it, or set PENUMBRA_VMLINUZ_CLOUD to its vmlinuz",
-    )
+    crate::common::cloud().to_owned()
+}
+
+/// Some of its modules: a large one, one with all kinds of poke site, a small one.
+pub fn modules() -> Vec<PathBuf> {
+    let kernel = crate::common::modules();
+    ["fs/xfs/xfs.ko", "arch/x86/kvm/kvm.ko", "net/key/af_key.ko"]
+        .map(|name| kernel.join(name))
+        .to_vec()
 }
 
 /// The image, read by the checker, and the bundle that the emitter makes of it; both once for all tests.
@@ -34,8 +26,11 @@ pub fn real() -> &'static (Checker, Bundle) {
     static REAL: OnceLock<(Checker, Bundle)> = OnceLock::new();
     REAL.get_or_init(|| {
         let path = vmlinuz();
-        let bundle = hardener::emit::emit(&path, &Recipe::default(), &mut |_| {}).unwrap();
-        (Checker::open(&path).unwrap(), bundle)
+        let modules = modules();
+        let recipe = Recipe::default();
+        let emitted = hardener::emit::emit_with(&path, &recipe, &modules, &mut |_| {}).unwrap();
+        let checker = Checker::open(&path).unwrap().with_modules(&modules);
+        (checker.unwrap(), emitted.bundle)
     })
 }
 
