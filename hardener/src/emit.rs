@@ -80,6 +80,7 @@ const LAYOUT_OPTIONAL: &[(&str, &[&str])] = &[
             "notes_attrs",
             "sect_attrs",
             "kallsyms",
+            "percpu",
         ],
     ),
     (

@@ -214,7 +214,7 @@ fn explain_sites(
     changed
 }
 
-fn range_of(site: &Site) -> std::ops::Range<usize> {
+pub(super) fn range_of(site: &Site) -> std::ops::Range<usize> {
     let start = site.at.0 as usize;
     start..start + usize::from(site.len)
 }
@@ -286,7 +286,7 @@ pub fn return_form(bundle: &Bundle, running: &[u8]) -> Result<ReturnForm, Explai
 }
 
 /// The bytes that differ from the file, and which of them are explained.
-struct Differences {
+pub(super) struct Differences {
     /// Text offsets, sorted.
     at: Vec<u32>,
     /// Bit per text byte.
@@ -294,7 +294,7 @@ struct Differences {
 }
 
 impl Differences {
-    fn new(expected: &[u8], running: &[u8]) -> Differences {
+    pub(super) fn new(expected: &[u8], running: &[u8]) -> Differences {
         let mut at = Vec::new();
         let chunks = expected.chunks(64).zip(running.chunks(64)).enumerate();
         for (index, (want, have)) in chunks {
@@ -315,7 +315,7 @@ impl Differences {
     }
 
     /// The sites that hold a difference. Sites and differences are both sorted by start: one sweep over both.
-    fn sites_with_any<'s>(&self, sites: &'s [Site]) -> Vec<&'s Site> {
+    pub(super) fn sites_with_any<'s>(&self, sites: &'s [Site]) -> Vec<&'s Site> {
         let mut first = 0;
         let mut found = Vec::new();
         for site in sites {
@@ -338,23 +338,18 @@ impl Differences {
         found
     }
 
-    fn was_explained(&self, at: usize) -> bool {
+    pub(super) fn was_explained(&self, at: usize) -> bool {
         self.explained[at / 64] & (1 << (at % 64)) != 0
     }
 
-    fn explain(&mut self, range: std::ops::Range<usize>) {
+    pub(super) fn explain(&mut self, range: std::ops::Range<usize>) {
         for at in range {
             self.explained[at / 64] |= 1 << (at % 64);
         }
     }
 
-    fn ranges(
-        &self,
-        bundle: &Bundle,
-        slide: Slide,
-        expected: &[u8],
-        running: &[u8],
-    ) -> Vec<Unexplained> {
+    /// What nothing explains: first offset and first after.
+    pub(super) fn left(&self) -> Vec<(u32, u32)> {
         let mut ranges: Vec<(u32, u32)> = Vec::new();
         for at in self
             .at
@@ -368,6 +363,16 @@ impl Differences {
             }
         }
         ranges
+    }
+
+    fn ranges(
+        &self,
+        bundle: &Bundle,
+        slide: Slide,
+        expected: &[u8],
+        running: &[u8],
+    ) -> Vec<Unexplained> {
+        self.left()
             .into_iter()
             .map(|(start, end)| {
                 let shown = start as usize..(end as usize).min(start as usize + 16);

@@ -9,6 +9,7 @@ pub mod forms;
 pub mod kernel;
 pub mod layout;
 pub mod memory;
+pub mod modules;
 pub mod path;
 pub mod processes;
 pub mod stacks;
