@@ -13,6 +13,11 @@ built is kept under `target/lab`, so a second run only boots.
     agent      commands and their results over a serial line
     qemu       QEMU processes: started, watched, always ended
     lab        dom0 and guest together, as the scenarios see them
+    chain      the tools, as a user runs them
+    victim     what runs in the guest: load, attacks, text pokes
+    slots      what a bundle's views have at their slots
+    spaces     processes that see from inside which view they are on
+    storm      live processes flipped between all views
 """
 
 from pathlib import Path

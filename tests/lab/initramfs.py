@@ -78,6 +78,7 @@ def guest(path, extra=()):
     # One program under two paths: only the path tells the policy which is which.
     for name in ("payroll", "guestbook"):
         archive.file(f"usr/bin/{name}", programs.program("worker"), 0o755)
+    archive.file("usr/bin/load", programs.program("load"), 0o755)
     archive.file("lib/modules/penumbra_bug.ko", programs.module())
     for name, content, mode in extra:
         archive.file(name, content, mode)

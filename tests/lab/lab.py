@@ -18,8 +18,6 @@ from . import TARGET, LabError, grub, initramfs, kernel
 from .agent import Agent
 from .qemu import Machine
 
-# Physical CPUs: one for each of the guest's two, one for dom0.
-CPUS = 3
 MEMORY = 2560
 DOM0_MEMORY = 1280
 
@@ -189,8 +187,9 @@ class Lab:
         modules = f"{dom0_kernel.vmlinuz} console=hvc0 panic=-1,{dom0_initrd}"
         append = (f"console=com1 com1=115200,8n1 altp2m=1 loglvl=info guest_loglvl=info noreboot "
                   f"dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M dom0_max_vcpus=1")
+        # A physical CPU for each of the guest's, and one for dom0.
         machine = Machine(["-cpu", QEMU_CPU, "-kernel", xen, "-append", append, "-initrd", modules],
-                          work / "console.log", memory=MEMORY, cpus=CPUS)
+                          work / "console.log", memory=MEMORY, cpus=vcpus + 1)
         lab = cls(machine)
         try:
             lab.dom0.wait_ready(timeout)

@@ -16,7 +16,14 @@ SOURCES = ROOT / "tests" / "guest"
 BUILT = TARGET / "guest"
 
 # Executable: its sources.
-PROGRAMS = {"agent": ["agent.c"], "worker": ["worker.c", "attack.c"]}
+PROGRAMS = {
+    "agent": ["agent.c"],
+    "worker": ["worker.c", "attack.c"],
+    "spaces": ["spaces.c"],
+    "bpf": ["bpf.c"],
+    "load": [f"load/{name}.c" for name in ("load", "files", "sockets", "processes", "memory", "threads",
+                                           "modules")],
+}
 
 
 def _newer(target, sources):
@@ -34,7 +41,7 @@ def program(name):
     """A static executable, built if it is older than its sources."""
     sources, target = [SOURCES / file for file in PROGRAMS[name]], BUILT / name
     with packages.locked("programs"):
-        if not _newer(target, [*sources, *SOURCES.glob("*.h"), *SOURCES.glob("module/*.h")]):
+        if not _newer(target, [*sources, *SOURCES.rglob("*.h")]):
             BUILT.mkdir(parents=True, exist_ok=True)
             part = target.with_suffix(".part")
             _make(["gcc", "-std=gnu17", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread",
@@ -63,19 +70,23 @@ def _headers(guest):
     return tree / "usr" / "src" / f"linux-headers-{guest.release}"
 
 
-def module():
-    """penumbra_bug.ko for the guest's kernel."""
-    source = SOURCES / "module"
-    target = BUILT / "penumbra_bug.ko"
+# Modules for the guest's kernel: the folder of their sources.
+MODULES = {"penumbra_bug": "module", "penumbra_patch": "livepatch"}
+
+
+def module(name="penumbra_bug"):
+    """A module, built for the guest's kernel."""
+    source = SOURCES / MODULES[name]
+    target = BUILT / f"{name}.ko"
     sources = [p for p in source.iterdir() if p.is_file()]
     guest = kernel.cloud()
     with packages.locked("programs"):
         if not _newer(target, sources):
             headers = _headers(guest)
-            work = BUILT / "module"
+            work = BUILT / name
             shutil.rmtree(work, ignore_errors=True)
             shutil.copytree(source, work)
             env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "CFLAGS", "ARCH")}
             _make(["make", "-C", headers, f"M={work}", "modules"], env=env)
-            shutil.copy(work / "penumbra_bug.ko", target)
+            shutil.copy(work / f"{name}.ko", target)
     return target

@@ -70,7 +70,9 @@ class Machine:
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
-                pass_fds=(com2_far.fileno(), qmp_far.fileno()), preexec_fn=_die_with_parent)
+                pass_fds=(com2_far.fileno(), qmp_far.fileno()), preexec_fn=_die_with_parent,
+                # Ctrl-C is for the script, which then ends QEMU.
+                start_new_session=True)
         com2_far.close()
         qmp_far.close()
         self.line = SocketLine(com2)

@@ -27,14 +27,14 @@ class Progress:
     switches: int
 
 
-class Worker:
-    """One running copy of the worker."""
+class _Running:
+    """A program in the guest that prints its progress into a log."""
 
-    def __init__(self, guest, program, cpu, tag=""):
+    def __init__(self, guest, program, command, log):
         self.guest = guest
         self.program = program
-        self.log = f"/tmp/{program}{tag}.log"
-        guest.run(f"/usr/bin/{program} work {cpu} > {self.log} 2>&1 &")
+        self.log = log
+        guest.run(f"{command} > {log} 2>&1 &")
         self.pid = self.wait_past(0).pid
 
     def text(self):
@@ -66,6 +66,22 @@ class Worker:
         """Does it still make progress, without a wrong result?"""
         self.wait_past(self.progress().rounds)
         return True
+
+
+class Worker(_Running):
+    """One running copy of the worker."""
+
+    def __init__(self, guest, program, cpu, tag=""):
+        super().__init__(guest, program, f"/usr/bin/{program} work {cpu}", f"/tmp/{program}{tag}.log")
+
+
+class Load(_Running):
+    """One kind of load (see tests/guest/load/load.c)."""
+
+    KINDS = ["file", "pipe", "unix", "tcp", "exec", "memory", "signal", "thread", "module"]
+
+    def __init__(self, guest, kind):
+        super().__init__(guest, kind, f"/usr/bin/load {kind}", f"/tmp/load.{kind}.log")
 
 
 def prepare_attacks(guest):

@@ -142,6 +142,9 @@ pub struct Storm {
     /// The longest wait between two flips; 0 never waits
     #[arg(long, value_name = "N", default_value_t = 3000)]
     pub wait_us: u64,
+    /// Do not verify the text afterwards
+    #[arg(long)]
+    pub no_verify: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

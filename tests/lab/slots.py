@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""A bundle's slots: what each view has at them.
+
+Edits are postcard (a sequence of {at: u32, slot: enum, bytes: sequence}, all numbers as varints);
+symbols come from the guest's own kallsyms.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import LabError
+
+KINDS = ["call", "return", "indirect"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One slot's bytes in one view."""
+
+    at: int      # offset in the text
+    kind: str
+    content: bytes
+
+
+class Bundle:
+    """The parts of a bundle that the scenarios look into."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        manifest = json.loads((self.folder / "manifest.json").read_text())
+        start = manifest["text"]["start"]
+        self.start = int(start, 16) if isinstance(start, str) else start
+        self.text = (self.folder / "text.bin").read_bytes()
+        self.hardened, self.fast = (self._edits(f"{name}.edits") for name in ("hardened", "fast"))
+
+    def _edits(self, name):
+        data = (self.folder / name).read_bytes()
+        at = 0
+
+        def number():
+            nonlocal at
+            value = shift = 0
+            while True:
+                byte = data[at]
+                at += 1
+                value |= (byte & 0x7f) << shift
+                shift += 7
+                if byte < 0x80:
+                    return value
+
+        edits = {}
+        for _ in range(number()):
+            offset, kind, length = number(), number(), number()
+            edits[offset] = Edit(offset, KINDS[kind], data[at:at + length])
+            at += length
+        if at != len(data):
+            raise LabError(f"{name}: {len(data) - at} bytes behind the last edit")
+        return edits
+
+    def telling(self):
+        """A slot whose first four bytes differ in all three views, and what they are there:
+        (offset, {view: bytes}).  Retpoline sites run as they are in the file."""
+        for edit in self.hardened.values():
+            other = self.fast.get(edit.at)
+            if edit.kind != "indirect" or not other or len(edit.content) < 5:
+                continue
+            views = {"stock": self.text[edit.at:edit.at + 4], "fast": other.content[:4],
+                     "hardened": edit.content[:4]}
+            if len(set(views.values())) == 3:
+                return edit.at, views
+        raise LabError("no slot differs in all views")
+
+    def slots_in(self, start, end, kind):
+        """The hardened view's edits of one kind with offsets in [start, end)."""
+        return [e for e in self.hardened.values() if start <= e.at < end and e.kind == kind]
