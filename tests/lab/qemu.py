@@ -7,7 +7,6 @@ The process is ended by its own process id, and by the kernel if Python dies fir
 
 import ctypes
 import json
-import os
 import select
 import signal
 import socket
@@ -61,7 +60,7 @@ class Machine:
         qmp, qmp_far = socket.socketpair()
         for far in (com2_far, qmp_far):
             far.set_inheritable(True)
-        argv = ["qemu-system-x86_64", "-accel", os.environ.get("LAB_ACCEL", "tcg"), "-nodefaults", "-no-user-config",
+        argv = ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-no-user-config",
                 "-display", "none", "-no-reboot", "-m", str(memory), "-smp", str(cpus),
                 "-serial", f"file:{self.console}",
                 "-chardev", f"socket,id=com2,fd={com2_far.fileno()}", "-serial", "chardev:com2",

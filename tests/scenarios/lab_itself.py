@@ -2,13 +2,14 @@
 """The lab's own parts, without booting anything."""
 
 import gzip
+import json
 import subprocess
 import tempfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab import LabError, chain, packages, programs
+from lab import LabError, chain, packages, programs, slots
 from lab.agent import Agent, LineLost
 from lab.cpio import Archive
 
@@ -123,5 +124,34 @@ def agent_reports_a_dead_guest(_):
         Agent("guest", line).run("x", timeout=600)
     except LineLost as error:
         expect("kernel panic" in str(error), error)
+    else:
+        expect(False, "no error")
+
+
+def _bundle(folder, hardened, fast):
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps({"text": {"start": "0xffffffff81000000"}}))
+    (folder / "text.bin").write_bytes(bytes(range(256)) * 2)
+    (folder / "hardened.edits").write_bytes(hardened)
+    (folder / "fast.edits").write_bytes(fast)
+    return folder
+
+
+@scenario
+def edits_are_read_as_the_bundle_has_them(folder):
+    """The lab's reading of a bundle's edits: offsets over 127, the slot that tells the views apart, an
+    error for what is left over."""
+    # Two edits: a return site at 300 (varint ac 02), an indirect call at 16.
+    fast = b"\x02" + b"\x10\x02\x05\x2e\x2e\x2e\xff\xd0" + b"\xac\x02\x01\x05\xc3\xcc\xcc\xcc\xcc"
+    hardened = b"\x02" + b"\x10\x02\x05\xe8\x01\x02\x03\x04" + b"\xac\x02\x01\x05\xe9\x05\x06\x07\x08"
+    bundle = slots.Bundle(_bundle(folder / "good", hardened, fast))
+    offset, views = bundle.telling()
+    expect(offset == 16 and views["stock"] == bytes(range(16, 20)) and views["fast"] == b"\x2e\x2e\x2e\xff"
+           and views["hardened"] == b"\xe8\x01\x02\x03", offset, views)
+    expect([e.at for e in bundle.slots_in(256, 400, "return")] == [300], bundle.hardened)
+    try:
+        slots.Bundle(_bundle(folder / "bad", hardened + b"\0", fast))
+    except LabError as error:
+        expect("behind the last edit" in str(error), error)
     else:
         expect(False, "no error")
