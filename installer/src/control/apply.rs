@@ -1,36 +1,67 @@
 //! `apply`: verify, build, bind, watch.
 
 use super::cli::Apply;
+use super::watch::{self as watching, Console};
 use super::{CliError, print, stop_flag};
 use crate::exit::Exit;
-use crate::guest::Process;
-use crate::views::journal::{self, Journal, State, Step};
-use crate::views::{self, Request, apply as views_apply, digest, remove, verify};
-use crate::watch::{self, Watcher, pins};
-use crate::xen::{self, Action, Binding, Hypervisor, Xen};
+use crate::views::apply::ApplyError;
+use crate::views::journal::{self, Journal, POLICY_COPY, State, Step};
+use crate::views::{self, Applied, Request, apply as views_apply, digest, remove, verify};
+use crate::watch::run::{Listener, Outcome, Watch};
+use crate::watch::{self, Watcher};
+use crate::xen::{self, Action, Binding, Domain, End, Events, Hypervisor};
 use penumbra_bundle::{Bundle, MANIFEST};
 use penumbra_policy::Policy;
 use signer::Trust;
-use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// The verified policy's copy beside the journal, for `ps`.
-pub const POLICY_COPY: &str = "policy.toml";
-
-/// How long a guest frame stays mapped: a guest that gives frames back makes its own processes' data stale no longer than
-/// this.
-const REFRESH: Duration = Duration::from_secs(1);
+/// Time between tries on a guest that boots.
+const BOOT: Duration = Duration::from_millis(500);
+/// Tries on a guest that came back and is up, before the refusal stands.
+const TRIES: u32 = 5;
 
 /// Runs `apply`.
 pub fn apply(args: &Apply) -> Result<Exit, CliError> {
-    let started = Instant::now();
     let stop = stop_flag()?;
+    let stop = || stop.load(Ordering::Relaxed);
     let checked = Checked::new(args)?;
-    let (domain, name) = xen::resolve(&args.domain)?;
-    let xen = Xen::open(domain.id)?;
+    let (mut domain, mut name) = xen::resolve(&args.domain)?;
+    let mut came_back = false;
+    loop {
+        let end = match on_domain(args, &checked, (&domain, &name), came_back, &stop)? {
+            Over::Exit(exit) => return Ok(exit),
+            Over::Ended(end) => end,
+        };
+        // No mapping of the old domain's memory is left here: its successor may need the room.
+        match watching::successor(&domain.uuid, domain.id, end, &stop)? {
+            Some(next) => (domain, name) = next,
+            None => return Ok(watching::exit(end)),
+        }
+        came_back = true;
+    }
+}
+
+/// Why the work on one domain is over.
+enum Over {
+    Exit(Exit),
+    Ended(End),
+}
+
+/// Applies to one domain and watches it to its end.
+fn on_domain(
+    args: &Apply,
+    checked: &Checked,
+    (domain, name): (&Domain, &str),
+    came_back: bool,
+    stop: &dyn Fn() -> bool,
+) -> Result<Over, CliError> {
+    let started = Instant::now();
+    let xen = xen::open(domain.id)?;
+    let xen = xen.as_ref();
     let journal = Journal::writer(&journal::run_dir(), domain.id)?;
     journal.clear_stop()?;
     let request = Request {
@@ -38,13 +69,16 @@ pub fn apply(args: &Apply) -> Result<Exit, CliError> {
         manifest_sha256: checked.manifest_sha256.clone(),
         bundle_path: absolute(&args.bundle),
         policy_path: absolute(&args.policy),
-        name: name.clone(),
+        name: name.to_owned(),
         default: checked.policy.default.to_string(),
     };
-    let (mut state, how) = match resume(&xen, &journal, &request)? {
+    let (mut state, how) = match resume(xen, &journal, &request)? {
         Some(state) => (state, "taken over".to_owned()),
         None => {
-            let applied = views_apply(&xen, &journal, &request)?;
+            let applied = match build(xen, &journal, &request, came_back, stop)? {
+                Ok(applied) => applied,
+                Err(over) => return Ok(over),
+            };
             let how = format!(
                 "explained {} changed bytes, filled {} time{}",
                 applied.changed_bytes,
@@ -58,10 +92,14 @@ pub fn apply(args: &Apply) -> Result<Exit, CliError> {
     fs::write(&copy, &checked.policy_bytes)
         .map_err(|source| CliError::File { path: copy, source })?;
     let mut watcher = Watcher::default();
+    let mut console = Console::default();
     if !args.once {
         state.watcher = std::process::id();
         journal.save(&state)?;
-        look(&xen, &journal, &state, &checked.policy, &mut watcher)?;
+        // Bound before it is said; what fails here is tried again by the watching.
+        if let Ok(pass) = watcher.pass(xen, &state, &checked.policy, journal.dir()) {
+            console.passed(&state, &pass, &Events::default());
+        }
     }
     let views: Vec<String> = state
         .views
@@ -78,10 +116,65 @@ pub fn apply(args: &Apply) -> Result<Exit, CliError> {
         started.elapsed().as_secs_f64()
     ))?;
     if args.once {
-        return Ok(Exit::Done);
+        return Ok(Over::Exit(Exit::Done));
     }
-    let wait = Duration::from_millis(args.poll_ms);
-    watch_on(&xen, &journal, state, &checked.policy, watcher, wait, &stop)
+    let watch = Watch {
+        hypervisor: xen,
+        journal: &journal,
+        policy: &checked.policy,
+        poll: Duration::from_millis(args.poll_ms),
+    };
+    Ok(
+        match watch.run(&mut state, watcher, &mut console, stop, &sleep)? {
+            Outcome::Stopped(dropped) => {
+                eprintln!(
+                    "installer: stopped watching {name}; {dropped} binding{} dropped, every process now runs on `{}`; `installer remove {name}` takes the views out",
+                    if dropped == 1 { "" } else { "s" },
+                    state.default,
+                );
+                Over::Exit(Exit::Done)
+            }
+            Outcome::Ended(end) => {
+                eprintln!("installer: domain {name} {end}; its views are gone with it");
+                Over::Ended(end)
+            }
+            Outcome::OtherKernel => {
+                eprintln!(
+                    "installer: {name} runs another kernel now, which the bundle is not for; its views were taken out, and it runs unprotected: `installer apply` with a bundle for the new kernel"
+                );
+                Over::Exit(Exit::No)
+            }
+        },
+    )
+}
+
+/// Builds the views. On a domain that came back it waits for the kernel to be up, as long as it takes.
+fn build(
+    xen: &dyn Hypervisor,
+    journal: &Journal,
+    request: &Request<'_>,
+    came_back: bool,
+    stop: &dyn Fn() -> bool,
+) -> Result<Result<Applied, Over>, CliError> {
+    let mut tries = 0;
+    loop {
+        let error = match views_apply(xen, journal, request) {
+            Ok(applied) => return Ok(Ok(applied)),
+            Err(error) => error,
+        };
+        match error {
+            ApplyError::Ended { end, .. } if came_back => return Ok(Err(Over::Ended(end))),
+            error if came_back && (error.is_early() || tries < TRIES) => {
+                tries += u32::from(!error.is_early());
+            }
+            error => return Err(error.into()),
+        }
+        sleep(BOOT);
+        xen.refresh();
+        if stop() {
+            return Ok(Err(Over::Exit(Exit::Done)));
+        }
+    }
 }
 
 /// What was verified before Xen is even opened.
@@ -138,7 +231,11 @@ fn absolute(path: &std::path::Path) -> PathBuf {
 }
 
 /// Takes over what an earlier `apply` left, if it is whole; cleans up what one left half-done.
-fn resume(xen: &Xen, journal: &Journal, request: &Request<'_>) -> Result<Option<State>, CliError> {
+fn resume(
+    xen: &dyn Hypervisor,
+    journal: &Journal,
+    request: &Request<'_>,
+) -> Result<Option<State>, CliError> {
     let Some(mut state) = journal.load()? else {
         return Ok(None);
     };
@@ -172,74 +269,14 @@ fn resume(xen: &Xen, journal: &Journal, request: &Request<'_>) -> Result<Option<
 
 /// Says what became of the cave, if that needs saying.
 pub fn report_cave(cave: &views::CaveFate) {
+    if *cave == views::CaveFate::OtherKernel {
+        eprintln!(
+            "installer: the guest runs another kernel than the one with the hook code; its memory was left alone"
+        );
+    }
     if let views::CaveFate::Left(why) = cave {
         eprintln!(
             "installer: the hook code stays in the guest's cave, where nothing jumps to it any more: {why}; it is harmless, and the next `apply` of this bundle finds it"
         );
     }
-}
-
-/// One look at the guest's processes.
-fn look(
-    xen: &Xen,
-    journal: &Journal,
-    state: &State,
-    policy: &Policy,
-    watcher: &mut Watcher,
-) -> Result<Vec<String>, CliError> {
-    let memory = state.reader.kernel().memory(xen);
-    let list = state.reader.list(&memory);
-    let is_still = |process: &Process| state.reader.is_still(&memory, process, list.top);
-    let is_pinned = |root| pins::is_pinned(journal.dir(), root);
-    Ok(watcher
-        .pass(xen, state, policy, &list, &is_still, &is_pinned)?
-        .trouble)
-}
-
-fn watch_on(
-    xen: &Xen,
-    journal: &Journal,
-    mut state: State,
-    policy: &Policy,
-    mut watcher: Watcher,
-    wait: Duration,
-    stop: &AtomicBool,
-) -> Result<Exit, CliError> {
-    // Each trouble is said once: a guest that makes them by the second must not fill the disk.
-    let mut said: HashSet<String> = HashSet::new();
-    let mut refreshed = Instant::now();
-    while !stop.load(Ordering::Relaxed) && !journal.asked_to_stop() {
-        match xen.domain() {
-            Ok(domain) if !domain.gone && domain.uuid == state.uuid => {}
-            _ => {
-                eprintln!(
-                    "installer: domain {} is gone; nothing is left to watch",
-                    state.name
-                );
-                journal.erase()?;
-                return Ok(Exit::Done);
-            }
-        }
-        if refreshed.elapsed() > REFRESH {
-            refreshed = Instant::now();
-            xen.refresh();
-        }
-        for trouble in look(xen, journal, &state, policy, &mut watcher)? {
-            if said.len() < 1000 && said.insert(trouble.clone()) {
-                eprintln!("installer: {trouble}");
-            }
-        }
-        std::thread::sleep(wait);
-    }
-    let dropped = watch::drop_bindings(xen, &state, journal.dir())?;
-    state.watcher = 0;
-    journal.save(&state)?;
-    eprintln!(
-        "installer: stopped watching {}; {dropped} binding{} dropped, every process now runs on `{}`; `installer remove {}` takes the views out",
-        state.name,
-        if dropped == 1 { "" } else { "s" },
-        state.default,
-        state.name
-    );
-    Ok(Exit::Done)
 }

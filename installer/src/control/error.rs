@@ -7,6 +7,7 @@ use crate::views::apply::ApplyError;
 use crate::views::journal::JournalError;
 use crate::views::remove::RemoveError;
 use crate::views::verify::VerifyTextError;
+use crate::watch::run::WatchError;
 use crate::watch::storm::StormError;
 use crate::xen::{ResolveError, XenError};
 use std::io;
@@ -96,6 +97,9 @@ pub enum CliError {
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// Watching.
+    #[error(transparent)]
+    Watch(#[from] WatchError),
     /// Removing.
     #[error(transparent)]
     Remove(#[from] RemoveError),
@@ -124,6 +128,7 @@ impl Exits for CliError {
             CliError::Find(error) => error.exit(),
             CliError::Apply(error) => error.exit(),
             CliError::Journal(error) => error.exit(),
+            CliError::Watch(error) => error.exit(),
             CliError::Remove(error) => error.exit(),
             CliError::VerifyText(error) => error.exit(),
             CliError::Storm(error) => error.exit(),

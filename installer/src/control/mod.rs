@@ -6,11 +6,12 @@ mod error;
 mod ps;
 mod status;
 mod text;
+mod watch;
 
 use crate::exit::{Exit, Exits};
 use crate::views::Journal;
 use crate::views::journal::{self, JournalError, State};
-use crate::xen::{self, Xen};
+use crate::xen::{self, Hypervisor};
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command};
 pub use error::CliError;
@@ -62,7 +63,7 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
 
 /// A running guest to which something is applied.
 struct Target {
-    xen: Xen,
+    xen: Box<dyn Hypervisor>,
     journal: Journal,
     state: State,
 }
@@ -77,7 +78,7 @@ impl Target {
             .filter(|state| state.uuid == domain.uuid)
             .ok_or(JournalError::NotApplied)?;
         Ok(Target {
-            xen: Xen::open(domain.id)?,
+            xen: xen::open(domain.id)?,
             journal,
             state,
         })

@@ -1,10 +1,10 @@
 //! `ps`: each process with its view and the rule that chose it.
 
-use super::apply::POLICY_COPY;
 use super::{CliError, Target, cli, print, print_json, table};
 use crate::exit::Exit;
+use crate::views::journal::POLICY_COPY;
 use crate::watch;
-use crate::xen::{Hypervisor, Root, ViewId};
+use crate::xen::{Root, ViewId};
 use penumbra_policy::Policy;
 use serde_json::json;
 use std::collections::HashMap;
@@ -13,7 +13,7 @@ use std::fs;
 /// Runs `ps`.
 pub fn ps(args: &cli::Domain) -> Result<Exit, CliError> {
     let target = Target::open(&args.domain)?;
-    let (xen, state) = (&target.xen, &target.state);
+    let (xen, state) = (target.xen.as_ref(), &target.state);
     let path = target.journal.dir().join(POLICY_COPY);
     let bytes = fs::read(&path).map_err(|source| CliError::File {
         path: path.clone(),
@@ -29,7 +29,7 @@ pub fn ps(args: &cli::Domain) -> Result<Exit, CliError> {
         .into_iter()
         .map(|(root, view, switches)| (root, (view, switches)))
         .collect();
-    let wanted = watch::wanted(&policy, &list);
+    let wanted = watch::wanted(&policy, &list, &state.default);
     let mut rows = Vec::new();
     for process in &list.processes {
         let decision = watch::decide(&policy, process);

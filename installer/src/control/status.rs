@@ -1,11 +1,11 @@
 //! `status` and `remove`.
 
-use super::apply::{POLICY_COPY, report_cave};
+use super::apply::report_cave;
 use super::{CliError, cli, print, print_json, table};
 use crate::exit::Exit;
 use crate::views::journal::{self, Journal, JournalError};
 use crate::views::{self, CaveFate};
-use crate::xen::{self, Domain, Hypervisor, Xen};
+use crate::xen::{self, Domain};
 use serde_json::{Value, json};
 use std::fs;
 use std::thread::sleep;
@@ -75,7 +75,7 @@ fn row(domain: &Domain, name: &str) -> Result<Value, CliError> {
         }));
     };
     // A Xen without the interface has no counters; what the journal says is shown all the same.
-    let stats = Xen::open(domain.id)?.stats().ok();
+    let stats = xen::open(domain.id)?.stats().ok();
     let alive =
         state.watcher != 0 && fs::exists(format!("/proc/{}", state.watcher)).unwrap_or(false);
     Ok(json!({
@@ -120,15 +120,14 @@ pub fn remove(args: &cli::Domain) -> Result<Exit, CliError> {
         }
         Err(error) => return Err(error.into()),
     };
-    let xen = Xen::open(domain.id)?;
-    let removed = views::remove(&xen, &journal, state.as_ref())?;
-    // The policy's copy goes with the journal.
-    let _ = fs::remove_file(journal.dir().join(POLICY_COPY));
+    let xen = xen::open(domain.id)?;
+    let removed = views::remove(xen.as_ref(), &journal, state.as_ref())?;
     report_cave(&removed.cave);
     let cave = match &removed.cave {
         CaveFate::Untouched => "untouched",
         CaveFate::Restored => "restored",
         CaveFate::Left(_) => "left",
+        CaveFate::OtherKernel => "with the kernel that had it",
     };
     if args.json {
         print_json(&json!({

@@ -2,21 +2,18 @@
 
 use super::{CliError, Target, cli, print, print_json, stop_flag};
 use crate::exit::Exit;
-use crate::guest::{Kernel, Process};
+use crate::guest::Kernel;
 use crate::views::digest;
 use crate::views::verify::{self, Report};
 use crate::watch::storm;
-use crate::xen::{self, Hypervisor, PAGE, Xen};
+use crate::xen::{self, PAGE};
 use penumbra_bundle::{Bundle, MANIFEST, Manifest, SCHEMA};
 use serde_json::json;
-use std::cell::Cell;
 use std::fs;
 use std::io::Read as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Flips between two times that mapped frames are dropped: the guest may have given one back.
-const REFRESH: u32 = 64;
 /// Manifests have some ten KiB.
 const MAX_MANIFEST: u64 = 16 << 20;
 /// More text than any kernel has; the limit of the bundle's reader.
@@ -26,9 +23,9 @@ const MAX_TEXT: u64 = 256 << 20;
 pub fn digest(wanted: &str, bundle: &Path, json: bool) -> Result<Exit, CliError> {
     let manifest = manifest_alone(bundle)?;
     let (domain, _) = xen::resolve(wanted)?;
-    let xen = Xen::open(domain.id)?;
-    let kernel = Kernel::find(&xen, &manifest)?;
-    let sha256 = digest::digest(&xen, &kernel, &manifest)?;
+    let xen = xen::open(domain.id)?;
+    let kernel = Kernel::find(xen.as_ref(), &manifest)?;
+    let sha256 = digest::digest(xen.as_ref(), &kernel, &manifest)?;
     if json {
         print_json(&json!({
             "schema": "penumbra.digest/v1",
@@ -94,7 +91,7 @@ fn applied_bundle(target: &Target) -> Result<Bundle, CliError> {
 pub fn verify_text(args: &cli::Domain) -> Result<Exit, CliError> {
     let target = Target::open(&args.domain)?;
     let bundle = applied_bundle(&target)?;
-    let report = verify::verify(&target.xen, &bundle, &target.state)?;
+    let report = verify::verify(target.xen.as_ref(), &bundle, &target.state)?;
     if args.json {
         print_json(&json!({
             "schema": "penumbra.verify-text/v1",
@@ -151,7 +148,7 @@ pub fn storm(args: &cli::Storm) -> Result<Exit, CliError> {
     let stop = stop_flag()?;
     let target = Target::open(&args.domain)?;
     let bundle = applied_bundle(&target)?;
-    let (xen, state) = (&target.xen, &target.state);
+    let (xen, state) = (target.xen.as_ref(), &target.state);
     let memory = state.reader.kernel().memory(xen);
     let list = state.reader.list(&memory);
     let processes = args
@@ -160,15 +157,6 @@ pub fn storm(args: &cli::Storm) -> Result<Exit, CliError> {
         .map(|pid| storm::find(&list, *pid))
         .collect::<Result<Vec<_>, _>>()?;
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
-    let asked = Cell::new(0_u32);
-    let is_still = |process: &Process| {
-        asked.set(asked.get().wrapping_add(1));
-        if asked.get().is_multiple_of(REFRESH) {
-            memory.forget();
-            xen.refresh();
-        }
-        state.reader.is_still(&memory, process, list.top)
-    };
     let before = xen.stats()?;
     let started = Instant::now();
     let storm = storm::run(
@@ -176,7 +164,6 @@ pub fn storm(args: &cli::Storm) -> Result<Exit, CliError> {
         state,
         target.journal.dir(),
         &processes,
-        &is_still,
         storm::Plan {
             flips: args.flips,
             seed,

@@ -108,6 +108,12 @@ pub struct Kernel {
     pub root: GuestPa,
     /// Their depth.
     pub levels: Levels,
+    /// Where it enters system calls.
+    pub entry: GuestVa,
+    /// Where its notes are.
+    pub notes: GuestVa,
+    /// How many bytes of them.
+    pub notes_len: u64,
 }
 
 impl Kernel {
@@ -146,7 +152,33 @@ impl Kernel {
             slide,
             root,
             levels,
+            entry: slide.guest(manifest.kernel.syscall_entry),
+            notes: slide.guest(manifest.kernel.notes.start),
+            notes_len: manifest.kernel.notes.len().min(MAX_NOTES),
         })
+    }
+
+    /// Whether the guest still runs this kernel, whose build-id is `build_id`: after kexec it runs another one, or this one
+    /// elsewhere.
+    pub fn still_runs(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        build_id: &str,
+    ) -> Result<bool, XenError> {
+        let vcpus = vcpus(hypervisor)?;
+        // A vCPU that is being brought up has none yet.
+        let mut entries = vcpus.iter().map(|vcpu| vcpu.lstar).filter(|at| *at != 0);
+        if !entries.all(|at| at == self.entry.0) || vcpus.iter().all(|vcpu| vcpu.lstar == 0) {
+            return Ok(false);
+        }
+        match read_build_id(&self.memory(hypervisor), self.notes, self.notes_len) {
+            Ok(found) => Ok(found.as_deref() == Some(build_id)),
+            Err(ReadError::Walk(_)) => Ok(false),
+            Err(ReadError::Frame { source, .. }) => match source {
+                XenError::NoFrame(_) => Ok(false),
+                source => Err(source),
+            },
+        }
     }
 }
 
@@ -193,14 +225,12 @@ fn check_build_id(
     manifest: &Manifest,
 ) -> Result<(), FindError> {
     let notes = manifest.kernel.notes;
-    let len = usize::try_from(notes.len().min(MAX_NOTES)).unwrap_or(0);
-    let bytes = memory
-        .bytes(slide.guest(notes.start), len)
+    let found = read_build_id(memory, slide.guest(notes.start), notes.len())
         .map_err(|source| FindError::Read {
             what: "the kernel's notes",
             source,
-        })?;
-    let found = build_id(&bytes).unwrap_or_else(|| "not there".to_owned());
+        })?
+        .unwrap_or_else(|| "not there".to_owned());
     if found == manifest.kernel.build_id {
         Ok(())
     } else {
@@ -210,6 +240,15 @@ fn check_build_id(
             release: manifest.kernel.release.clone(),
         })
     }
+}
+
+fn read_build_id(
+    memory: &GuestMemory<'_>,
+    notes: GuestVa,
+    len: u64,
+) -> Result<Option<String>, ReadError> {
+    let len = usize::try_from(len.min(MAX_NOTES)).unwrap_or(0);
+    Ok(build_id(&memory.bytes(notes, len)?))
 }
 
 /// The GNU build-id in a run of notes (System V gABI, "Note Section"; name and descriptor padded to 4 bytes).

@@ -58,6 +58,19 @@ impl<'a> GuestMemory<'a> {
         )?)
     }
 
+    /// The same, from what is remembered.
+    pub fn locate(&self, va: GuestVa) -> Result<GuestPa, ReadError> {
+        let frame = self.frame(va.page())?;
+        Ok(GuestPa(frame.base().0 + va.in_page() as u64))
+    }
+
+    /// All of one guest-physical frame.
+    pub fn frame_bytes(&self, gfn: Gfn) -> Result<Vec<u8>, XenError> {
+        let mut bytes = vec![0; PAGE];
+        self.hypervisor.read(gfn, 0, &mut bytes)?;
+        Ok(bytes)
+    }
+
     fn frame(&self, page: GuestVa) -> Result<Gfn, ReadError> {
         if let Some(gfn) = self.known.borrow().get(&page) {
             return Ok(*gfn);

@@ -15,9 +15,10 @@ pub mod processes;
 pub mod stacks;
 pub mod text;
 pub mod walk;
+pub mod witness;
 
 pub use explain::{Explained, ReturnForm, Slide, Unexplained};
 pub use kernel::{FindError, Kernel};
 pub use layout::Layout;
 pub use memory::{GuestMemory, ReadError};
-pub use processes::{Process, ProcessList};
+pub use processes::{Process, ProcessList, Reader};

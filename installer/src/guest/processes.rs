@@ -13,6 +13,8 @@ use std::collections::HashSet;
 const MAX_PROCESSES: usize = 1 << 16;
 /// Walks over the list before a broken one is taken for what it is.
 const WALKS: u32 = 3;
+/// Threads of one process that ended before the one that stands for it.
+const MAX_ENDED_THREADS: usize = 1 << 10;
 /// `TASK_COMM_LEN`.
 const COMM: usize = 16;
 /// `PF_KTHREAD` (include/linux/sched.h).
@@ -35,11 +37,28 @@ pub struct Identity {
     pub uid: Option<(u32, u32)>,
 }
 
+/// Pointers that stay as they are for as long as the process is what it was read as.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Anchors {
+    /// The thread's own start time.
+    pub start: u64,
+    /// `mm->pgd`.
+    pub pgd: GuestVa,
+    /// `mm->exe_file` and its directory entry, where the path was read.
+    pub exe: Option<(GuestVa, GuestVa)>,
+    /// `task->real_cred`, where the user ids were read.
+    pub cred: Option<GuestVa>,
+}
+
 /// A process as the guest shows it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Process {
-    /// `task_struct` of its first thread.
+    /// `task_struct` of its first thread, which names it.
+    pub leader: GuestVa,
+    /// `task_struct` of the thread that stands for it: the first, unless that one ended and others live on.
     pub task: GuestVa,
+    /// What was read on the way.
+    pub anchors: Anchors,
     /// What names it.
     pub identity: Identity,
     /// The name it gives itself.
@@ -183,52 +202,42 @@ impl Reader {
         list
     }
 
-    /// Whether `process` still is what it was read as: to be asked right after it was bound, since it may have changed
-    /// between the reading and the binding.
-    pub fn is_still(
-        &self,
-        memory: &GuestMemory<'_>,
-        process: &Process,
-        top: Option<GuestVa>,
-    ) -> bool {
-        match self.read(memory, process.task) {
-            Ok(Some((mut now, walked))) => {
-                now.identity.exe = believed(walked, top);
-                now.identity == process.identity
-            }
-            _ => false,
-        }
-    }
-
     /// Reads one process; `None` for a kernel thread or one without an address space (exiting). The identity's `exe` is
     /// not set: it takes process 1 to believe a path.
     fn read(
         &self,
         memory: &GuestMemory<'_>,
-        task: GuestVa,
+        leader: GuestVa,
     ) -> Result<Option<(Process, Option<path::Walked>)>, ReadError> {
         let layout = &self.layout;
-        let flags = memory.u32(task.offset(layout.task_flags))?;
-        let mm = memory.pointer(task.offset(layout.task_mm))?;
-        if flags & PF_KTHREAD != 0 || mm == GuestVa(0) {
+        let flags = memory.u32(leader.offset(layout.task_flags))?;
+        if flags & PF_KTHREAD != 0 {
             return Ok(None);
         }
-        let pid = memory.u32(task.offset(layout.task_pid))?;
-        let start = memory.u64(task.offset(layout.task_start_time))?;
+        let Some((task, mm)) = self.with_memory(memory, leader)? else {
+            return Ok(None);
+        };
+        let pid = memory.u32(leader.offset(layout.task_pid))?;
         let pgd = memory.pointer(mm.offset(layout.mm_pgd))?;
-        let root = Root(memory.translate(pgd)?.0);
-        let comm = memory.bytes(task.offset(layout.task_comm), COMM)?;
+        let comm = memory.bytes(leader.offset(layout.task_comm), COMM)?;
         let comm = comm.split(|byte| *byte == 0).next().unwrap_or_default();
-        let uid = self.uid(memory, task).ok();
-        let walked = self.exe(memory, mm);
+        let (cred, uid) = self.uid(memory, task).ok().unzip();
+        let (exe, walked) = self.exe(memory, mm).unzip();
         Ok(Some((
             Process {
+                leader,
                 task,
+                anchors: Anchors {
+                    start: memory.u64(task.offset(layout.task_start_time))?,
+                    pgd,
+                    exe,
+                    cred,
+                },
                 identity: Identity {
                     pid,
-                    start,
+                    start: memory.u64(leader.offset(layout.task_start_time))?,
                     mm,
-                    root,
+                    root: Root(memory.translate(pgd)?.0),
                     exe: None,
                     uid,
                 },
@@ -239,22 +248,63 @@ impl Reader {
         )))
     }
 
-    fn uid(&self, memory: &GuestMemory<'_>, task: GuestVa) -> Result<(u32, u32), ReadError> {
-        let cred = memory.pointer(task.offset(self.layout.task_real_cred))?;
-        Ok((
-            memory.u32(cred.offset(self.layout.cred_uid))?,
-            memory.u32(cred.offset(self.layout.cred_euid))?,
-        ))
+    /// The thread that stands for `leader`'s process, and its address space. A first thread that calls pthread_exit(3)
+    /// stays behind as a zombie without one while the others run on.
+    fn with_memory(
+        &self,
+        memory: &GuestMemory<'_>,
+        leader: GuestVa,
+    ) -> Result<Option<(GuestVa, GuestVa)>, ReadError> {
+        let layout = &self.layout;
+        let mm = memory.pointer(leader.offset(layout.task_mm))?;
+        if mm != GuestVa(0) {
+            return Ok(Some((leader, mm)));
+        }
+        let signal = memory.pointer(leader.offset(layout.task_signal))?;
+        let head = signal.offset(layout.signal_thread_head);
+        let mut at = memory.pointer(head)?;
+        // A list that is being changed may lead anywhere; then the process is as one that exits.
+        for _ in 0..MAX_ENDED_THREADS {
+            if at == head {
+                break;
+            }
+            let task = GuestVa(at.0.wrapping_sub(layout.task_thread_node));
+            let mm = memory.pointer(task.offset(layout.task_mm))?;
+            if mm != GuestVa(0) {
+                return Ok(Some((task, mm)));
+            }
+            at = memory.pointer(at)?;
+        }
+        Ok(None)
     }
 
-    /// The executable's path, read twice: a rename under way must not make a path that never was.
-    fn exe(&self, memory: &GuestMemory<'_>, mm: GuestVa) -> Option<path::Walked> {
+    /// Where the ids are and what they are.
+    fn uid(
+        &self,
+        memory: &GuestMemory<'_>,
+        task: GuestVa,
+    ) -> Result<(GuestVa, (u32, u32)), ReadError> {
+        let cred = memory.pointer(task.offset(self.layout.task_real_cred))?;
+        let real = memory.u32(cred.offset(self.layout.cred_uid))?;
+        let effective = memory.u32(cred.offset(self.layout.cred_euid))?;
+        Ok((cred, (real, effective)))
+    }
+
+    /// The executable's file, directory entry and path, read twice: a rename under way must not make a path that never was.
+    fn exe(
+        &self,
+        memory: &GuestMemory<'_>,
+        mm: GuestVa,
+    ) -> Option<((GuestVa, GuestVa), path::Walked)> {
+        let layout = &self.layout;
         let read = || {
-            let file = memory.pointer(mm.offset(self.layout.mm_exe_file)).ok()?;
+            let file = memory.pointer(mm.offset(layout.mm_exe_file)).ok()?;
             if file == GuestVa(0) {
                 return None;
             }
-            path::walk(memory, &self.layout, file.offset(self.layout.file_f_path)).ok()
+            let path = file.offset(layout.file_f_path);
+            let dentry = memory.pointer(path.offset(layout.path_dentry)).ok()?;
+            Some(((file, dentry), path::walk(memory, layout, path).ok()?))
         };
         let first = read()?;
         (read()? == first).then_some(first)

@@ -1,7 +1,7 @@
 //! The journal: what was done to a domain, written before it is done.
 //!
 //! `/run/penumbra/DOMID/state.json`, beside `lock` (held while something changes the domain), `stop` (asks the watcher to
-//! end) and `pins/`. /run does not outlive dom0, and neither do its guests.
+//! end), `policy.toml` (for `ps`) and `pins/`. /run does not outlive dom0, and neither do its guests.
 
 use crate::exit::{Exit, Exits};
 use crate::guest::processes::Reader;
@@ -16,7 +16,9 @@ use thiserror::Error;
 /// Where journals are, unless `PENUMBRA_RUN` says otherwise.
 const RUN: &str = "/run/penumbra";
 /// The only schema that this version reads and writes.
-const SCHEMA: &str = "penumbra.state/v1";
+const SCHEMA: &str = "penumbra.state/v2";
+/// The verified policy's copy beside the journal, for `ps`.
+pub const POLICY_COPY: &str = "policy.toml";
 
 /// A failed journal operation.
 #[derive(Debug, Error)]
@@ -85,7 +87,7 @@ pub enum Step {
 pub struct ViewState {
     /// The variant's name.
     pub name: String,
-    /// Xen's number, once known; 0 for stock.
+    /// Xen's number, once known.
     pub view: Option<ViewId>,
     /// Leaves out a speculation mitigation.
     pub drops_mitigation: bool,
@@ -293,9 +295,16 @@ impl Journal {
         write().map_err(|source| self.io("state.json", source))
     }
 
-    /// Drops it with its pins. The lock's file stays: two holders of one name must hold one file.
+    /// Drops it with all that lies beside it. The lock's file stays: two holders of one name must hold one file.
     pub fn erase(&self) -> Result<(), JournalError> {
-        for name in ["state.json", "stop"] {
+        match fs::remove_dir_all(self.dir.join("pins")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(self.io("pins", error));
+            }
+            _ => {}
+        }
+        // The journal itself last: what is half erased is still known.
+        for name in ["stop", POLICY_COPY, "state.json"] {
             match fs::remove_file(self.dir.join(name)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(self.io(name, error));
@@ -303,10 +312,7 @@ impl Journal {
                 _ => {}
             }
         }
-        match fs::remove_dir_all(self.dir.join("pins")) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.io("pins", error)),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Asks the watcher to stop.
@@ -376,7 +382,7 @@ mod tests {
         assert!(reader.load().unwrap().is_none());
         fs::create_dir(reader.dir()).unwrap();
         let path = reader.dir().join("state.json");
-        for text in ["", "{", "{\"schema\":\"penumbra.state/v1\"}"] {
+        for text in ["", "{", "{\"schema\":\"penumbra.state/v2\"}"] {
             fs::write(&path, text).unwrap();
             let error = reader.load().unwrap_err();
             assert!(error.to_string().contains("state.json"), "{error}");
@@ -388,7 +394,7 @@ mod tests {
             .unwrap()
             .state;
         let text = serde_json::to_string(&state).unwrap();
-        fs::write(&path, text.replace("state/v1", "state/v9")).unwrap();
+        fs::write(&path, text.replace("state/v2", "state/v9")).unwrap();
         assert!(
             reader
                 .load()
@@ -412,8 +418,8 @@ mod tests {
                 "altp2m_set" => Step::Start,
                 "Arm" => Step::Arm,
                 "write" => Step::Cave,
-                "set_max_pages" | "populate" => Step::Copies,
-                "create_view" | "remap" | "Flags" => Step::Views,
+                "set_max_pages" | "populate" | "Hide" => Step::Copies,
+                "create_view" | "Protect" | "Remap" | "Flags" => Step::Views,
                 "Enable" => Step::Enable,
                 other => panic!("a call that this test does not know: {other}"),
             };

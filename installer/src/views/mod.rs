@@ -4,10 +4,12 @@
 //! complete views that were proven equal to it up to the edits; and the journal knows enough to take everything out.
 
 pub mod apply;
+mod build;
 pub mod cave;
 pub mod digest;
 pub mod journal;
 pub mod pages;
+pub mod refusal;
 pub mod remove;
 #[cfg(test)]
 pub(crate) mod testkit;

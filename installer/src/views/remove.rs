@@ -46,6 +46,8 @@ pub enum CaveFate {
     Restored,
     /// The thunks stay: something may still run there. Nothing jumps to them.
     Left(String),
+    /// The guest runs another kernel, whose memory is not touched.
+    OtherKernel,
 }
 
 /// What was removed.
@@ -73,10 +75,14 @@ pub fn remove(
         frames: 0,
         cave: CaveFate::Untouched,
     };
-    let Ok(domain) = hypervisor.domain() else {
-        // The domain is gone, and with it all that was done to it.
-        journal.erase()?;
-        return Ok(removed);
+    let domain = match hypervisor.domain() {
+        Ok(domain) => domain,
+        Err(error) if error.is(Errno::SRCH) => {
+            // The domain is gone, and with it all that was done to it.
+            journal.erase()?;
+            return Ok(removed);
+        }
+        Err(error) => return Err(error.into()),
     };
     let state = state.filter(|state| state.uuid == domain.uuid);
     if let Some(state) = state {
@@ -93,7 +99,12 @@ pub fn remove(
     if let Some(state) = state
         && let Some(cave) = state.cave
     {
-        removed.cave = restore_cave(hypervisor, &state.reader, cave);
+        let kernel = state.reader.kernel();
+        removed.cave = if kernel.still_runs(hypervisor, &state.build_id)? {
+            restore_cave(hypervisor, &state.reader, cave)
+        } else {
+            CaveFate::OtherKernel
+        };
     }
     journal.erase()?;
     Ok(removed)
@@ -118,7 +129,7 @@ fn drop_views(
         Err(error) => return Err(error),
     }
     let mut views = 0;
-    for view in state.iter().flat_map(|state| state.views.iter().skip(1)) {
+    for view in state.iter().flat_map(|state| &state.views) {
         let Some(id) = view.view else { continue };
         match hypervisor.destroy_view(id) {
             Ok(()) => views += 1,

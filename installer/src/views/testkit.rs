@@ -414,7 +414,7 @@ fn processes(fake: &Fake) {
     }
 }
 
-/// Gives process `index` the executable `exe`.
+/// Has process `index` run the program `exe`: another file in the same mm, as seen from outside.
 pub fn set_exe(fake: &Fake, index: u64, exe: &str) {
     let at = task(index);
     let parts: Vec<&str> = exe.split('/').skip(1).collect();
@@ -427,7 +427,31 @@ pub fn set_exe(fake: &Fake, index: u64, exe: &str) {
         fake.poke(GuestPa(dentry + 0x20), part.as_bytes());
         parent = dentry;
     }
-    word(fake, at + 0x1d0, va(parent));
+    // The other of two files.
+    let old = fake.peek(ViewId::HOST, GuestPa(at + 0x190), 8);
+    let file = if old == (va(at) + 0x1c0).to_le_bytes() {
+        0x1e0
+    } else {
+        0x1c0
+    };
+    let mount = fake.peek(ViewId::HOST, GuestPa(at + 0x1c8), 8);
+    fake.poke(GuestPa(at + file + 8), &mount);
+    word(fake, at + file + 0x10, va(parent));
+    word(fake, at + 0x190, va(at) + file);
+}
+
+/// A second thread's task, for [`add_thread`].
+pub const THREAD: u64 = 0x2_b000;
+
+/// Gives process `index` a second thread.
+pub fn add_thread(fake: &Fake, index: u64) {
+    let at = task(index);
+    let leader = fake.peek(ViewId::HOST, GuestPa(at), 0x60);
+    fake.poke(GuestPa(THREAD), &leader);
+    word(fake, THREAD + 0x38, 5000);
+    // Head, leader, thread, head.
+    word(fake, at + 0x50, va(THREAD) + 0x50);
+    word(fake, THREAD + 0x50, va(at) + 0x148);
 }
 
 /// What a test asks to apply.

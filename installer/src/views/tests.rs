@@ -49,21 +49,28 @@ fn every_view_is_the_running_text_plus_its_edits() {
     assert_eq!(applied.fills, 1);
     assert_eq!(applied.state.step, Step::Applied);
     assert_eq!(journal.load().unwrap().unwrap(), applied.state);
-    let (fast, hardened) = (
-        applied.state.view("fast").unwrap(),
-        applied.state.view("hardened").unwrap(),
-    );
-    for (name, view) in [
-        ("stock", ViewId::HOST),
-        ("fast", fast),
-        ("hardened", hardened),
-    ] {
+    let [stock, fast, hardened] =
+        ["stock", "fast", "hardened"].map(|name| applied.state.view(name).unwrap());
+    for (name, view) in [("stock", stock), ("fast", fast), ("hardened", hardened)] {
+        assert_ne!(view, ViewId::HOST, "{name} is a view of its own");
         assert_eq!(
             testkit::text_of(&fake, view),
             testkit::with_edits(&bundle, &fake, name),
             "{name}"
         );
+        // Nobody writes text through it, cave included; the page behind is the guest's own.
+        for page in 0..4 {
+            assert!(!fake.store(view, GuestPa(TEXT.0 + page * 0x1000 + 0x45), &[0xcc]));
+        }
+        assert!(fake.store(view, GuestPa(TEXT.0 + 0x4800), &[1]));
     }
+    // The copies are in no view's sight.
+    let copies = applied.state.copies.unwrap();
+    assert_eq!(
+        fake.table.borrow().hidden,
+        Some((copies.first, copies.count))
+    );
+    assert!(!fake.store(ViewId::HOST, copies.first.base(), &[0xcc]));
     let table = fake.table.borrow();
     assert!(table.enabled);
     assert_eq!(table.default, hardened);

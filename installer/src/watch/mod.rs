@@ -1,23 +1,23 @@
 //! Keeps Xen's bindings equal to what the policy says of the processes that run.
 //!
-//! Only processes whose view is not the default are bound. In each pass bindings are dropped before any is made. What a
-//! process is is read again right after it was bound, so that one that turned into another in between is unbound at once.
-//!
-//! Limit: the guest's processes are polled. One that exits keeps its binding until the next pass, and its page-table
-//! root may be used by another process meanwhile; it is then on that view for at most one poll interval.
-//! If the watcher is killed with SIGKILL, bindings stay until the next `apply` or `remove`.
+//! Only processes whose view is not the default are bound. In each pass bindings are dropped before any is made. A binding
+//! to a laxer view than the default carries witnesses (`guest::witness`): Xen itself drops it at the first load of a root
+//! whose process ended, ran another program or changed its user, so polling only decides how soon a process gets its
+//! view, never how long another one keeps it. Killed, the watcher leaves bindings that lapse in the same way.
 
 pub mod pins;
+pub mod run;
 pub mod storm;
 #[cfg(test)]
 mod tests;
 
-use crate::guest::processes::Identity;
-use crate::guest::{Process, ProcessList};
+use crate::guest::{GuestMemory, Process, ProcessList, witness};
 use crate::views::State;
-use crate::xen::{Action, Binding, Errno, Hypervisor, Root, ViewId, XenError};
+use crate::xen::{Action, Binding, Errno, Hypervisor, Root, XenError};
 use penumbra_policy::{Decision, Policy};
-use std::collections::{BTreeMap, HashMap};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt::Display;
 use std::path::Path;
 
 /// What the policy says of one process.
@@ -42,116 +42,207 @@ fn strictness(view: &str) -> usize {
 pub struct Wanted {
     /// The view's name.
     pub view: String,
+    /// The rule that chose it, if one did.
+    pub rule: Option<String>,
     /// All processes that use the root (vfork and CLONE_VM share one), by process id.
     pub who: Vec<Process>,
 }
 
-/// The views of all roots that are in use. Of several processes on one root the strictest view counts.
-pub fn wanted(policy: &Policy, list: &ProcessList) -> BTreeMap<Root, Wanted> {
+/// The views of all roots that are in use. Of several processes on one root the strictest view counts, and the default
+/// among them: each could become another program while the root's binding is held for the other's sake.
+pub fn wanted(policy: &Policy, list: &ProcessList, default: &str) -> BTreeMap<Root, Wanted> {
     let mut roots: BTreeMap<Root, Wanted> = BTreeMap::new();
     for process in &list.processes {
-        let view = decide(policy, process).view;
-        let entry = roots
-            .entry(process.identity.root)
-            .or_insert_with(|| Wanted {
-                view: view.clone(),
-                who: Vec::new(),
-            });
-        if strictness(&view) > strictness(&entry.view) {
-            entry.view = view;
-        }
-        entry.who.push(process.clone());
-        entry.who.sort_by_key(|process| process.identity.pid);
+        let decision = decide(policy, process);
+        let mut new = Wanted {
+            view: decision.view,
+            rule: Some(decision.rule),
+            who: Vec::new(),
+        };
+        let who = match roots.remove(&process.identity.root) {
+            None => Vec::new(),
+            Some(old) => {
+                if strictness(default) > strictness(&new.view) {
+                    (new.view, new.rule) = (default.to_owned(), None);
+                }
+                if strictness(&old.view) >= strictness(&new.view) {
+                    (new.view, new.rule) = (old.view, old.rule);
+                }
+                old.who
+            }
+        };
+        new.who = who;
+        new.who.push(process.clone());
+        new.who.sort_by_key(|process| process.identity.pid);
+        roots.insert(process.identity.root, new);
     }
     roots
+}
+
+/// A process that was bound or unbound.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Change {
+    /// Its page-table root.
+    pub root: Root,
+    /// The view that it was bound to.
+    pub view: String,
+    /// Process id.
+    pub pid: u32,
+    /// The name that it gives itself.
+    pub comm: String,
+    /// Its executable, if believed.
+    pub exe: Option<String>,
+    /// The rule that chose the view.
+    pub rule: Option<String>,
 }
 
 /// What a pass did.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Pass {
-    /// Roots bound.
-    pub bound: usize,
-    /// Roots unbound.
-    pub unbound: usize,
+    /// Processes bound.
+    pub bound: Vec<Change>,
+    /// Processes unbound, with what they had been bound to.
+    pub unbound: Vec<Change>,
+    /// The same for bindings that Xen dropped because a witness no longer held.
+    pub lapsed: Vec<Change>,
     /// What could not be read or bound.
     pub trouble: Vec<String>,
+    /// The processes as they were read.
+    pub list: ProcessList,
 }
 
 /// The watcher's memory between passes.
 #[derive(Debug, Default)]
 pub struct Watcher {
     /// Who a binding was made for.
-    made_for: HashMap<Root, Vec<Identity>>,
+    made_for: HashMap<Root, Wanted>,
 }
 
 impl Watcher {
-    /// One pass: reads `list` into bindings. `pins` says which roots a storm has for itself.
+    /// One pass: reads the guest's processes into bindings. Roots that a storm has pinned under `journal_dir` are left
+    /// alone.
     pub fn pass(
         &mut self,
         hypervisor: &dyn Hypervisor,
         state: &State,
         policy: &Policy,
-        list: &ProcessList,
-        is_still: &dyn Fn(&Process) -> bool,
-        is_pinned: &dyn Fn(Root) -> bool,
+        journal_dir: &Path,
     ) -> Result<Pass, XenError> {
+        let memory = state.reader.kernel().memory(hypervisor);
+        let list = state.reader.list(&memory);
+        let mut wanted = wanted(policy, &list, &state.default);
         let mut pass = Pass {
             trouble: list.trouble.clone(),
+            list,
             ..Pass::default()
         };
-        let mut wanted = wanted(policy, list);
+        let is_pinned = |root| pins::is_pinned(journal_dir, root);
         // The default needs no binding, and poking_mm's is Xen's own.
         wanted.retain(|root, want| want.view != state.default && *root != state.poking_root);
-        let mut there: HashMap<Root, ViewId> = HashMap::new();
+        let mut there: HashSet<Root> = HashSet::new();
         for (root, view, _) in hypervisor.bindings()? {
             if root == state.poking_root || is_pinned(root) {
                 continue;
             }
             let rightful = wanted.get(&root).is_some_and(|want| {
-                self.made_for.get(&root) == Some(&identities(want))
+                self.made_for
+                    .get(&root)
+                    .is_some_and(|made| same(made, want))
                     && state.view(&want.view) == Some(view)
             });
             if rightful {
-                there.insert(root, view);
-            } else {
-                clear(hypervisor, root)?;
-                pass.unbound += 1;
+                there.insert(root);
+                continue;
+            }
+            clear(hypervisor, root)?;
+            if let Some(made) = self.made_for.remove(&root) {
+                pass.unbound.extend(changes(root, &made));
             }
         }
-        self.made_for.retain(|root, _| there.contains_key(root));
-        for (root, want) in &wanted {
-            if there.contains_key(root) || is_pinned(*root) {
+        // Bound by us and no longer there: Xen dropped it.
+        self.made_for.retain(|root, made| {
+            let stays = there.contains(root);
+            if !stays && !is_pinned(*root) {
+                pass.lapsed.extend(changes(*root, made));
+            }
+            stays
+        });
+        for (root, want) in wanted {
+            if there.contains(&root) || is_pinned(root) {
                 continue;
             }
-            let Some(view) = state.view(&want.view) else {
-                pass.trouble
-                    .push(format!("view `{}` is not in the bundle", want.view));
-                continue;
-            };
-            match hypervisor.binding(Binding::new(Action::Set).root(*root).view(view)) {
-                Ok(_) if want.who.iter().all(is_still) => {
-                    self.made_for.insert(*root, identities(want));
-                    pass.bound += 1;
-                }
-                Ok(_) => clear(hypervisor, *root)?,
-                Err(error) if error.is(Errno::NOSPC) || error.is(Errno::INVAL) => {
-                    pass.trouble.push(format!(
-                        "{} stays on the default view: {error}",
-                        names(want)
-                    ))
-                }
-                Err(error) => return Err(error),
-            }
+            self.bind(hypervisor, state, &memory, (root, want), &mut pass)?;
         }
         Ok(pass)
     }
+
+    /// Binds one root. Xen compares the witnesses as it binds: a process that became another since it was read is not
+    /// bound, and the next pass sees what it is now.
+    fn bind(
+        &mut self,
+        hypervisor: &dyn Hypervisor,
+        state: &State,
+        memory: &GuestMemory<'_>,
+        (root, want): (Root, Wanted),
+        pass: &mut Pass,
+    ) -> Result<(), XenError> {
+        let stays =
+            |why: &dyn Display| format!("{} stays on the default view: {why}", names(&want));
+        let Some(view) = state.view(&want.view) else {
+            pass.trouble
+                .push(format!("view `{}` is not in the bundle", want.view));
+            return Ok(());
+        };
+        let witnesses = match (&want.who[..], strictness(&want.view)) {
+            // Losing its binding would loosen it, so nothing may take it away but the watcher.
+            (_, strict) if strict > strictness(&state.default) => Vec::new(),
+            ([process], _) => match witness::witnesses(&state.reader, memory, process) {
+                Ok(witnesses) => witnesses,
+                Err(error) => {
+                    pass.trouble.push(stays(&error));
+                    return Ok(());
+                }
+            },
+            // `wanted` gives a shared root no view that is laxer than the default.
+            _ => return Ok(()),
+        };
+        let pair = witness::has_user_half(memory, root);
+        match hypervisor.set_binding(root, view, pair, &witnesses) {
+            Ok(()) => {
+                pass.bound.extend(changes(root, &want));
+                self.made_for.insert(root, want);
+                Ok(())
+            }
+            Err(error) if error.is(Errno::STALE) => Ok(()),
+            Err(error) if error.is(Errno::NOSPC) || error.is(Errno::INVAL) => {
+                pass.trouble.push(stays(&error));
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
 }
 
-fn identities(want: &Wanted) -> Vec<Identity> {
-    want.who
-        .iter()
-        .map(|process| process.identity.clone())
-        .collect()
+/// Whether a binding made for `made` is right for `want`: the same processes, the same view.
+fn same(made: &Wanted, want: &Wanted) -> bool {
+    made.view == want.view
+        && made
+            .who
+            .iter()
+            .map(|process| &process.identity)
+            .eq(want.who.iter().map(|process| &process.identity))
+}
+
+fn changes(root: Root, want: &Wanted) -> Vec<Change> {
+    let change = |process: &Process| Change {
+        root,
+        view: want.view.clone(),
+        pid: process.identity.pid,
+        comm: process.comm.clone(),
+        exe: process.identity.exe.clone(),
+        rule: want.rule.clone(),
+    };
+    want.who.iter().map(change).collect()
 }
 
 fn names(want: &Wanted) -> String {

@@ -4,9 +4,9 @@ use super::clear;
 use super::pins::Pin;
 use crate::exit::{Exit, Exits};
 use crate::guest::processes::Identity;
-use crate::guest::{Process, ProcessList};
+use crate::guest::{Process, ProcessList, ReadError, witness};
 use crate::views::State;
-use crate::xen::{Action, Binding, Hypervisor, ViewId, XenError};
+use crate::xen::{Errno, Hypervisor, ViewId, Witness, XenError};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
@@ -28,6 +28,14 @@ pub enum StormError {
     NoProcess {
         /// The process id.
         pid: u32,
+    },
+    /// It cannot be read.
+    #[error("process {pid} cannot be read: {source}")]
+    Read {
+        /// The process id.
+        pid: u32,
+        /// Where and why.
+        source: ReadError,
     },
     /// It cannot be pinned.
     #[error("process {pid} cannot be pinned: {source}")]
@@ -102,7 +110,6 @@ pub fn run(
     state: &State,
     journal_dir: &Path,
     processes: &[&Process],
-    is_still: &dyn Fn(&Process) -> bool,
     plan: Plan,
     stop: &AtomicBool,
 ) -> Result<Storm, StormError> {
@@ -113,7 +120,7 @@ pub fn run(
             Pin::new(journal_dir, root).map_err(|source| StormError::Pin { pid, source })
         })
         .collect::<Result<Vec<Pin>, StormError>>()?;
-    let result = flip(hypervisor, state, processes, is_still, plan, stop);
+    let result = flip(hypervisor, state, processes, plan, stop);
     // The roots are the watcher's again, or nobody's: they must not keep the last view.
     for process in processes {
         clear(hypervisor, process.identity.root)?;
@@ -125,7 +132,6 @@ fn flip(
     hypervisor: &dyn Hypervisor,
     state: &State,
     processes: &[&Process],
-    is_still: &dyn Fn(&Process) -> bool,
     plan: Plan,
     stop: &AtomicBool,
 ) -> Result<Storm, StormError> {
@@ -134,6 +140,17 @@ fn flip(
         .iter()
         .filter_map(|view| Some((view.name.as_str(), view.view?)))
         .collect();
+    // What must hold of each process while it is bound.
+    let memory = state.reader.kernel().memory(hypervisor);
+    let held = processes
+        .iter()
+        .map(|process| {
+            let Identity { pid, root, .. } = process.identity;
+            let witnesses = witness::witnesses(&state.reader, &memory, process)
+                .map_err(|source| StormError::Read { pid, source })?;
+            Ok((witnesses, witness::has_user_half(&memory, root)))
+        })
+        .collect::<Result<Vec<(Vec<Witness>, bool)>, StormError>>()?;
     let mut random = fastrand::Rng::with_seed(plan.seed);
     let mut storm = Storm {
         flips: 0,
@@ -153,11 +170,7 @@ fn flip(
             return Err(StormError::Stopped { flips });
         }
         let which = random.usize(..processes.len());
-        let process = processes[which];
-        if !is_still(process) {
-            let pid = process.identity.pid;
-            return Err(StormError::Lost { pid, flips });
-        }
+        let Identity { pid, root, .. } = processes[which].identity;
         let next = loop {
             let next = random.usize(..views.len());
             if next != now[which] || views.len() == 1 {
@@ -165,11 +178,11 @@ fn flip(
             }
         };
         let (name, view) = views[next];
-        hypervisor.binding(
-            Binding::new(Action::Set)
-                .root(process.identity.root)
-                .view(view),
-        )?;
+        let (witnesses, pair) = &held[which];
+        match hypervisor.set_binding(root, view, *pair, witnesses) {
+            Err(error) if error.is(Errno::STALE) => return Err(StormError::Lost { pid, flips }),
+            result => result?,
+        }
         now[which] = next;
         storm.flips += 1;
         storm.per_process[which] += 1;

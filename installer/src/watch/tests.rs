@@ -71,22 +71,16 @@ impl World {
         self.state.reader.list(&memory)
     }
 
+    /// What a pass did.
     fn pass(&mut self) -> super::Pass {
-        let memory = self.state.reader.kernel().memory(&self.fake);
-        let list = self.state.reader.list(&memory);
-        let is_still = |process: &Process| self.state.reader.is_still(&memory, process, list.top);
-        let dir = self.journal.dir();
-        let is_pinned = |root| super::pins::is_pinned(dir, root);
-        self.watcher
-            .pass(
-                &self.fake,
-                &self.state,
-                &self.policy,
-                &list,
-                &is_still,
-                &is_pinned,
-            )
-            .unwrap()
+        let pass = self
+            .watcher
+            .pass(&self.fake, &self.state, &self.policy, self.journal.dir())
+            .unwrap();
+        super::Pass {
+            list: ProcessList::default(),
+            ..pass
+        }
     }
 
     fn bound(&self) -> BTreeMap<Root, ViewId> {
@@ -149,7 +143,13 @@ fn processes_are_read_with_path_uid_and_root() {
 fn only_what_the_policy_trusts_is_bound() {
     let mut world = World::new();
     let pass = world.pass();
-    assert_eq!((pass.bound, pass.unbound), (1, 0), "{:?}", pass.trouble);
+    assert_eq!((pass.bound.len(), pass.unbound.len()), (1, 0), "{pass:?}");
+    let change = &pass.bound[0];
+    assert_eq!(
+        (change.pid, change.root, change.view.as_str()),
+        (100, root(PAYROLL), "fast")
+    );
+    assert_eq!(change.rule.as_deref(), Some("payroll-fast"));
     assert_eq!(
         world.bound(),
         BTreeMap::from([(root(PAYROLL), world.fast())])
@@ -222,32 +222,156 @@ fn a_process_that_changes_while_it_is_bound_is_unbound_at_once() {
         }
     }));
     let pass = world.pass();
-    assert_eq!(pass.bound, 0);
+    assert_eq!(pass, super::Pass::default());
     assert!(world.bound().is_empty());
 }
 
 #[test]
-fn the_strictest_of_all_processes_on_a_root_counts() {
+fn a_root_that_processes_share_gets_the_strictest_view_and_none_laxer_than_the_default() {
     let mut world = World::new();
+    world.pass();
     // The shell is payroll's vfork child: one mm, another program in no rule.
     let mm = world
         .fake
         .peek(ViewId::HOST, GuestPa(testkit::task(PAYROLL) + 0x10), 8);
     world.fake.poke(GuestPa(testkit::task(SH) + 0x10), &mm);
-    assert_eq!(
-        wanted(&world.policy, &world.list())[&root(PAYROLL)].view,
-        "fast"
-    );
-    // As another user it has a stricter view, and so has the one whose memory it shares.
+    let want = |default: &str| {
+        let mut wanted = wanted(&world.policy, &world.list(), default);
+        let want = wanted.remove(&root(PAYROLL)).unwrap();
+        assert_eq!(want.who.len(), 2);
+        want.view
+    };
+    // Both may have `fast`, but which of them would the witnesses be of?
+    assert_eq!(want("hardened"), "hardened");
+    assert_eq!(want("fast"), "fast");
+    // As another user the shell has a stricter view, and so has the one whose memory it shares.
     world.set32(testkit::task(SH) + 0x104, 2000);
-    let want = wanted(&world.policy, &world.list());
-    assert_eq!(want[&root(PAYROLL)].view, "stock");
-    assert_eq!(want[&root(PAYROLL)].who.len(), 2);
-    world.pass();
+    let want = |default: &str| {
+        wanted(&world.policy, &world.list(), default)[&root(PAYROLL)]
+            .view
+            .clone()
+    };
     assert_eq!(
-        world.bound(),
-        BTreeMap::from([(root(PAYROLL), ViewId::HOST)])
+        (want("fast"), want("hardened")),
+        ("stock".into(), "hardened".into())
     );
+    let pass = world.pass();
+    assert_eq!(pass.unbound.len(), 1);
+    assert!(world.bound().is_empty());
+}
+
+#[test]
+fn a_binding_lapses_with_whatever_made_it_right() {
+    let task = testkit::task(PAYROLL);
+    type Change = fn(&Fake, u64);
+    let changes: [(&str, Change); 6] = [
+        ("exit: mm", |fake, at| {
+            fake.poke(GuestPa(at + 0x10), &[0; 8])
+        }),
+        ("exec: exe_file", |fake, _| {
+            testkit::set_exe(fake, PAYROLL, "/bin/sh")
+        }),
+        ("reused task: start", |fake, at| {
+            fake.poke(GuestPa(at + 0x38), &[9; 8])
+        }),
+        ("setuid: cred", |fake, at| {
+            fake.poke(GuestPa(at + 0x30), &[8; 8])
+        }),
+        ("uid in place", |fake, at| {
+            fake.poke(GuestPa(at + 0x104), &[1])
+        }),
+        ("reused mm: pgd", |fake, at| {
+            fake.poke(GuestPa(at + 0x188), &[0; 8])
+        }),
+    ];
+    for (what, change) in changes {
+        let mut world = World::new();
+        world.pass();
+        let (fast, default) = (world.fast(), world.state.view("hardened").unwrap());
+        let cr3 = root(PAYROLL).0 | 0x5;
+        assert_eq!(world.fake.load_cr3(cr3), fast, "{what}");
+        change(&world.fake, task);
+        // Before any pass: Xen alone.
+        assert_eq!(world.fake.load_cr3(cr3), default, "{what}");
+        assert!(world.bound().is_empty(), "{what}");
+        assert_eq!(world.fake.events().unwrap().lapsed, 1, "{what}");
+        let pass = world.pass();
+        assert_eq!(pass.lapsed.len(), 1, "{what}: {pass:?}");
+        assert_eq!(pass.lapsed[0].pid, 100, "{what}");
+    }
+    // A write next to the uid is nobody's business.
+    let mut world = World::new();
+    world.pass();
+    world.set32(task + 0x100, 77);
+    assert_eq!(world.fake.load_cr3(root(PAYROLL).0), world.fast());
+}
+
+#[test]
+fn a_stricter_view_than_the_default_has_no_witness_to_lose_it_by() {
+    let mut world = World::new();
+    world.state.default = "fast".to_owned();
+    let policy = POLICY
+        .replace("\"fast\"", "\"stock\"")
+        .replace("\"hardened\"", "\"fast\"\nallow-fast-default = true");
+    world.policy = Policy::parse("test.toml", &policy).unwrap();
+    world.pass();
+    let stock = world.state.view("stock").unwrap();
+    // The impostor, whose path cannot be known, gets the stricter view as well.
+    let bound = BTreeMap::from([(root(PAYROLL), stock), (root(IMPOSTOR), stock)]);
+    assert_eq!(world.bound(), bound);
+    testkit::set_exe(&world.fake, PAYROLL, "/bin/sh");
+    assert_eq!(world.fake.load_cr3(root(PAYROLL).0), stock);
+    world.pass();
+    assert!(!world.bound().contains_key(&root(PAYROLL)));
+}
+
+#[test]
+fn a_process_whose_first_thread_ended_is_bound_by_another() {
+    let mut world = World::new();
+    let (leader, thread) = (testkit::task(PAYROLL), testkit::THREAD);
+    testkit::add_thread(&world.fake, PAYROLL);
+    world.fake.poke(GuestPa(leader + 0x10), &[0; 8]);
+    let pass = world.pass();
+    assert_eq!(pass.bound.len(), 1, "{pass:?}");
+    assert_eq!(pass.bound[0].pid, 100);
+    assert_eq!(world.fake.load_cr3(root(PAYROLL).0), world.fast());
+    // A second pass finds it right, and the thread's end is the binding's.
+    assert_eq!(world.pass(), super::Pass::default());
+    world.fake.poke(GuestPa(thread + 0x10), &[0; 8]);
+    assert_ne!(world.fake.load_cr3(root(PAYROLL).0), world.fast());
+    assert!(world.pass().bound.is_empty());
+    assert!(world.bound().is_empty());
+}
+
+#[test]
+fn with_page_table_isolation_both_halves_are_bound() {
+    let mut world = World::new();
+    let user_half = root(PAYROLL).0 | 0x1000;
+    world.pass();
+    assert_ne!(
+        world.fake.load_cr3(user_half),
+        world.fast(),
+        "another process's root"
+    );
+    for (kernel, user, pair) in [
+        // As __pti_set_user_pgtbl leaves it; the processor has used the user's.
+        (0x8000_0000_0007_7007_u64, 0x7_7027_u64, true),
+        // Not isolated: an entry that user mode may execute.
+        (0x7_7007, 0x7_7007, false),
+        // No-execute, but the next page is no such table.
+        (0x8000_0000_0007_7007, 0x7_8007, false),
+        (0x8000_0000_0007_7007, 0, false),
+    ] {
+        let mut world = World::new();
+        for (at, entry) in [(root(PAYROLL).0, kernel), (user_half, user)] {
+            world.fake.poke(GuestPa(at + 0x88), &entry.to_le_bytes());
+        }
+        world.pass();
+        let bound = world.fake.table.borrow().bound[&root(PAYROLL)].clone();
+        assert_eq!(bound.pair, pair, "{kernel:#x} {user:#x}");
+        let half = world.fake.load_cr3(user_half);
+        assert_eq!(half == world.fast(), pair);
+    }
 }
 
 #[test]
@@ -348,7 +472,6 @@ mod storm {
                 &world.state,
                 world.journal.dir(),
                 &processes,
-                &|_| true,
                 plan(seed),
                 &stop,
             )
@@ -391,23 +514,18 @@ mod storm {
         let world = World::new();
         let list = world.list();
         let process = storm::find(&list, 100).unwrap();
-        let left = Cell::new(10);
-        let is_still = |_: &Process| {
-            left.set(left.get() - 1);
-            left.get() > 0
-        };
+        // It runs another program before the tenth flip.
+        let flips = Cell::new(0);
+        *world.fake.hook.borrow_mut() = Some(Box::new(move |fake, call| {
+            flips.set(flips.get() + u32::from(call.starts_with("Set")));
+            if flips.get() == 10 {
+                testkit::set_exe(fake, PAYROLL, "/bin/sh");
+            }
+        }));
         let stop = AtomicBool::new(false);
         let dir = world.journal.dir();
-        let error = storm::run(
-            &world.fake,
-            &world.state,
-            dir,
-            &[process],
-            &is_still,
-            plan(1),
-            &stop,
-        )
-        .unwrap_err();
+        let error =
+            storm::run(&world.fake, &world.state, dir, &[process], plan(1), &stop).unwrap_err();
         assert!(
             matches!(error, storm::StormError::Lost { pid: 100, flips: 9 }),
             "{error}"

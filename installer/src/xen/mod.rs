@@ -15,11 +15,11 @@ mod ids;
 mod names;
 mod real;
 
-pub use binding::{Action, Binding, BindingReply, MAX_WITNESSES, Stats, Witness};
+pub use binding::{Action, Binding, BindingReply, MAX_EVENTS, MAX_WITNESSES, Stats, Witness};
 pub use event::{Event, EventKind, Events};
 pub use ids::{DomId, Gfn, GuestPa, GuestVa, PAGE, Root, ViewId};
 pub use names::{ResolveError, list, resolve};
-pub use real::Xen;
+use real::Xen;
 
 use crate::exit::{Exit, Exits};
 use thiserror::Error;
@@ -43,8 +43,43 @@ pub struct Domain {
     pub hvm: bool,
     /// Uses hardware-assisted paging.
     pub hap: bool,
-    /// Has shut down, crashed or is being torn down.
-    pub gone: bool,
+    /// Whether it still runs.
+    pub life: Life,
+}
+
+/// Whether a domain runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Life {
+    /// It runs, or is paused.
+    Runs,
+    /// It has suspended itself, to be saved or migrated; it goes on if that fails.
+    Suspended,
+    /// It will not run again under this id.
+    Ended(End),
+}
+
+/// How a domain ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// It shut down.
+    PoweredOff,
+    /// It shut down in order to start again, under another id.
+    Reboots,
+    /// Its kernel crashed, or Xen stopped it.
+    Crashed,
+    /// It was taken away while it ran.
+    Destroyed,
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            End::PoweredOff => "powered off",
+            End::Reboots => "reboots",
+            End::Crashed => "crashed",
+            End::Destroyed => "was destroyed",
+        })
+    }
 }
 
 /// The registers of a vCPU that the installer looks at.
@@ -171,6 +206,11 @@ impl std::fmt::Display for Errno {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         std::fmt::Display::fmt(&std::io::Error::from_raw_os_error(self.0), f)
     }
+}
+
+/// Opens all interfaces to one domain.
+pub fn open(domain: DomId) -> Result<Box<dyn Hypervisor>, XenError> {
+    Ok(Box::new(Xen::open(domain)?))
 }
 
 /// One domain under Xen, as the installer uses it.

@@ -3,8 +3,8 @@
 use super::calls::Calls;
 use super::frames::Frames;
 use super::{
-    Altp2mMode, Binding, BindingReply, DomId, Domain, Errno, Events, Gfn, Hypervisor, Root, Vcpu,
-    ViewId, Witness, XenError,
+    Altp2mMode, Binding, BindingReply, DomId, Domain, End, Errno, Events, Gfn, Hypervisor, Life,
+    Root, Vcpu, ViewId, Witness, XenError,
 };
 use std::ffi::c_void;
 use std::ptr::NonNull;
@@ -60,11 +60,30 @@ impl Control {
                 address_bits: info.gpaddr_bits,
                 hvm: info.flags & xc::XEN_DOMINF_hvm_guest != 0,
                 hap: info.flags & xc::XEN_DOMINF_hap != 0,
-                gone: info.flags & (xc::XEN_DOMINF_dying | xc::XEN_DOMINF_shutdown) != 0,
+                life: life(info.flags),
             })),
             0 => Ok(None),
             _ => Err(failed("the list of domains")),
         }
+    }
+}
+
+/// What a domain's flags say (xen/include/public/sysctl.h and sched.h).
+fn life(flags: u32) -> Life {
+    if flags & xc::XEN_DOMINF_shutdown != 0 {
+        return match (flags >> xc::XEN_DOMINF_shutdownshift) & xc::XEN_DOMINF_shutdownmask {
+            xc::SHUTDOWN_poweroff => Life::Ended(End::PoweredOff),
+            xc::SHUTDOWN_reboot | xc::SHUTDOWN_soft_reset => Life::Ended(End::Reboots),
+            xc::SHUTDOWN_suspend if flags & xc::XEN_DOMINF_dying == 0 => Life::Suspended,
+            xc::SHUTDOWN_suspend => Life::Ended(End::Destroyed),
+            // The watchdog's, and what later versions may add.
+            _ => Life::Ended(End::Crashed),
+        };
+    }
+    if flags & xc::XEN_DOMINF_dying != 0 {
+        Life::Ended(End::Destroyed)
+    } else {
+        Life::Runs
     }
 }
 

@@ -12,7 +12,7 @@ pub use table::{Bound, Table};
 
 use super::{
     Altp2mMode, Binding, BindingReply, DomId, Domain, Errno, Events, Gfn, GuestPa, Hypervisor,
-    PAGE, Root, Vcpu, ViewId, Witness, XenError,
+    Life, PAGE, Root, Vcpu, ViewId, Witness, XenError,
 };
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -72,7 +72,7 @@ impl Fake {
                 address_bits: 40,
                 hvm: true,
                 hap: true,
-                gone: false,
+                life: Life::Runs,
             }),
             vcpus: RefCell::new(vec![Vcpu::default()]),
             memory: RefCell::default(),

@@ -1,0 +1,82 @@
+//! The watching half of `apply`: what it says, and how a guest that reboots is found again.
+
+use super::CliError;
+use crate::exit::Exit;
+use crate::views::State;
+use crate::watch::Pass;
+use crate::watch::run::Listener;
+use crate::xen::{self, DomId, Domain, End, Events, Life};
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+/// Each trouble is said once, and no more than so many: a guest that makes them by the second must not fill the disk.
+const MOST_SAID: usize = 1000;
+/// How long a domain that reboots may stay away.
+const REBOOT: Duration = Duration::from_secs(120);
+/// The same for one that crashed or was destroyed: the toolstack may be told to start it again.
+const RESTART: Duration = Duration::from_secs(15);
+/// Time between looks for it.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Says on stderr what happens.
+#[derive(Default)]
+pub struct Console {
+    said: HashSet<String>,
+}
+
+impl Listener for Console {
+    fn passed(&mut self, _: &State, pass: &Pass, _: &Events) {
+        for trouble in &pass.trouble {
+            self.trouble(trouble);
+        }
+    }
+
+    fn trouble(&mut self, message: &str) {
+        if self.said.len() < MOST_SAID && self.said.insert(message.to_owned()) {
+            eprintln!("installer: {message}");
+        }
+    }
+}
+
+/// The exit code when a domain ended and did not come back.
+pub fn exit(end: End) -> Exit {
+    match end {
+        End::PoweredOff | End::Destroyed => Exit::Done,
+        End::Reboots | End::Crashed => Exit::No,
+    }
+}
+
+/// The domain that follows one that ended: the same UUID under another id. `None` if none came, or `stop` says so.
+pub fn successor(
+    uuid: &str,
+    old: DomId,
+    end: End,
+    stop: &dyn Fn() -> bool,
+) -> Result<Option<(Domain, String)>, CliError> {
+    let patience = match end {
+        End::PoweredOff => return Ok(None),
+        End::Reboots => REBOOT,
+        End::Crashed | End::Destroyed => RESTART,
+    };
+    let started = Instant::now();
+    while !stop() {
+        // The toolstack is at work: a list that cannot be had now can be had the next time.
+        let found = xen::list();
+        let domains = found.as_deref().unwrap_or_default();
+        let next = domains
+            .iter()
+            .find(|(domain, _)| domain.uuid == uuid && domain.id != old);
+        match next {
+            Some((domain, name)) if domain.life == Life::Runs => {
+                return Ok(Some((domain.clone(), name.clone())));
+            }
+            _ => {}
+        }
+        if started.elapsed() > patience {
+            found?;
+            return Ok(None);
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(None)
+}

@@ -1,0 +1,205 @@
+//! The watching itself: passes, and between them whether the guest still is what was applied to.
+
+use super::{Pass, Watcher, drop_bindings};
+use crate::exit::{Exit, Exits};
+use crate::views::journal::{Journal, JournalError, State};
+use crate::views::{RemoveError, remove};
+use crate::xen::{End, Errno, EventKind, Events, Hypervisor, Life, XenError};
+use penumbra_policy::Policy;
+use std::time::Duration;
+use thiserror::Error;
+
+/// Rounds in a row that may fail before the watcher gives up.
+const GIVE_UP: u32 = 50;
+/// Time to the next round after one that failed, or that saw what must be seen twice.
+const AGAIN: Duration = Duration::from_millis(100);
+/// Time between two looks at which kernel runs: with the second look, less than a second from kexec to knowing.
+const KERNEL: Duration = Duration::from_millis(500);
+/// How long a guest frame stays mapped: a guest that gives frames back makes its own processes' data stale no longer than
+/// this.
+const REFRESH: Duration = Duration::from_secs(1);
+/// Most calls in a round that take records of what happened; one takes 64, Xen keeps 256.
+const DRAINS: usize = 4;
+
+/// Why watching ended without having been asked to, and with the guest still there.
+#[derive(Debug, Error)]
+pub enum WatchError {
+    /// Xen does not answer.
+    #[error(
+        "gave up watching after {GIVE_UP} failures in a row: {0}. Bindings hold only while their processes are what they were, everything else runs on the default view; run `installer apply` again"
+    )]
+    Xen(XenError),
+    /// The journal cannot be written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Taking the views out of another kernel failed.
+    #[error(transparent)]
+    Remove(#[from] RemoveError),
+}
+
+impl Exits for WatchError {
+    fn exit(&self) -> Exit {
+        match self {
+            WatchError::Xen(error) => error.exit(),
+            WatchError::Journal(error) => error.exit(),
+            WatchError::Remove(error) => error.exit(),
+        }
+    }
+}
+
+/// How watching ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// As asked. So many bindings were dropped.
+    Stopped(usize),
+    /// The domain ended, and everything with it; the journal is dropped.
+    Ended(End),
+    /// The guest runs another kernel; views and journal are dropped.
+    OtherKernel,
+}
+
+/// Who hears what happens.
+pub trait Listener {
+    /// After each pass.
+    fn passed(&mut self, state: &State, pass: &Pass, events: &Events);
+    /// A call failed and is tried again, or a view lost a page.
+    fn trouble(&mut self, message: &str);
+}
+
+/// What is watched, and how.
+pub struct Watch<'a> {
+    /// Xen.
+    pub hypervisor: &'a dyn Hypervisor,
+    /// The domain's journal.
+    pub journal: &'a Journal,
+    /// The verified policy.
+    pub policy: &'a Policy,
+    /// Time between looks at the guest's processes.
+    pub poll: Duration,
+}
+
+/// What a round leaves for the next.
+#[derive(Default)]
+struct Since {
+    kernel: Duration,
+    refresh: Duration,
+    /// The last look saw another kernel.
+    suspect: bool,
+}
+
+impl Watch<'_> {
+    /// Watches until asked to stop or the guest is no longer there. `sleep` is what it waits with.
+    ///
+    /// A failing call of Xen proves nothing about the guest: it is tried again, and the journal stays whatever happens.
+    pub fn run(
+        &self,
+        state: &mut State,
+        mut watcher: Watcher,
+        listener: &mut dyn Listener,
+        stop: &dyn Fn() -> bool,
+        sleep: &dyn Fn(Duration),
+    ) -> Result<Outcome, WatchError> {
+        let mut failures = 0;
+        let mut since = Since::default();
+        while !stop() && !self.journal.asked_to_stop() {
+            let wait = match self.round(state, &mut watcher, listener, &mut since) {
+                Ok(Some(Outcome::OtherKernel)) => {
+                    remove(self.hypervisor, self.journal, Some(state))?;
+                    return Ok(Outcome::OtherKernel);
+                }
+                Ok(Some(outcome)) => {
+                    self.journal.erase()?;
+                    return Ok(outcome);
+                }
+                Ok(None) => {
+                    failures = 0;
+                    if since.suspect { AGAIN } else { self.poll }
+                }
+                Err(error) => {
+                    failures += 1;
+                    if failures == GIVE_UP {
+                        return Err(WatchError::Xen(error));
+                    }
+                    listener.trouble(&format!("{error}; trying again"));
+                    AGAIN
+                }
+            };
+            sleep(wait);
+            since.kernel += wait;
+            since.refresh += wait;
+        }
+        let dropped = drop_bindings(self.hypervisor, state, self.journal.dir());
+        state.watcher = 0;
+        self.journal.save(state)?;
+        Ok(Outcome::Stopped(dropped.map_err(WatchError::Xen)?))
+    }
+
+    fn round(
+        &self,
+        state: &State,
+        watcher: &mut Watcher,
+        listener: &mut dyn Listener,
+        since: &mut Since,
+    ) -> Result<Option<Outcome>, XenError> {
+        let xen = self.hypervisor;
+        match life(xen, state)? {
+            Life::Runs => {}
+            Life::Suspended => return Ok(None),
+            Life::Ended(end) => return Ok(Some(Outcome::Ended(end))),
+        }
+        if since.refresh >= REFRESH {
+            since.refresh = Duration::ZERO;
+            xen.refresh();
+        }
+        if since.kernel >= KERNEL || since.suspect {
+            since.kernel = Duration::ZERO;
+            let other = !state.reader.kernel().still_runs(xen, &state.build_id)?;
+            if other && since.suspect {
+                return Ok(Some(Outcome::OtherKernel));
+            }
+            since.suspect = other;
+        }
+        let events = drain(xen)?;
+        for event in &events.records {
+            if event.kind == EventKind::Lost {
+                listener.trouble(&format!(
+                    "view `{}` lost its page at frame {:#x}, which the guest gave away; `installer verify-text` says what is left",
+                    state.view_name(event.view),
+                    event.addr
+                ));
+            }
+        }
+        let pass = watcher.pass(xen, state, self.policy, self.journal.dir())?;
+        listener.passed(state, &pass, &events);
+        Ok(None)
+    }
+}
+
+/// Whether the domain of `state` runs. A domain that is not there, or is another one of the same id, was destroyed.
+pub fn life(hypervisor: &dyn Hypervisor, state: &State) -> Result<Life, XenError> {
+    match hypervisor.domain() {
+        Ok(domain) if domain.uuid == state.uuid => Ok(domain.life),
+        Ok(_) => Ok(Life::Ended(End::Destroyed)),
+        Err(error) if error.is(Errno::SRCH) => Ok(Life::Ended(End::Destroyed)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Everything that Xen has kept.
+fn drain(hypervisor: &dyn Hypervisor) -> Result<Events, XenError> {
+    let mut all = hypervisor.events()?;
+    let mut last = all.records.len();
+    for _ in 1..DRAINS {
+        if last < crate::xen::MAX_EVENTS {
+            break;
+        }
+        let more = hypervisor.events()?;
+        last = more.records.len();
+        all.records.extend(more.records.iter().cloned());
+        all = Events {
+            records: all.records,
+            ..more
+        };
+    }
+    Ok(all)
+}
