@@ -1,15 +1,16 @@
 //! `apply`: verify, build, bind, watch.
 
 use super::cli::Apply;
-use super::watch::{self as watching, Console};
+use super::resume::resume;
+use super::watch::{self, Console};
 use super::{CliError, print, stop_flag};
 use crate::exit::Exit;
 use crate::views::apply::ApplyError;
-use crate::views::journal::{self, Journal, POLICY_COPY, State, Step};
-use crate::views::{self, Applied, Request, apply as views_apply, digest, remove, verify};
+use crate::views::journal::{self, Journal, POLICY_COPY};
+use crate::views::{self, Applied, Request, apply as views_apply, digest};
+use crate::watch::Watcher;
 use crate::watch::run::{Listener, Outcome, Watch};
-use crate::watch::{self, Watcher};
-use crate::xen::{self, Action, Binding, Domain, End, Events, Hypervisor};
+use crate::xen::{self, Domain, End, Events, Hypervisor};
 use penumbra_bundle::{Bundle, MANIFEST};
 use penumbra_policy::Policy;
 use signer::Trust;
@@ -37,9 +38,9 @@ pub fn apply(args: &Apply) -> Result<Exit, CliError> {
             Over::Ended(end) => end,
         };
         // No mapping of the old domain's memory is left here: its successor may need the room.
-        match watching::successor(&domain.uuid, domain.id, end, &stop)? {
+        match watch::successor(&domain.uuid, domain.id, end, &stop)? {
             Some(next) => (domain, name) = next,
-            None => return Ok(watching::exit(end)),
+            None => return Ok(watch::exit(end)),
         }
         came_back = true;
     }
@@ -118,14 +119,14 @@ fn on_domain(
     if args.once {
         return Ok(Over::Exit(Exit::Done));
     }
-    let watch = Watch {
+    let watching = Watch {
         hypervisor: xen,
         journal: &journal,
         policy: &checked.policy,
         poll: Duration::from_millis(args.poll_ms),
     };
     Ok(
-        match watch.run(&mut state, watcher, &mut console, stop, &sleep)? {
+        match watching.run(&mut state, watcher, &mut console, stop, &sleep)? {
             Outcome::Stopped(dropped) => {
                 eprintln!(
                     "installer: stopped watching {name}; {dropped} binding{} dropped, every process now runs on `{}`; `installer remove {name}` takes the views out",
@@ -228,55 +229,4 @@ impl Checked {
 
 fn absolute(path: &std::path::Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
-}
-
-/// Takes over what an earlier `apply` left, if it is whole; cleans up what one left half-done.
-fn resume(
-    xen: &dyn Hypervisor,
-    journal: &Journal,
-    request: &Request<'_>,
-) -> Result<Option<State>, CliError> {
-    let Some(mut state) = journal.load()? else {
-        return Ok(None);
-    };
-    let whole = state.uuid == xen.domain()?.uuid && state.step == Step::Applied;
-    if !whole || !xen.altp2m_on()? || !xen.stats()?.enabled {
-        eprintln!("installer: an earlier apply did not finish; cleaning up after it");
-        report_cave(&remove(xen, journal, Some(&state))?.cave);
-        return Ok(None);
-    }
-    if state.manifest_sha256 != request.manifest_sha256 {
-        return Err(CliError::OtherBundle {
-            applied: state.bundle,
-        });
-    }
-    // Bindings of a watcher that was killed: nobody vouches for them any more.
-    watch::drop_bindings(xen, &state, journal.dir())?;
-    if !verify::verify(xen, request.bundle, &state)?.explained {
-        return Err(CliError::Damaged);
-    }
-    state.default.clone_from(&request.default);
-    state.bundle.clone_from(&request.bundle_path);
-    state.policy.clone_from(&request.policy_path);
-    if let Some(view) = state.view(&state.default)
-        && xen.stats()?.default != view
-    {
-        xen.binding(Binding::new(Action::Default).view(view))?;
-    }
-    journal.save(&state)?;
-    Ok(Some(state))
-}
-
-/// Says what became of the cave, if that needs saying.
-pub fn report_cave(cave: &views::CaveFate) {
-    if *cave == views::CaveFate::OtherKernel {
-        eprintln!(
-            "installer: the guest runs another kernel than the one with the hook code; its memory was left alone"
-        );
-    }
-    if let views::CaveFate::Left(why) = cave {
-        eprintln!(
-            "installer: the hook code stays in the guest's cave, where nothing jumps to it any more: {why}; it is harmless, and the next `apply` of this bundle finds it"
-        );
-    }
 }

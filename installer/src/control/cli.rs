@@ -80,6 +80,13 @@ A running `apply` leaves these processes alone meanwhile and binds them again af
     /// Look at policies without a guest
     #[command(subcommand)]
     Policy(Policy),
+    /// Ask Xen what the tests ask the fake
+    #[cfg(feature = "lab")]
+    Contract {
+        /// Name or id; nothing may be applied to it
+        #[arg(value_name = "DOM")]
+        domain: String,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell

@@ -4,6 +4,7 @@ mod apply;
 pub mod cli;
 mod error;
 mod ps;
+mod resume;
 mod status;
 mod text;
 mod watch;
@@ -52,6 +53,8 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
                 _ => Ok(Exit::Cannot),
             }
         }
+        #[cfg(feature = "lab")]
+        Command::Contract { domain } => contract(&domain),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "installer", &mut script);
@@ -59,6 +62,30 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
             Ok(Exit::Done)
         }
     }
+}
+
+#[cfg(feature = "lab")]
+use crate::views::apply::ApplyError;
+
+/// Asks Xen what `cargo test` asks the fake. Prints each check.
+#[cfg(feature = "lab")]
+fn contract(wanted: &str) -> Result<Exit, CliError> {
+    let (domain, _) = xen::resolve(wanted)?;
+    let xen = xen::open(domain.id)?;
+    if xen.altp2m_on()? {
+        return Err(ApplyError::InUse(wanted.to_owned()).into());
+    }
+    let mut exit = Exit::Done;
+    for (name, verdict) in xen::contract::run(xen.as_ref())? {
+        match verdict {
+            Ok(()) => print(&format!("ok: {name}\n"))?,
+            Err(error) => {
+                exit = Exit::No;
+                print(&format!("WRONG: {name}: {error}\n"))?;
+            }
+        }
+    }
+    Ok(exit)
 }
 
 /// A running guest to which something is applied.

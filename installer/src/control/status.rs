@@ -1,6 +1,6 @@
 //! `status` and `remove`.
 
-use super::apply::report_cave;
+use super::resume::report_cave;
 use super::{CliError, cli, print, print_json, table};
 use crate::exit::Exit;
 use crate::views::journal::{self, Journal, JournalError};

@@ -2,7 +2,7 @@
 
 use super::layout::{self, MissingName};
 use super::memory::{GuestMemory, ReadError};
-use super::walk::Levels;
+use super::walk::{Levels, WalkError};
 use crate::exit::{Exit, Exits};
 use crate::xen::{Errno, GuestPa, GuestVa, Hypervisor, Root, Vcpu, XenError};
 use penumbra_bundle::{LinkVa, Manifest};
@@ -173,11 +173,11 @@ impl Kernel {
         }
         match read_build_id(&self.memory(hypervisor), self.notes, self.notes_len) {
             Ok(found) => Ok(found.as_deref() == Some(build_id)),
-            Err(ReadError::Walk(_)) => Ok(false),
-            Err(ReadError::Frame { source, .. }) => match source {
-                XenError::NoFrame(_) => Ok(false),
-                source => Err(source),
-            },
+            // Xen that does not answer says nothing about the guest; memory that is not there does.
+            Err(
+                ReadError::Walk(WalkError::Table { source, .. }) | ReadError::Frame { source, .. },
+            ) if !matches!(source, XenError::NoFrame(_)) => Err(source),
+            Err(_) => Ok(false),
         }
     }
 }

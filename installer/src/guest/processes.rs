@@ -160,6 +160,14 @@ impl Reader {
         )
     }
 
+    /// Whether the first process runs a program. It is the first on the list, always (rest_init, init/main.c).
+    pub fn has_started(&self, memory: &GuestMemory<'_>) -> Result<bool, ReadError> {
+        let next = memory.pointer(self.init_task.offset(self.layout.task_tasks))?;
+        let first = GuestVa(next.0.wrapping_sub(self.layout.task_tasks));
+        Ok(memory.u32(first.offset(self.layout.task_pid))? == 1
+            && memory.pointer(first.offset(self.layout.task_mm))? != GuestVa(0))
+    }
+
     /// Reads all processes.
     pub fn list(&self, memory: &GuestMemory<'_>) -> ProcessList {
         // The list is walked without the guest's locks: an entry that is freed under the walk leads nowhere. Once more then.

@@ -122,12 +122,13 @@ fn check_domain(
 /// run_init_process).
 fn check_booted(hypervisor: &dyn Hypervisor, reader: &Reader) -> Result<(), ApplyError> {
     let memory = reader.kernel().memory(hypervisor);
-    let list = reader.list(&memory);
-    let first = |process: &crate::guest::Process| process.identity.pid == 1;
-    if list.processes.iter().any(first) {
-        Ok(())
-    } else {
-        Err(ApplyError::Booting("its first process has not started"))
+    match reader.has_started(&memory) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(ApplyError::Booting("its first process has not started")),
+        Err(source) => Err(ApplyError::Read {
+            what: "the first process",
+            source,
+        }),
     }
 }
 

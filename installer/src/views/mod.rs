@@ -7,6 +7,8 @@ pub mod apply;
 mod build;
 pub mod cave;
 pub mod digest;
+#[cfg(test)]
+mod fault_tests;
 pub mod journal;
 pub mod pages;
 pub mod refusal;

@@ -13,12 +13,13 @@ use crate::guest::{Kernel, explain};
 use crate::views::journal::Journal;
 use crate::views::{Request, digest};
 use crate::xen::fake::Fake;
-use crate::xen::{GuestPa, PAGE, Vcpu, ViewId};
+use crate::xen::{Gfn, GuestPa, Hypervisor, PAGE, Vcpu, ViewId};
 use penumbra_bundle::{
     Bundle, Cave, Edit, Edits, FileRef, Form, LinkVa, Manifest, Mitigation, Reloc, RelocKind,
     RunTimeModel, Site, SiteKind, SlotKind, Symbol, Symbols, Text, TextOff, VaRange, Variant,
 };
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 pub const LINK: u64 = 0xffff_ffff_8100_0000;
 pub const SLIDE: u64 = 0xa0_0000;
@@ -138,6 +139,11 @@ const LAYOUT: [(&str, u32); 29] = [
 
 /// The bundle.
 pub fn bundle() -> Bundle {
+    static BUNDLE: LazyLock<Bundle> = LazyLock::new(make_bundle);
+    BUNDLE.clone()
+}
+
+fn make_bundle() -> Bundle {
     let mut text = vec![0x90; 4 * PAGE];
     for at in [0x10, 0x1010] {
         put(&mut text, at as usize, &rel(0xe9, at, 0x800));
@@ -452,6 +458,64 @@ pub fn add_thread(fake: &Fake, index: u64) {
     // Head, leader, thread, head.
     word(fake, at + 0x50, va(THREAD) + 0x50);
     word(fake, THREAD + 0x50, va(at) + 0x148);
+}
+
+/// Another kernel starts in the guest: its system calls enter elsewhere.
+pub fn kexec(fake: &Fake) {
+    for vcpu in fake.vcpus.borrow_mut().iter_mut() {
+        vcpu.lstar += 0x20_0000;
+    }
+}
+
+/// Binds a root as somebody else would.
+pub fn bind(fake: &Fake, root: crate::xen::Root, view: ViewId) {
+    fake.set_binding(root, view, false, &[])
+        .expect("a binding of the test's own");
+}
+
+/// What must be as before once nothing is applied: frames, text, pages, limit.
+pub type Snapshot = (Vec<Gfn>, Vec<u8>, u64, u64);
+
+/// Takes it.
+pub fn snapshot(fake: &Fake) -> Snapshot {
+    let domain = fake.domain.borrow();
+    (
+        fake.memory.borrow().keys().copied().collect(),
+        text_of(fake, ViewId::HOST),
+        domain.pages,
+        domain.max_pages,
+    )
+}
+
+/// Nothing is applied, and all is as before.
+pub fn assert_nothing(fake: &Fake, before: &Snapshot, when: &str) {
+    assert!(!fake.on.get(), "{when}: altp2m is off");
+    assert!(fake.views.borrow().is_empty(), "{when}: no view is left");
+    let table = fake.table.borrow();
+    assert_eq!(*table, Default::default(), "{when}: no binding is left");
+    assert!(
+        snapshot(fake) == *before,
+        "{when}: frames and text are as before"
+    );
+}
+
+/// Every vCPU is on its own text or on a complete view, whatever root it loads.
+pub fn assert_complete(fake: &Fake, bundle: &Bundle) {
+    let table = fake.table.borrow();
+    if !table.enabled {
+        return;
+    }
+    let mut complete: Vec<Vec<u8>> = Vec::new();
+    for variant in &bundle.manifest.variants {
+        complete.push(with_edits(bundle, fake, &variant.name));
+    }
+    let bound = table.bound.values().map(|bound| bound.view);
+    for view in bound.chain([table.default]) {
+        assert!(
+            complete.contains(&text_of(fake, view)),
+            "view {view} is in use and no variant's text"
+        );
+    }
 }
 
 /// What a test asks to apply.

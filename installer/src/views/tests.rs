@@ -2,40 +2,14 @@
 
 use super::apply::ApplyError;
 use super::journal::Step;
-use super::testkit::{self, RET, TEXT};
+use super::testkit::{self, RET, TEXT, assert_nothing, snapshot};
 use super::{CaveFate, TextError, apply, remove, verify};
 use crate::guest::explain::ExplainError;
 use crate::guest::kernel::FindError;
 use crate::xen::fake::Fake;
-use crate::xen::{Altp2mMode, Errno, Gfn, GuestPa, Vcpu, ViewId};
-use penumbra_bundle::Bundle;
+use crate::xen::{Altp2mMode, GuestPa, Vcpu, ViewId};
 use std::cell::Cell;
 use std::rc::Rc;
-
-/// What must be as before once nothing is applied.
-fn snapshot(fake: &Fake) -> (Vec<Gfn>, Vec<u8>, u64, u64) {
-    let domain = fake.domain.borrow();
-    (
-        fake.memory.borrow().keys().copied().collect(),
-        testkit::text_of(fake, ViewId::HOST),
-        domain.pages,
-        domain.max_pages,
-    )
-}
-
-fn assert_clean(fake: &Fake, before: &(Vec<Gfn>, Vec<u8>, u64, u64), when: &str) {
-    assert!(!fake.on.get(), "{when}: altp2m is off");
-    assert!(fake.views.borrow().is_empty(), "{when}: no view is left");
-    assert_eq!(
-        *fake.table.borrow(),
-        Default::default(),
-        "{when}: no binding state is left"
-    );
-    assert!(
-        snapshot(fake) == *before,
-        "{when}: frames and text are as before"
-    );
-}
 
 #[test]
 fn every_view_is_the_running_text_plus_its_edits() {
@@ -140,101 +114,7 @@ fn a_guest_that_pokes_without_pause_is_left_alone() {
     }));
     let error = apply(&fake, &testkit::journal(&dir), &testkit::request(&bundle)).unwrap_err();
     assert!(matches!(error, ApplyError::TooManyPokes(20)), "{error}");
-    assert_clean(&fake, &before, "after giving up");
-}
-
-/// How many calls a whole apply makes that change something.
-fn calls(bundle: &Bundle) -> usize {
-    let fake = testkit::guest(bundle);
-    let dir = tempfile::tempdir().unwrap();
-    apply(&fake, &testkit::journal(&dir), &testkit::request(bundle)).unwrap();
-    fake.log.borrow().len()
-}
-
-#[test]
-fn a_failure_at_any_call_leaves_nothing() {
-    let bundle = testkit::bundle();
-    let calls = calls(&bundle);
-    assert!(calls > 15, "the sequence is there");
-    for at in 0..calls {
-        let fake = testkit::guest(&bundle);
-        let dir = tempfile::tempdir().unwrap();
-        let journal = testkit::journal(&dir);
-        let before = snapshot(&fake);
-        // EIO: nothing that is handled as a case of its own.
-        fake.fail.set(Some((at, Errno(5))));
-        let error = apply(&fake, &journal, &testkit::request(&bundle)).unwrap_err();
-        let call = fake.log.borrow()[at].clone();
-        let when = format!("call {at} ({call}) failed");
-        assert!(
-            !matches!(error, ApplyError::Uncleaned { .. }),
-            "{when}: {error}"
-        );
-        assert_clean(&fake, &before, &when);
-        assert!(
-            journal.load().unwrap().is_none(),
-            "{when}: the journal is gone"
-        );
-    }
-}
-
-#[test]
-fn remove_cleans_up_after_a_kill_at_any_call() {
-    let bundle = testkit::bundle();
-    for at in 0..calls(&bundle) {
-        let fake = testkit::guest(&bundle);
-        let dir = tempfile::tempdir().unwrap();
-        let before = snapshot(&fake);
-        // From this call on nothing reaches Xen any more, nor does the cleaning: the installer is dead.
-        fake.fail.set(Some((at, Errno(5))));
-        fake.for_good.set(true);
-        let journal = testkit::journal(&dir);
-        apply(&fake, &journal, &testkit::request(&bundle)).unwrap_err();
-        drop(journal);
-        fake.fail.set(None);
-        let journal = testkit::journal(&dir);
-        let state = journal.load().unwrap();
-        remove(&fake, &journal, state.as_ref()).unwrap();
-        assert_clean(&fake, &before, &format!("killed at call {at}"));
-        // And again: it succeeds when nothing is there.
-        let removed = remove(&fake, &journal, None).unwrap();
-        assert!(!removed.anything);
-    }
-}
-
-#[test]
-fn a_remove_that_is_killed_is_finished_by_the_next() {
-    let bundle = testkit::bundle();
-    let start = calls(&bundle);
-    // Until a remove makes no call that could be the last one.
-    for at in start.. {
-        let fake = testkit::guest(&bundle);
-        let dir = tempfile::tempdir().unwrap();
-        let journal = testkit::journal(&dir);
-        let before = snapshot(&fake);
-        apply(&fake, &journal, &testkit::request(&bundle)).unwrap();
-        fake.fail.set(Some((at, Errno(5))));
-        fake.for_good.set(true);
-        let state = journal.load().unwrap();
-        let first = remove(&fake, &journal, state.as_ref());
-        let reached = fake.log.borrow().len() > at;
-        fake.fail.set(None);
-        if !reached {
-            assert!(first.is_ok());
-            assert!(at > start + 5, "a remove makes several calls");
-            return;
-        }
-        match first {
-            // Writing the filler is the one step that may fail and be reported instead.
-            Ok(removed) => assert!(matches!(removed.cave, CaveFate::Left(_))),
-            Err(_) => {
-                let state = journal.load().unwrap();
-                assert!(state.is_some(), "the journal stays until all is done");
-                remove(&fake, &journal, state.as_ref()).unwrap();
-                assert_clean(&fake, &before, &format!("remove killed at call {at}"));
-            }
-        }
-    }
+    assert_nothing(&fake, &before, "after giving up");
 }
 
 #[test]
@@ -281,7 +161,7 @@ fn the_cave_stays_while_something_may_run_in_it() {
                     .explained
             );
         } else {
-            assert_clean(&fake, &before, what);
+            assert_nothing(&fake, &before, what);
         }
     }
 }
@@ -412,6 +292,10 @@ fn refusals_say_why() {
         "{error}"
     );
 
+    // Process 1 is still a thread of the kernel.
+    let error = refused(|fake| fake.poke(GuestPa(testkit::task(1) + 0x10), &[0; 8]));
+    assert!(error.is_early(), "{error}");
+
     let error = refused(|fake| fake.mode.set(Altp2mMode::Off));
     assert!(error.to_string().contains("altp2m=\"external\""), "{error}");
     let error = refused(|fake| fake.mode.set(Altp2mMode::Guest));
@@ -442,5 +326,5 @@ fn the_wrong_domain_of_the_same_id_is_not_cleaned_with_an_old_journal() {
     let before = snapshot(&other);
     remove(&other, &journal, Some(&state)).unwrap();
     assert!(other.log.borrow().is_empty(), "{:?}", other.log.borrow());
-    assert_clean(&other, &before, "the other domain");
+    assert_nothing(&other, &before, "the other domain");
 }

@@ -7,6 +7,8 @@
 
 pub mod pins;
 pub mod run;
+#[cfg(test)]
+mod run_tests;
 pub mod storm;
 #[cfg(test)]
 mod tests;

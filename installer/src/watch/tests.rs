@@ -11,7 +11,7 @@ use penumbra_bundle::Bundle;
 use penumbra_policy::Policy;
 use std::collections::BTreeMap;
 
-const POLICY: &str = r#"
+pub const POLICY: &str = r#"
 schema = 1
 name = "test"
 version = 1

@@ -6,9 +6,13 @@
 
 mod binding;
 mod calls;
+#[cfg(any(test, feature = "lab"))]
+pub mod contract;
 mod event;
 #[cfg(test)]
 pub mod fake;
+#[cfg(any(test, feature = "lab"))]
+pub mod faults;
 mod ffi;
 mod frames;
 mod ids;
@@ -210,7 +214,10 @@ impl std::fmt::Display for Errno {
 
 /// Opens all interfaces to one domain.
 pub fn open(domain: DomId) -> Result<Box<dyn Hypervisor>, XenError> {
-    Ok(Box::new(Xen::open(domain)?))
+    let xen: Box<dyn Hypervisor> = Box::new(Xen::open(domain)?);
+    #[cfg(feature = "lab")]
+    let xen = Box::new(faults::Faulty::from_env(xen));
+    Ok(xen)
 }
 
 /// One domain under Xen, as the installer uses it.
@@ -255,8 +262,6 @@ pub trait Hypervisor {
     fn create_view(&self) -> Result<ViewId, XenError>;
     /// Removes a view that is neither the default nor bound.
     fn destroy_view(&self, view: ViewId) -> Result<(), XenError>;
-    /// Lets `gfn` mean the frame `copy` in `view`.
-    fn remap(&self, view: ViewId, gfn: Gfn, copy: Gfn) -> Result<(), XenError>;
     /// Lets each gfn mean its copy in `view`, or the host's page again where there is none; `read_only` as
     /// [`Hypervisor::protect`]. Those before one that fails are done.
     fn remap_all(

@@ -338,14 +338,6 @@ impl Hypervisor for Xen {
         done(rc, || format!("removing view {view}"))
     }
 
-    fn remap(&self, view: ViewId, gfn: Gfn, copy: Gfn) -> Result<(), XenError> {
-        // SAFETY: plain numbers only. Needed: the library is C.
-        let rc = unsafe { xc::xc_altp2m_change_gfn(self.raw(), self.dom(), view.0, gfn.0, copy.0) };
-        done(rc, || {
-            format!("mapping frame {copy} at {gfn} in view {view}")
-        })
-    }
-
     fn binding(&self, request: Binding) -> Result<BindingReply, XenError> {
         self.calls.binding(self.domain, request)
     }

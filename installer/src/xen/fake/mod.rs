@@ -164,6 +164,12 @@ impl Fake {
     }
 }
 
+impl AsRef<dyn Hypervisor> for Fake {
+    fn as_ref(&self) -> &(dyn Hypervisor + 'static) {
+        self
+    }
+}
+
 fn refuse<T>(what: &str, errno: Errno) -> Result<T, XenError> {
     Err(XenError::Call {
         what: what.to_owned(),
@@ -291,11 +297,6 @@ impl Hypervisor for Fake {
         }
     }
 
-    fn remap(&self, view: ViewId, gfn: Gfn, copy: Gfn) -> Result<(), XenError> {
-        self.change(format!("remap {view}"))?;
-        self.map(view, gfn, Some(copy), false)
-    }
-
     fn remap_all(
         &self,
         view: ViewId,
@@ -304,6 +305,9 @@ impl Hypervisor for Fake {
     ) -> Result<(), XenError> {
         self.armed("Remap")?;
         let fails = self.change(format!("Remap {view}"));
+        if view == ViewId::HOST {
+            return refuse("Remap", Errno::INVAL);
+        }
         // Half of them are done when it fails, as the real one may do.
         let done = if fails.is_ok() {
             pages.len()

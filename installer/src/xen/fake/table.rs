@@ -141,7 +141,8 @@ impl Fake {
             Action::Set => {
                 let poking = table.armed.is_some_and(|(root, _)| root == request.root);
                 let pair = request.flags & PAIR != 0;
-                let aligned = request.root.0.is_multiple_of(PAGE as u64)
+                let aligned = request.root.0 != 0
+                    && request.root.0.is_multiple_of(PAGE as u64)
                     && !(pair && request.root.0 & 0x1000 != 0);
                 let sound = witnesses.len() <= MAX_WITNESSES
                     && witnesses.iter().all(|witness| {
