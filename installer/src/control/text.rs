@@ -123,9 +123,14 @@ fn in_words(report: &Report) -> String {
     }
     for view in &report.views {
         text.push_str(&format!(
-            "{}: {} pages of its own, {} bytes differ\n",
+            "{}: {} pages of its own, {} bytes differ",
             view.name, view.pages, view.differing
         ));
+        text.push_str(&match (report.xen_tells, view.misplaced) {
+            (false, _) => "; this Xen does not tell what it shows where\n".to_owned(),
+            (true, 0) => ", every page read-only and where it should be\n".to_owned(),
+            (true, some) => format!(", {some} pages not where they should be, or writable\n"),
+        });
         for place in &view.places {
             text.push_str(&format!("  {place}\n"));
         }

@@ -7,7 +7,7 @@ use super::{CaveFate, TextError, apply, remove, verify};
 use crate::guest::explain::ExplainError;
 use crate::guest::kernel::FindError;
 use crate::xen::fake::Fake;
-use crate::xen::{Altp2mMode, GuestPa, Vcpu, ViewId};
+use crate::xen::{Altp2mMode, GuestPa, Hypervisor, Vcpu, ViewId};
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -225,6 +225,15 @@ fn verify_finds_one_wrong_byte_and_names_it() {
             .iter()
             .all(|view| view.name == "fast" || view.differing == 0)
     );
+    // Xen shows the host's page in place of a copy, and lets the guest write.
+    let (view, page) = (state.view("stock").unwrap(), TEXT.gfn());
+    let tampered = [(page, Some(crate::xen::Gfn(page.0 + 1)))];
+    fake.remap_all(view, &tampered, false).unwrap();
+    let mapped = verify::verify(&fake, &bundle, &state).unwrap();
+    let stock = &mapped.views[0];
+    assert_eq!((stock.name.as_str(), stock.misplaced), ("stock", 1));
+    assert!(stock.places[0].contains("writable"), "{:?}", stock.places);
+    fake.remap_all(view, &[(page, None)], true).unwrap();
     // A cave that is not the bundle's is not explained either.
     fake.poke(GuestPa(fast_copy(&state) + 0x1000 + 0x345), &[0x90]);
     assert!(verify::verify(&fake, &bundle, &state).unwrap().explained);

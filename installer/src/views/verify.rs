@@ -4,9 +4,10 @@ use super::journal::{State, ViewState};
 use super::{TextError, understand};
 use crate::exit::{Exit, Exits};
 use crate::guest::explain;
-use crate::xen::{Gfn, Hypervisor, PAGE, XenError};
+use crate::xen::{Errno, Gfn, Hypervisor, PAGE, XenError};
 use penumbra_bundle::{Bundle, Edits, TextOff};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::thread::sleep;
 use std::time::Duration;
 use thiserror::Error;
@@ -52,7 +53,9 @@ pub struct ViewReport {
     pub pages: usize,
     /// Bytes that are neither the running text's nor the variant's.
     pub differing: u64,
-    /// The first of them: symbol, what the view has, what was expected.
+    /// Pages at which Xen shows another frame than it should, or lets the guest write.
+    pub misplaced: u64,
+    /// The first of both: symbol, what the view has, what was expected.
     pub places: Vec<String>,
 }
 
@@ -69,6 +72,8 @@ pub struct Report {
     pub unexplained: Vec<String>,
     /// The cave holds the bundle's thunks.
     pub cave: bool,
+    /// Xen was asked what each view shows where; one that does not tell is only asked for bytes.
+    pub xen_tells: bool,
     /// Each view.
     pub views: Vec<ViewReport>,
 }
@@ -85,6 +90,7 @@ pub fn verify(
         changed_bytes: 0,
         unexplained: Vec::new(),
         cave: false,
+        xen_tells: true,
         views: Vec::new(),
     };
     let expected = explain::expected(bundle, state.reader.slide());
@@ -102,15 +108,13 @@ pub fn verify(
         let (_, edits) = bundle
             .variant(&view.name)
             .ok_or_else(|| VerifyTextError::OtherBundle(view.name.clone()))?;
-        report.views.push(verify_view(
-            hypervisor,
-            bundle,
-            &understood.text.frames,
-            view,
-            edits,
-        )?);
+        let frames = &understood.text.frames;
+        let mut of_view = verify_view(hypervisor, bundle, frames, view, edits)?;
+        report.xen_tells &= verify_mapping(hypervisor, bundle, frames, view, &mut of_view)?;
+        report.views.push(of_view);
     }
-    report.explained = report.cave && report.views.iter().all(|view| view.differing == 0);
+    let good = |view: &ViewReport| view.differing == 0 && view.misplaced == 0;
+    report.explained = report.cave && report.views.iter().all(good);
     Ok(report)
 }
 
@@ -125,6 +129,7 @@ fn verify_view(
         name: view.name.clone(),
         pages: view.pages.len(),
         differing: 0,
+        misplaced: 0,
         places: Vec::new(),
     };
     let fail = |source| VerifyTextError::Copy {
@@ -168,6 +173,54 @@ fn verify_view(
         }
     }
     Ok(report)
+}
+
+/// Asks Xen, page by page, whether the view shows the copies and the guest's own frames where it should, all read-only.
+/// Returns whether this Xen tells.
+fn verify_mapping(
+    hypervisor: &dyn Hypervisor,
+    bundle: &Bundle,
+    frames: &[Gfn],
+    view: &ViewState,
+    report: &mut ViewReport,
+) -> Result<bool, VerifyTextError> {
+    let Some(id) = view.view else {
+        return Ok(true);
+    };
+    let copies: BTreeMap<u32, Gfn> = view
+        .pages
+        .iter()
+        .zip(view.first_copy.0..)
+        .map(|(page, copy)| (*page, Gfn(copy)))
+        .collect();
+    for (page, gfn) in frames.iter().enumerate() {
+        let wanted = copies.get(&(page as u32)).unwrap_or(gfn);
+        let shown = match hypervisor.shown(id, *gfn) {
+            Err(error) if error.is(Errno::INVAL) => return Ok(false),
+            result => result.map_err(|source| VerifyTextError::Copy {
+                view: view.name.clone(),
+                source,
+            })?,
+        };
+        let right =
+            shown.is_some_and(|shown| shown.frame == *wanted && shown.read_only && !shown.hidden);
+        if right {
+            continue;
+        }
+        report.misplaced += 1;
+        if report.places.len() < LISTED {
+            let symbol = explain::symbol(bundle, TextOff((page * PAGE) as u32));
+            let shown = match shown {
+                None => "nothing".to_owned(),
+                Some(shown) if !shown.read_only => format!("frame {}, writable", shown.frame),
+                Some(shown) => format!("frame {}", shown.frame),
+            };
+            report.places.push(format!(
+                "page at {symbol}: Xen shows {shown} where frame {wanted}, read-only, was expected"
+            ));
+        }
+    }
+    Ok(true)
 }
 
 /// Puts the edits' bytes that fall into `page` over the running ones.

@@ -1,6 +1,6 @@
 //! The words of HVMOP_altp2m_binding (xen-patches, public/hvm/hvm_op.h).
 
-use super::{GuestPa, Root, ViewId};
+use super::{Gfn, GuestPa, Root, ViewId};
 
 /// What a request asks for. The numbers are the interface's.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -34,6 +34,15 @@ pub enum Action {
     Hide = 12,
     /// Let many entries of a view mean other frames.
     Remap = 13,
+    /// Say what a view shows at a frame.
+    Query = 14,
+}
+
+impl Action {
+    /// Changes nothing.
+    pub fn only_asks(self) -> bool {
+        matches!(self, Action::Get | Action::Stats | Action::Query)
+    }
 }
 
 /// Flag of [`Action::Set`]: the root with bit 12 flipped on means the same binding (page-table isolation's user half).
@@ -183,4 +192,26 @@ pub struct Stats {
     pub generation: u64,
     /// Pokes that hit a byte which a view had changed.
     pub conflicts: u64,
+}
+
+/// What a view shows at a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shown {
+    /// The frame whose contents are seen there.
+    pub frame: Gfn,
+    /// The guest cannot write it.
+    pub read_only: bool,
+    /// The guest sees nothing there.
+    pub hidden: bool,
+}
+
+impl BindingReply {
+    /// Reads the reply to [`Action::Query`].
+    pub fn shown(&self) -> Shown {
+        Shown {
+            frame: Gfn(self.out[0]),
+            read_only: self.flags & 1 != 0,
+            hidden: self.flags & 2 != 0,
+        }
+    }
 }

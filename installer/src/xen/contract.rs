@@ -4,7 +4,9 @@
 //! nothing by it. Each check begins and ends with altp2m off.
 
 use super::binding::{MAX_PROTECTS, MAX_WITNESSES};
-use super::{Action, Binding, Errno, Gfn, GuestPa, Hypervisor, Root, ViewId, Witness, XenError};
+use super::{
+    Action, Binding, Errno, Gfn, GuestPa, Hypervisor, Root, Shown, ViewId, Witness, XenError,
+};
 use std::fmt::Debug;
 
 /// A root that no address space has: the frame of the guest's own first page.
@@ -300,6 +302,16 @@ fn remaps(it: &Subject<'_>) -> Verdict {
         "back to the host's",
         it.xen.remap_all(view, &[(Gfn(4), None)], true),
     )?;
+    let shown = |gfn| it.xen.shown(view, gfn).map_err(|error| error.to_string());
+    let expected = |frame, read_only| {
+        Some(Shown {
+            frame,
+            read_only,
+            hidden: false,
+        })
+    };
+    is("the first", shown(Gfn(4))?, expected(Gfn(4), true))?;
+    is("the second", shown(Gfn(5))?, expected(second, false))?;
     let missing = [(Gfn(4), Some(first)), (Gfn(5), Some(Gfn(it.spare.0 + 2)))];
     let result = it.xen.remap_all(view, &missing, true);
     is("to a frame that is not there", result.is_err(), true)?;
@@ -321,6 +333,10 @@ fn protects(it: &Subject<'_>) -> Verdict {
     };
     works("two", protect(view, 2))?;
     works("again", protect(view, 2))?;
+    let shown = it.xen.shown(view, Gfn(5));
+    let shown = shown.map_err(|error| error.to_string())?;
+    let read_only = shown.map(|shown| (shown.frame, shown.read_only));
+    is("the second", read_only, Some((Gfn(5), true)))?;
     fails("none", Errno::INVAL, protect(view, 0))?;
     fails("too many", Errno::INVAL, protect(view, MAX_PROTECTS + 1))?;
     fails("the host's view", Errno::INVAL, protect(ViewId::HOST, 1))

@@ -165,7 +165,7 @@ impl<H: AsRef<dyn Hypervisor>> Hypervisor for Faulty<H> {
 
     fn binding(&self, request: Binding) -> Result<BindingReply, XenError> {
         let action = request.action;
-        let changes = !matches!(action, super::Action::Stats | super::Action::Get);
+        let changes = !action.only_asks();
         self.at(&format!("{action:?}"), changes)?.binding(request)
     }
 

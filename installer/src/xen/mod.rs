@@ -19,7 +19,9 @@ mod ids;
 mod names;
 mod real;
 
-pub use binding::{Action, Binding, BindingReply, MAX_EVENTS, MAX_WITNESSES, Stats, Witness};
+pub use binding::{
+    Action, Binding, BindingReply, MAX_EVENTS, MAX_WITNESSES, Shown, Stats, Witness,
+};
 pub use event::{Event, EventKind, Events};
 pub use ids::{DomId, Gfn, GuestPa, GuestVa, PAGE, Root, ViewId};
 pub use names::{ResolveError, list, resolve};
@@ -306,6 +308,15 @@ pub trait Hypervisor {
     fn hide(&self, first: Gfn, count: u64) -> Result<(), XenError> {
         let request = Binding::new(Action::Hide).value(first.0);
         self.binding(request.more([count, 0])).map(drop)
+    }
+
+    /// What `view` shows at `gfn`; `None` where it has no entry of its own yet and will get the host's.
+    fn shown(&self, view: ViewId, gfn: Gfn) -> Result<Option<Shown>, XenError> {
+        match self.binding(Binding::new(Action::Query).view(view).value(gfn.0)) {
+            Ok(reply) => Ok(Some(reply.shown())),
+            Err(error) if error.is(Errno::NOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// The counters and state of the binding table.

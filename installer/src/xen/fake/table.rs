@@ -109,7 +109,7 @@ impl Fake {
         } else if !self.patched.get() || !self.on.get() {
             return refuse(&what, Errno::OPNOTSUPP);
         }
-        if !matches!(request.action, Action::Stats | Action::Get) {
+        if !request.action.only_asks() {
             self.change(format!("{what} {} {}", request.view, request.root))?;
         }
         let known = request.view == ViewId::HOST || self.views.borrow().contains_key(&request.view);
@@ -207,6 +207,21 @@ impl Fake {
                     Some(hidden) if hidden != range => return refuse(&what, Errno::BUSY),
                     _ => table.hidden = Some(range),
                 }
+            }
+            Action::Query => {
+                let views = self.views.borrow();
+                let gfn = Gfn(request.value);
+                let Some(view) = views.get(&request.view) else {
+                    return refuse(&what, Errno::INVAL);
+                };
+                if !self.memory.borrow().contains_key(&gfn) {
+                    return refuse(&what, Errno::NOENT);
+                }
+                let hidden = table
+                    .hidden
+                    .is_some_and(|(first, count)| (first.0..first.0 + count).contains(&gfn.0));
+                reply.out[0] = view.map.get(&gfn).copied().unwrap_or(gfn).0;
+                reply.flags = u16::from(view.read_only.contains(&gfn)) | u16::from(hidden) << 1;
             }
             Action::Events | Action::Remap => unreachable!("these have methods of their own"),
         }
