@@ -50,6 +50,13 @@ def build_tools():
         cwd=ROOT)
 
 
+def build_lab_installer():
+    """Builds the installer with what tests need besides (faults, `contract`); returns its path."""
+    run(["cargo", "build", "--release", "--locked", "-p", "installer", "--features", "lab",
+         "--bin", "installer-lab"], cwd=ROOT)
+    return tool("installer-lab")
+
+
 def build_xen():
     """Builds the patched Xen; returns the image."""
     run([ROOT / "xen-patches" / "build"])

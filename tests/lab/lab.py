@@ -43,7 +43,7 @@ _DOM0_LOOKS = [
 _SHOWN = 40
 
 
-def guest_config(vcpus, altp2m, direct=None):
+def guest_config(vcpus, altp2m, direct=None, on_reboot="preserve"):
     """The guest's xl.cfg; `direct` is its command line if Xen loads the kernel itself.
 
     altp2m=external: the interface is the toolstack's, the guest cannot call it.
@@ -51,7 +51,7 @@ def guest_config(vcpus, altp2m, direct=None):
     """
     lines = [f'name = "{GUEST}"', 'type = "pvh"', 'kernel = "/guest/kernel"', "memory = 256",
              f"vcpus = {vcpus}", 'tsc_mode = "native"', 'on_crash = "preserve"',
-             'on_reboot = "preserve"']
+             f'on_reboot = "{on_reboot}"']
     if direct is not None:
         lines += ['ramdisk = "/guest/initrd.gz"', f'cmdline = "{direct}"']
     if altp2m:
@@ -108,14 +108,17 @@ class Guest:
         rc, out = self.lab.dom0.run("xl create /guest/guest.cfg", timeout)
         if rc:
             raise LabError(f"xl create failed: {out}")
+        self.attach(timeout)
+
+    def attach(self, timeout=300):
+        """Waits until the agent of a guest that was just created answers."""
         deadline = time.monotonic() + timeout
-        path = f"/local/domain/{self.domid()}/console/tty"
         while True:
-            rc, out = self.lab.dom0.run(f"xenstore-read {path}")
-            if rc == 0 and out.strip():
+            rc, out = self.lab.dom0.run(f"xenstore-read /local/domain/$(xl domid {GUEST})/console/tty")
+            if rc == 0 and out.strip().startswith("/dev/"):
                 break
             if time.monotonic() > deadline:
-                raise LabError(f"no {path} in xenstore")
+                raise LabError(f"the guest has no console: {out}")
             time.sleep(0.2)
         self.line.pty = out.strip()
         while b"~READY" not in self.line.log:
@@ -124,6 +127,14 @@ class Guest:
                 raise LabError(f"the guest did not boot in {timeout} s; its console so far:\n"
                                + self.console()[-3000:])
         self.agent.wait_ready(60)
+
+    def successor(self):
+        """The guest that takes this one's place after a reboot: its console goes on where this one's ends."""
+        self.line.read(0)
+        after = Guest(self.lab)
+        after.line.seen = self.line.seen
+        self.lab.guest = after
+        return after
 
     def domid(self):
         """The guest's number."""
@@ -161,7 +172,7 @@ class Lab:
 
     @classmethod
     def boot(cls, xen, extra=(), guest_extra=(), vcpus=2, guest_append="", name="lab",
-             altp2m=True, kaslr=False, timeout=300):
+             altp2m=True, kaslr=False, on_reboot="preserve", timeout=300):
         """Boots `xen` with dom0.
 
         `extra` and `guest_extra` are (path, content, mode) for the file systems of dom0
@@ -177,11 +188,11 @@ class Lab:
         if kaslr:
             image = grub.image(work / "guest.grub", guest_kernel.vmlinuz, guest_initrd, command_line)
             files = [("guest/kernel", image, 0o644),
-                     ("guest/guest.cfg", guest_config(vcpus, altp2m), 0o644)]
+                     ("guest/guest.cfg", guest_config(vcpus, altp2m, on_reboot=on_reboot), 0o644)]
         else:
             files = [("guest/kernel", guest_kernel.vmlinuz, 0o644),
                      ("guest/initrd.gz", guest_initrd, 0o644),
-                     ("guest/guest.cfg", guest_config(vcpus, altp2m, command_line), 0o644)]
+                     ("guest/guest.cfg", guest_config(vcpus, altp2m, command_line, on_reboot), 0o644)]
         dom0_initrd = initramfs.dom0(work / "dom0.cpio.gz", [*files, *extra])
         # QEMU takes commas in a module's arguments as the next module.
         modules = f"{dom0_kernel.vmlinuz} console=hvc0 panic=-1,{dom0_initrd}"

@@ -2,7 +2,7 @@
 //!
 //! Only in unit tests and with the cargo feature `lab`; the released program has none of it. There the environment says
 //! what to do: `PENUMBRA_FAULT="end 7"` ends the program, as a kill would, before its 7th call that changes something;
-//! `PENUMBRA_FAULT="fail 7 12"` lets that call fail with error 12 instead.
+//! `PENUMBRA_FAULT="fail populate 12"` lets the first call of that name fail with error 12.
 
 use super::{
     Altp2mMode, Binding, BindingReply, Domain, Errno, Events, Gfn, Hypervisor, Root, Vcpu, ViewId,
@@ -18,9 +18,9 @@ pub enum Fault {
     /// The program ends before this call that changes something, counted from 1.
     #[cfg(feature = "lab")]
     End(usize),
-    /// This call that changes something fails.
+    /// The first call of this name fails.
     #[cfg(feature = "lab")]
-    Fail(usize, Errno),
+    Fail(&'static str, Errno),
     /// This call of any kind fails, counted from 1.
     FailAny(usize, Errno),
     /// This call of any kind and all that follow fail: what Xen sees when the program was killed there.
@@ -55,11 +55,12 @@ impl<H: AsRef<dyn Hypervisor>> Faulty<H> {
         let fault = match words[..] {
             [] => Fault::None,
             ["end", at] => Fault::End(number(at)),
-            ["fail", at, errno] => {
+            ["fail", name, errno] => {
                 let errno = errno.parse().expect("PENUMBRA_FAULT names an error number");
-                Fault::Fail(number(at), Errno(errno))
+                // Once in a program's life.
+                Fault::Fail(name.to_owned().leak(), Errno(errno))
             }
-            _ => panic!("PENUMBRA_FAULT is `end N` or `fail N ERRNO`, not `{asked}`"),
+            _ => panic!("PENUMBRA_FAULT is `end N` or `fail NAME ERRNO`, not `{asked}`"),
         };
         Faulty::new(inner, fault)
     }
@@ -77,7 +78,10 @@ impl<H: AsRef<dyn Hypervisor>> Faulty<H> {
                 std::process::abort();
             }
             #[cfg(feature = "lab")]
-            Fault::Fail(at, errno) if changes && at == changing => errno,
+            Fault::Fail(name, errno) if name == what => {
+                self.fault.set(Fault::None);
+                errno
+            }
             Fault::FailAny(at, errno) if at == any => errno,
             Fault::Dead(at) if at <= any => Errno::IO,
             _ => return Ok(self.inner.as_ref()),

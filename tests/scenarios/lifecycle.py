@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""A guest that is paused, saved, rebooted, crashed: what the watcher makes of it."""
+
+import time
+from contextlib import contextmanager
+
+from lab import LabError, chain, victim
+from lab.lab import Lab
+
+from . import expect, scenario
+
+G = chain.GUEST
+
+
+class World:
+    """The booted lab with a watched guest."""
+
+    def __init__(self, lab):
+        self.lab = lab
+        self.installer = chain.Installer(lab)
+        self.payroll = None
+
+    @property
+    def guest(self):
+        """The guest that runs now."""
+        return self.lab.guest
+
+    def start_payroll(self):
+        """A process that the policy trusts."""
+        self.payroll = victim.Worker(self.guest, "payroll", 0)
+        self.installer.wait_view(self.payroll.pid, "fast")
+
+    def said(self, words, timeout=120):
+        """Waits until the watcher has said `words`, and returns all that it said."""
+        deadline = time.monotonic() + timeout
+        while True:
+            out = self.lab.dom0.run(f"cat {self.installer.log} {self.installer.log}.err").out
+            if words in out:
+                return out
+            expect(time.monotonic() < deadline, f"the watcher did not say {words!r}: {out}")
+            time.sleep(0.5)
+
+    def exit_code(self, timeout=120):
+        """Waits for the watcher's end."""
+        rc, out = self.lab.dom0.run(f"for i in $(seq {timeout * 5}); do test -s /run/apply.rc && "
+                                    "exec cat /run/apply.rc; usleep 200000; done; exit 1", timeout + 30)
+        expect(rc == 0, f"the watcher does not end: {out}")
+        return int(out)
+
+    def watch(self):
+        """Applies and watches; the exit code goes to a file."""
+        self.lab.dom0.run(f"rm -f /run/apply.rc; (installer apply {self.installer.apply_args} "
+                          f"> {self.installer.log} 2> {self.installer.log}.err; echo $? > /run/apply.rc) &")
+        self.said("applied:")
+
+
+@contextmanager
+def world():
+    """Builds everything and boots."""
+    chain.build_tools()
+    xen = chain.build_xen()
+    bundle, policy, _, public = chain.signed_chain(chain.WORK / "lifecycle")
+    files = chain.dom0_files(bundle, [policy], [public])
+    with Lab.boot(xen, extra=files, name="lifecycle", kaslr=True, on_reboot="restart") as lab:
+        lab.guest.start()
+        w = World(lab)
+        w.watch()
+        w.start_payroll()
+        yield w
+
+
+@scenario
+def pausing_changes_nothing(w):
+    """A paused guest is waited for; when it goes on, so does everything."""
+    w.lab.dom0.run(f"xl pause {G}")
+    time.sleep(3)
+    expect(w.installer.status()["applied"], "no longer applied")
+    w.lab.dom0.run(f"xl unpause {G}")
+    w.payroll.lives()
+    w.installer.wait_view(w.payroll.pid, "fast")
+    out = w.said("applied:")
+    expect(out.strip().count("\n") == 0, "the watcher complained:", out)
+
+
+@scenario
+def saving_is_refused(w):
+    """`xl save` fails early with views in place, and the guest runs on with them."""
+    rc, out = w.lab.dom0.run(f"timeout 100 xl save {G} /run/saved", 150)
+    expect(rc != 0, "saved:", out)
+    w.payroll.lives()
+    w.installer.run(f"verify-text {G}")
+    w.installer.wait_view(w.payroll.pid, "fast")
+
+
+@scenario
+def a_reboot_is_followed(w):
+    """The guest reboots: the watcher says so, and applies again by itself once the new kernel is up."""
+    old = w.guest.domid()
+    before = w.installer.status()["slide"]
+    old_guest = w.guest
+    w.lab.guest.successor()
+    try:
+        old_guest.run("(sleep 1; reboot -f) &", 20)
+    except LabError:
+        pass
+    w.said(f"{G} reboots")
+    w.guest.attach()
+    expect(w.guest.domid() != old, "the same domain")
+    w.said(f"(domain {w.guest.domid()})")
+    w.start_payroll()
+    w.installer.run(f"verify-text {G}")
+    status = w.installer.status()
+    expect(status["applied"] and status["watcher"], status)
+    print(f"        slide {before}, then {status['slide']}")
+
+
+@scenario
+def a_crash_is_told(w):
+    """The guest's kernel panics: said once, the state dropped, exit code 1; the kept domain is no longer
+    called applied."""
+    try:
+        w.guest.run("echo 1 > /proc/sys/kernel/sysrq; (sleep 1; echo c > /proc/sysrq-trigger) &", 20)
+    except LabError:
+        pass
+    out = w.said(f"{G} crashed")
+    expect(out.count("crashed") == 1, out)
+    expect(w.exit_code() == 1, "exit code")
+    expect(not w.installer.status()["applied"], w.installer.status())
+    rc, out = w.lab.dom0.run(f"installer ps {G}")
+    expect(rc == 2 and "nothing is applied" in out, rc, out)
+    w.lab.dom0.run(f"xl destroy {G}")
+
+
+@scenario
+def a_shutdown_ends_the_watching(w):
+    """A new guest powers off: the watcher says so and ends with exit code 0."""
+    w.lab.guest.successor().start()
+    w.watch()
+    w.start_payroll()
+    try:
+        w.guest.run("(sleep 1; poweroff -f) &", 20)
+    except LabError:
+        pass
+    w.said(f"{G} powered off")
+    expect(w.exit_code() == 0, "exit code")
+
+
+@scenario
+def xen_did_not_complain(w):
+    """Xen printed no assertion and no warning in all of this."""
+    expect(not w.lab.xen_trouble(), w.lab.xen_trouble())
