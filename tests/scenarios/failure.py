@@ -114,7 +114,7 @@ def killed_before_every_call_of_a_remove(w):
             expect("nothing was applied" in again, again)
             break
         expect(rc == ENDED, f"step {step}: exit {rc}: {out}")
-    expect(step >= 5, f"a remove has only {step} steps")
+    expect(step >= 4, f"a remove has only {step} steps")
 
 
 @scenario

@@ -103,7 +103,7 @@ def a_reboot_is_followed(w):
         old_guest.run("(sleep 1; reboot -f) &", 20)
     except LabError:
         pass
-    w.said(f"{G} reboots")
+    w.said(f"{G} went down for a reboot")
     w.guest.attach()
     expect(w.guest.domid() != old, "the same domain")
     w.said(f"(domain {w.guest.domid()})")

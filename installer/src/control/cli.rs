@@ -29,8 +29,14 @@ The bundle's envelope is BUNDLE/statement.dsse.json, the policy's POLICY.dsse.js
 touched in the guest before both verify and every byte of its running text is explained. The guest is never paused.
 
 SIGINT, SIGTERM and `installer remove` end the watching. Views stay then, but bindings are dropped: nobody watches any
-more, so every process runs on the default view. After SIGKILL bindings stay until the next `apply` or `remove`;
-do one of them. `apply` on a guest to which the same bundle is applied takes over where the last one ended.")]
+more, so every process runs on the default view. After SIGKILL a binding stays until its process ends, runs another
+program or changes its user. `apply` on a guest to which the same bundle is applied takes over where the last one ended.
+
+A guest that reboots comes back as another domain with the same UUID: `apply` waits for its kernel to be up and applies
+again. A guest that starts another kernel (kexec) is told from one that does not: its views are taken out.
+
+Exit code while watching: 0 stopped as asked, or the guest powered off or was destroyed; 1 the guest crashed, went down to
+reboot and did not come back, or runs another kernel; 2 Xen or the guest refused.")]
     Apply(Apply),
     /// Show each process with its view, as Xen has it, and the rule that chose it
     #[command(

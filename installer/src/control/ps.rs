@@ -4,7 +4,7 @@ use super::{CliError, Target, cli, print, print_json, table};
 use crate::exit::Exit;
 use crate::views::journal::POLICY_COPY;
 use crate::watch;
-use crate::xen::{Root, ViewId};
+use crate::xen::{Bound, Root};
 use penumbra_policy::Policy;
 use serde_json::json;
 use std::collections::HashMap;
@@ -24,10 +24,10 @@ pub fn ps(args: &cli::Domain) -> Result<Exit, CliError> {
     let memory = state.reader.kernel().memory(xen);
     let list = state.reader.list(&memory);
     let stats = xen.stats()?;
-    let bound: HashMap<Root, (ViewId, u64)> = xen
+    let bound: HashMap<Root, Bound> = xen
         .bindings()?
         .into_iter()
-        .map(|(root, view, switches)| (root, (view, switches)))
+        .map(|bound| (bound.root, bound))
         .collect();
     let wanted = watch::wanted(&policy, &list, &state.default);
     let mut rows = Vec::new();
@@ -35,7 +35,7 @@ pub fn ps(args: &cli::Domain) -> Result<Exit, CliError> {
         let decision = watch::decide(&policy, process);
         let identity = &process.identity;
         let binding = bound.get(&identity.root);
-        let view = state.view_name(binding.map_or(stats.default, |(view, _)| *view));
+        let view = state.view_name(binding.map_or(stats.default, |bound| bound.view));
         // What counts is the strictest view of all processes on the root.
         let due = wanted
             .get(&identity.root)
@@ -53,7 +53,9 @@ pub fn ps(args: &cli::Domain) -> Result<Exit, CliError> {
             "policy_view": due,
             "agrees": view == *due,
             "bound": binding.is_some(),
-            "switches": binding.map(|(_, switches)| *switches),
+            "switches": binding.map(|bound| bound.switches),
+            "witnesses": binding.map(|bound| bound.witnesses),
+            "both_halves": binding.map(|bound| bound.pair),
             "root": identity.root,
         }));
     }

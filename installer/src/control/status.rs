@@ -75,7 +75,8 @@ fn row(domain: &Domain, name: &str) -> Result<Value, CliError> {
         }));
     };
     // A Xen without the interface has no counters; what the journal says is shown all the same.
-    let stats = xen::open(domain.id)?.stats().ok();
+    let xen = xen::open(domain.id)?;
+    let (stats, events) = (xen.stats().ok(), xen.counters().ok());
     let alive =
         state.watcher != 0 && fs::exists(format!("/proc/{}", state.watcher)).unwrap_or(false);
     Ok(json!({
@@ -91,6 +92,9 @@ fn row(domain: &Domain, name: &str) -> Result<Value, CliError> {
             "pokes_mirrored": stats.pokes_mirrored,
             "generation": stats.generation,
             "conflicts": stats.conflicts,
+            "lapsed": events.as_ref().map(|events| events.lapsed),
+            "refused": events.as_ref().map(|events| events.refused),
+            "violations": events.as_ref().map(|events| events.violations),
         })),
         "views": state.views.iter().map(|view| json!({
             "name": view.name, "view": view.view, "pages": view.pages.len(),

@@ -72,7 +72,12 @@ pub fn successor(
             }
             _ => {}
         }
-        if started.elapsed() > patience {
+        // One that is still there by now is kept as it is (on_reboot="preserve").
+        let kept = domains
+            .iter()
+            .any(|(domain, _)| domain.uuid == uuid && domain.id == old);
+        let waited = started.elapsed();
+        if waited > patience || (kept && waited > RESTART) {
             found?;
             return Ok(None);
         }

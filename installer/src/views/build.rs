@@ -98,10 +98,9 @@ pub fn make_room(
     if domain.max_pages - domain.pages.min(domain.max_pages) < count {
         hypervisor.set_max_pages(domain.pages + count)?;
     }
-    hypervisor.populate(first, count).map_err(no_memory)?;
-    // Before there is anything to see in them.
+    // Before there is anything in them that the guest could get hold of.
     hypervisor.hide(first, count)?;
-    Ok(())
+    hypervisor.populate(first, count).map_err(no_memory)
 }
 
 /// Makes the views, all of whose text is read-only to the guest, and maps the copies into them. The copies are still empty

@@ -15,7 +15,7 @@ mod tests;
 
 use crate::guest::{GuestMemory, Process, ProcessList, witness};
 use crate::views::State;
-use crate::xen::{Action, Binding, Errno, Hypervisor, Root, XenError};
+use crate::xen::{Action, Binding, Bound, Errno, Hypervisor, Root, XenError};
 use penumbra_policy::{Decision, Policy};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -142,7 +142,7 @@ impl Watcher {
         // The default needs no binding, and poking_mm's is Xen's own.
         wanted.retain(|root, want| want.view != state.default && *root != state.poking_root);
         let mut there: HashSet<Root> = HashSet::new();
-        for (root, view, _) in hypervisor.bindings()? {
+        for Bound { root, view, .. } in hypervisor.bindings()? {
             if root == state.poking_root || is_pinned(root) {
                 continue;
             }
@@ -279,7 +279,7 @@ pub fn drop_bindings(
     journal_dir: &Path,
 ) -> Result<usize, XenError> {
     let mut dropped = 0;
-    for (root, _, _) in hypervisor.bindings()? {
+    for Bound { root, .. } in hypervisor.bindings()? {
         if root != state.poking_root && !pins::is_pinned(journal_dir, root) {
             clear(hypervisor, root)?;
             dropped += 1;

@@ -9,6 +9,7 @@ use crate::xen::fake::Fake;
 use crate::xen::{GuestPa, Hypervisor, Root, ViewId};
 use penumbra_bundle::Bundle;
 use penumbra_policy::Policy;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 pub const POLICY: &str = r#"
@@ -417,6 +418,23 @@ fn bindings_of_a_dead_watcher_are_taken_back() {
 }
 
 #[test]
+fn a_binding_that_hides_behind_one_that_lapses_is_seen() {
+    let mut world = World::new();
+    world.pass();
+    let (fast, stale) = (world.fast(), Root(0x7_7000));
+    world.leave(stale, fast);
+    // The list is being read when its first entry lapses and all others change their index.
+    *world.fake.asked.borrow_mut() = Some(Box::new(|fake, call| {
+        if call == "Get" {
+            fake.table.borrow_mut().bound.remove(&root(PAYROLL));
+        }
+    }));
+    let pass = world.pass();
+    assert_eq!(pass.lapsed.len(), 1, "{pass:?}");
+    assert_eq!(world.bound(), BTreeMap::from([(root(PAYROLL), fast)]));
+}
+
+#[test]
 fn a_pinned_root_is_left_alone() {
     let mut world = World::new();
     let fast = world.fast();
@@ -445,7 +463,6 @@ fn a_full_table_leaves_processes_on_the_default() {
 mod storm {
     use super::*;
     use crate::watch::storm;
-    use std::cell::Cell;
     use std::sync::atomic::AtomicBool;
     use std::time::Duration;
 

@@ -194,6 +194,21 @@ pub struct Stats {
     pub conflicts: u64,
 }
 
+/// A binding as Xen lists it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Bound {
+    /// The root.
+    pub root: Root,
+    /// Its view.
+    pub view: ViewId,
+    /// Switches made because of it.
+    pub switches: u64,
+    /// How many witnesses it has.
+    pub witnesses: u64,
+    /// The root with bit 12 on means it too.
+    pub pair: bool,
+}
+
 /// What a view shows at a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Shown {
@@ -206,6 +221,17 @@ pub struct Shown {
 }
 
 impl BindingReply {
+    /// Reads the reply to [`Action::Get`].
+    pub fn bound(&self) -> Bound {
+        Bound {
+            root: self.root,
+            view: self.view,
+            switches: self.out[0],
+            witnesses: self.out[1],
+            pair: self.flags & PAIR != 0,
+        }
+    }
+
     /// Reads the reply to [`Action::Query`].
     pub fn shown(&self) -> Shown {
         Shown {

@@ -57,7 +57,12 @@ impl Calls {
             .root(root)
             .view(view)
             .flags(if pair { PAIR } else { 0 })
-            .value(self.data_address())
+            // No array, no address.
+            .value(if witnesses.is_empty() {
+                0
+            } else {
+                self.data_address()
+            })
             .more([witnesses.len() as u64, 0]);
         self.binding(domain, request)?;
         Ok(())

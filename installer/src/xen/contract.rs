@@ -40,7 +40,7 @@ pub fn run(xen: &dyn Hypervisor) -> Result<Vec<(&'static str, Verdict)>, XenErro
     let mut verdicts = Vec::new();
     for check in CHECKS {
         xen.altp2m_set(true)?;
-        xen.set_max_pages(domain.max_pages.max(domain.pages + 2))?;
+        xen.set_max_pages(domain.max_pages.max(domain.pages + 4))?;
         xen.populate(spare, 2)?;
         let subject = Subject { xen, spare };
         let verdict = subject
@@ -125,7 +125,7 @@ impl Subject<'_> {
         let found = self.xen.bindings().map_err(|error| error.to_string())?;
         let mut found: Vec<(Root, ViewId)> = found
             .into_iter()
-            .map(|(root, view, _)| (root, view))
+            .map(|bound| (bound.root, bound.view))
             .collect();
         found.sort_unstable();
         Ok(found)
@@ -230,7 +230,7 @@ fn views_in_use(it: &Subject<'_>) -> Verdict {
     fails("the default", Errno::BUSY, it.xen.destroy_view(default))?;
     fails("a bound one", Errno::BUSY, it.xen.destroy_view(bound))?;
     works("a free one", it.xen.destroy_view(free))?;
-    fails("that again", Errno::INVAL, it.xen.destroy_view(free))?;
+    fails("that again", Errno::BUSY, it.xen.destroy_view(free))?;
     works("CLEAR", it.act(Binding::new(Action::Clear).root(ROOT)))?;
     works("one unbound", it.xen.destroy_view(bound))
 }
@@ -243,6 +243,13 @@ fn bindings(it: &Subject<'_>) -> Verdict {
         it.xen.set_binding(OTHER, two, true, &[]),
     )?;
     is("bound", it.bound()?, vec![(ROOT, one), (OTHER, two)])?;
+    let listed = it.xen.bindings().map_err(|error| error.to_string())?;
+    let pairs: Vec<Root> = listed
+        .iter()
+        .filter(|bound| bound.pair)
+        .map(|bound| bound.root)
+        .collect();
+    is("with its pair", pairs, vec![OTHER])?;
     works("SET again", it.xen.set_binding(ROOT, two, false, &[]))?;
     is("bound", it.bound()?, vec![(ROOT, two), (OTHER, two)])?;
     let clear = Binding::new(Action::Clear).root(ROOT);
@@ -274,19 +281,33 @@ fn witnesses(it: &Subject<'_>) -> Verdict {
         mask,
         value,
     };
-    // A word without bits is always 0 and never 1.
-    let (holds, fails_now) = (witness(0x4008, 0, 0), witness(0x4008, 0, 1));
+    // One bit of a page that a booted guest leaves alone.
+    let mut byte = [0];
+    let read = it.xen.read(Gfn(4), 8, &mut byte);
+    works("reading the guest", read)?;
+    let bit = u64::from(byte[0] & 1);
+    let (holds, fails_now) = (witness(0x4008, 1, bit), witness(0x4008, 1, bit ^ 1));
     let set = |witnesses: &[Witness]| it.xen.set_binding(ROOT, view, false, witnesses);
     let most = vec![holds; MAX_WITNESSES];
     works("as many as there may be", set(&most))?;
+    let listed = it.xen.bindings().map_err(|error| error.to_string())?;
+    let count = listed.first().map(|bound| bound.witnesses);
+    is("witnesses", count, Some(MAX_WITNESSES as u64))?;
     works("CLEAR", it.act(Binding::new(Action::Clear).root(ROOT)))?;
     fails(
         "one more",
         Errno::INVAL,
         set(&vec![holds; MAX_WITNESSES + 1]),
     )?;
-    let odd = witness(0x4004, 0, 0);
-    fails("not aligned", Errno::INVAL, set(&[odd]))?;
+    for (what, wrong) in [
+        ("not aligned", witness(0x4004, 1, bit)),
+        ("no bit", witness(0x4008, 0, 0)),
+        ("a bit that does not count", witness(0x4008, 2, 1)),
+    ] {
+        fails(what, Errno::INVAL, set(&[wrong]))?;
+    }
+    let gone = witness(it.spare.base().0 + 0x2000, 1, 0);
+    fails("a page that is not there", Errno::STALE, set(&[gone]))?;
     let last = [vec![holds; MAX_WITNESSES - 1], vec![fails_now]].concat();
     fails("one that does not hold", Errno::STALE, set(&last))?;
     is("bound", it.bound()?, Vec::new())
@@ -314,7 +335,8 @@ fn remaps(it: &Subject<'_>) -> Verdict {
     is("the second", shown(Gfn(5))?, expected(second, false))?;
     let missing = [(Gfn(4), Some(first)), (Gfn(5), Some(Gfn(it.spare.0 + 2)))];
     let result = it.xen.remap_all(view, &missing, true);
-    is("to a frame that is not there", result.is_err(), true)?;
+    fails("to a frame that is not there", Errno::SRCH, result)?;
+    is("the one before it", shown(Gfn(4))?, expected(first, true))?;
     let none = ViewId(view.0 + 1);
     fails(
         "no such view",
@@ -338,15 +360,45 @@ fn protects(it: &Subject<'_>) -> Verdict {
     let read_only = shown.map(|shown| (shown.frame, shown.read_only));
     is("the second", read_only, Some((Gfn(5), true)))?;
     fails("none", Errno::INVAL, protect(view, 0))?;
+    let missing = Binding::new(Action::Protect).view(view);
+    let missing = missing.value(it.spare.0 + 2).more([1, 0]);
+    fails("what is not there", Errno::SRCH, it.act(missing))?;
     fails("too many", Errno::INVAL, protect(view, MAX_PROTECTS + 1))?;
     fails("the host's view", Errno::INVAL, protect(ViewId::HOST, 1))
 }
 
 fn hides(it: &Subject<'_>) -> Verdict {
-    works("two frames", it.xen.hide(it.spare, 2))?;
-    fails("others", Errno::BUSY, it.xen.hide(it.spare, 1))?;
+    let view = it.view()?;
+    // Nothing is there yet, as it should be when frames are hidden.
+    let first = Gfn(it.spare.0 + 2);
+    works("two frames", it.xen.hide(first, 2))?;
+    fails("others", Errno::BUSY, it.xen.hide(first, 1))?;
+    works("a page there", it.xen.populate(first, 1))?;
+    let verdict = hidden(it, view, first);
+    let taken = it.xen.depopulate(first, 1);
+    verdict?;
+    is("taken back", taken.map_err(|error| error.to_string())?, 1)?;
     works("none", it.xen.hide(Gfn(0), 0))?;
-    works("others after that", it.xen.hide(it.spare, 1))
+    works("others after that", it.xen.hide(first, 1))
+}
+
+fn hidden(it: &Subject<'_>, view: ViewId, first: Gfn) -> Verdict {
+    for view in [ViewId::HOST, view] {
+        let shown = it.xen.shown(view, first);
+        let shown = shown.map_err(|error| error.to_string())?;
+        let hidden = shown.map(|shown| shown.hidden);
+        is(&format!("view {view}"), hidden, Some(true))?;
+    }
+    works(
+        "as a copy",
+        it.xen.remap_all(view, &[(Gfn(4), Some(first))], true),
+    )?;
+    works("written by the toolstack", it.xen.write(first, 8, &[0x5a]))?;
+    let mut byte = [0];
+    works("read by it", it.xen.read(first, 8, &mut byte))?;
+    is("what was written", byte[0], 0x5a)?;
+    it.xen.refresh();
+    works("no copy", it.xen.remap_all(view, &[(Gfn(4), None)], false))
 }
 
 fn no_events(it: &Subject<'_>) -> Verdict {

@@ -20,7 +20,7 @@ mod names;
 mod real;
 
 pub use binding::{
-    Action, Binding, BindingReply, MAX_EVENTS, MAX_WITNESSES, Shown, Stats, Witness,
+    Action, Binding, BindingReply, Bound, MAX_EVENTS, MAX_WITNESSES, Shown, Stats, Witness,
 };
 pub use event::{Event, EventKind, Events};
 pub use ids::{DomId, Gfn, GuestPa, GuestVa, PAGE, Root, ViewId};
@@ -28,6 +28,7 @@ pub use names::{ResolveError, list, resolve};
 use real::Xen;
 
 use crate::exit::{Exit, Exits};
+use std::collections::BTreeMap;
 use thiserror::Error;
 
 /// What Xen says about a domain.
@@ -69,7 +70,7 @@ pub enum Life {
 pub enum End {
     /// It shut down.
     PoweredOff,
-    /// It shut down in order to start again, under another id.
+    /// It shut down in order to start again, under another id; a triple fault counts as that (HVM_PARAM_TRIPLE_FAULT_REASON).
     Reboots,
     /// Its kernel crashed, or Xen stopped it.
     Crashed,
@@ -81,7 +82,7 @@ impl std::fmt::Display for End {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             End::PoweredOff => "powered off",
-            End::Reboots => "reboots",
+            End::Reboots => "went down for a reboot",
             End::Crashed => "crashed",
             End::Destroyed => "was destroyed",
         })
@@ -262,7 +263,7 @@ pub trait Hypervisor {
     fn altp2m_set(&self, on: bool) -> Result<(), XenError>;
     /// Makes a view equal to the host's.
     fn create_view(&self) -> Result<ViewId, XenError>;
-    /// Removes a view that is neither the default nor bound.
+    /// Removes a view; EBUSY if it is the default, bound, or not there.
     fn destroy_view(&self, view: ViewId) -> Result<(), XenError>;
     /// Lets each gfn mean its copy in `view`, or the host's page again where there is none; `read_only` as
     /// [`Hypervisor::protect`]. Those before one that fails are done.
@@ -285,6 +286,18 @@ pub trait Hypervisor {
     ) -> Result<(), XenError>;
     /// Takes up to 64 records of what happened.
     fn events(&self) -> Result<Events, XenError>;
+
+    /// The counters of [`Hypervisor::events`] alone; every record stays.
+    fn counters(&self) -> Result<Events, XenError> {
+        let out = self.binding(Binding::new(Action::Events))?.out;
+        Ok(Events {
+            records: Vec::new(),
+            lost: out[1],
+            lapsed: out[2],
+            refused: out[3],
+            violations: out[4],
+        })
+    }
 
     /// Says where the running task is (`current`, from the GS base) and where its pid and comm are in it, for the records.
     fn sample(&self, current: u64, pid: u64, comm: u64) -> Result<(), XenError> {
@@ -325,18 +338,19 @@ pub trait Hypervisor {
             .map(|reply| reply.stats())
     }
 
-    /// Every binding that Xen has: root, view, switches into it.
-    fn bindings(&self) -> Result<Vec<(Root, ViewId, u64)>, XenError> {
-        let mut found = Vec::new();
-        // Xen's table is bounded; so is this loop, should it not be.
-        for index in 0..u64::from(u16::MAX) {
+    /// Every binding that Xen has.
+    fn bindings(&self) -> Result<Vec<Bound>, XenError> {
+        // A binding that lapses gives its index to the last one: from the end on, that one is seen twice rather than missed.
+        let mut found: BTreeMap<Root, Bound> = BTreeMap::new();
+        for index in (0..self.stats()?.bindings).rev() {
             match self.binding(Binding::new(Action::Get).value(index)) {
-                Ok(reply) => found.push((reply.root, reply.view, reply.out[0])),
-                // Not armed: no binding can be.
-                Err(error) if error.is(Errno::NOENT) || error.is(Errno::NODEV) => break,
+                Ok(reply) => {
+                    found.insert(reply.root, reply.bound());
+                }
+                Err(error) if error.is(Errno::NOENT) => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(found)
+        Ok(found.into_values().collect())
     }
 }

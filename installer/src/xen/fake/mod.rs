@@ -57,6 +57,8 @@ pub struct Fake {
     pub for_good: Cell<bool>,
     /// See [`Hook`].
     pub hook: RefCell<Option<Hook>>,
+    /// The same for requests that only ask.
+    pub asked: RefCell<Option<Hook>>,
 }
 
 impl Fake {
@@ -86,6 +88,7 @@ impl Fake {
             fail: Cell::new(None),
             for_good: Cell::new(false),
             hook: RefCell::default(),
+            asked: RefCell::default(),
         };
         for page in 0..pages {
             fake.memory
@@ -133,9 +136,12 @@ impl Fake {
         let memory = self.memory.borrow();
         let there = memory.contains_key(&gfn) && copy.is_none_or(|copy| memory.contains_key(&copy));
         let mut views = self.views.borrow_mut();
-        let Some(view) = views.get_mut(&view).filter(|_| there) else {
+        let Some(view) = views.get_mut(&view) else {
             return refuse("Remap", Errno::INVAL);
         };
+        if !there {
+            return refuse("Remap", Errno::SRCH);
+        }
         match copy {
             Some(copy) => view.map.insert(gfn, copy),
             None => view.map.remove(&gfn),
@@ -293,7 +299,8 @@ impl Hypervisor for Fake {
         }
         match self.views.borrow_mut().remove(&view) {
             Some(_) => Ok(()),
-            None => refuse("destroy_view", Errno::INVAL),
+            // Xen's word for that, too.
+            None => refuse("destroy_view", Errno::BUSY),
         }
     }
 

@@ -111,6 +111,8 @@ impl Fake {
         }
         if !request.action.only_asks() {
             self.change(format!("{what} {} {}", request.view, request.root))?;
+        } else if let Some(asked) = &*self.asked.borrow() {
+            asked(self, &what);
         }
         let known = request.view == ViewId::HOST || self.views.borrow().contains_key(&request.view);
         let mut table = self.table.borrow_mut();
@@ -147,7 +149,8 @@ impl Fake {
                 let sound = witnesses.len() <= MAX_WITNESSES
                     && witnesses.iter().all(|witness| {
                         witness.gpa.0.is_multiple_of(8)
-                            && self.memory.borrow().contains_key(&witness.gpa.gfn())
+                            && witness.mask != 0
+                            && witness.value & !witness.mask == 0
                     });
                 if !known || poking || !aligned || !sound {
                     return refuse(&what, Errno::INVAL);
@@ -177,6 +180,7 @@ impl Fake {
                     Some((root, bound)) => {
                         (reply.root, reply.view) = (*root, bound.view);
                         reply.flags = if bound.pair { PAIR } else { 0 };
+                        reply.out[1] = bound.witnesses.len() as u64;
                     }
                     None => return refuse(&what, Errno::NOENT),
                 }
@@ -193,11 +197,17 @@ impl Fake {
             Action::Protect => {
                 let count = request.more[0];
                 let mut views = self.views.borrow_mut();
-                match views.get_mut(&request.view) {
-                    Some(view) if (1..=MAX_PROTECTS).contains(&count) => view
-                        .read_only
-                        .extend((0..count).map(|index| Gfn(request.value + index))),
-                    _ => return refuse(&what, Errno::INVAL),
+                let Some(view) = views
+                    .get_mut(&request.view)
+                    .filter(|_| (1..=MAX_PROTECTS).contains(&count))
+                else {
+                    return refuse(&what, Errno::INVAL);
+                };
+                for gfn in (request.value..request.value + count).map(Gfn) {
+                    if !self.memory.borrow().contains_key(&gfn) {
+                        return refuse(&what, Errno::SRCH);
+                    }
+                    view.read_only.insert(gfn);
                 }
             }
             Action::Hide => {
@@ -211,19 +221,32 @@ impl Fake {
             Action::Query => {
                 let views = self.views.borrow();
                 let gfn = Gfn(request.value);
-                let Some(view) = views.get(&request.view) else {
+                if !known {
                     return refuse(&what, Errno::INVAL);
-                };
-                if !self.memory.borrow().contains_key(&gfn) {
-                    return refuse(&what, Errno::NOENT);
                 }
                 let hidden = table
                     .hidden
                     .is_some_and(|(first, count)| (first.0..first.0 + count).contains(&gfn.0));
+                if hidden {
+                    reply.out[0] = u64::MAX;
+                    reply.flags = 2;
+                    return Ok(reply);
+                }
+                let Some(view) = views
+                    .get(&request.view)
+                    .filter(|_| self.memory.borrow().contains_key(&gfn))
+                else {
+                    return refuse(&what, Errno::NOENT);
+                };
                 reply.out[0] = view.map.get(&gfn).copied().unwrap_or(gfn).0;
-                reply.flags = u16::from(view.read_only.contains(&gfn)) | u16::from(hidden) << 1;
+                reply.flags = u16::from(view.read_only.contains(&gfn));
             }
-            Action::Events | Action::Remap => unreachable!("these have methods of their own"),
+            // Without room for records: the counters alone.
+            Action::Events => {
+                let [lost, lapsed, refused, violations] = table.counts;
+                reply.out = [0, lost, lapsed, refused, violations];
+            }
+            Action::Remap => unreachable!("it has a method of its own"),
         }
         Ok(reply)
     }
