@@ -29,7 +29,7 @@ type Verdict = Result<(), String>;
 /// A domain with altp2m on and armed (`Check`s that want something else undo that).
 struct Subject<'a> {
     xen: &'a dyn Hypervisor,
-    /// Two frames above all that the guest has.
+    /// Two frames above all that the guest has; behind them is room for two more.
     spare: Gfn,
 }
 
@@ -48,8 +48,9 @@ pub fn run(xen: &dyn Hypervisor) -> Result<Vec<(&'static str, Verdict)>, XenErro
             .map_err(|error| format!("ARM: {error}"))
             .and_then(|()| (check.make)(&subject));
         verdicts.push((check.name, verdict));
+        // Frames that a view had are not taken away while views are in use: Xen would stop the domain.
         xen.altp2m_set(false)?;
-        xen.depopulate(spare, 2)?;
+        xen.depopulate(spare, 4)?;
         xen.set_max_pages(domain.max_pages)?;
     }
     Ok(verdicts)
@@ -374,10 +375,7 @@ fn hides(it: &Subject<'_>) -> Verdict {
     works("two frames", it.xen.hide(first, 2))?;
     fails("others", Errno::BUSY, it.xen.hide(first, 1))?;
     works("a page there", it.xen.populate(first, 1))?;
-    let verdict = hidden(it, view, first);
-    let taken = it.xen.depopulate(first, 1);
-    verdict?;
-    is("taken back", taken.map_err(|error| error.to_string())?, 1)?;
+    hidden(it, view, first)?;
     works("none", it.xen.hide(Gfn(0), 0))?;
     works("others after that", it.xen.hide(first, 1))
 }
