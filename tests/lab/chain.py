@@ -63,11 +63,12 @@ def build_xen():
     return TARGET / "xen" / "xen"
 
 
-def emit(out, vmlinuz=None):
-    """Emits a bundle for the guest's kernel and has it checked."""
+def emit(out, vmlinuz=None, modules=()):
+    """Emits a bundle for the guest's kernel, with these modules."""
     vmlinuz = vmlinuz or kernel.cloud().vmlinuz
     out.parent.mkdir(parents=True, exist_ok=True)
-    run([tool("hardener"), "emit", vmlinuz, "-o", out, "--force"])
+    with_modules = [word for module in modules for word in ("--module", module)]
+    run([tool("hardener"), "emit", vmlinuz, "-o", out, "--force", *with_modules])
     return out
 
 
@@ -97,9 +98,9 @@ def sign(path, secret):
     run([tool("signer"), "sign", path, "--key", secret])
 
 
-def signed_chain(work, policy="payroll.toml"):
+def signed_chain(work, policy="payroll.toml", modules=()):
     """Bundle and policy in `work`, signed with a new key; returns (bundle, policy, secret, public)."""
-    bundle = emit(work / "bundle")
+    bundle = emit(work / "bundle", modules=modules)
     secret, public = new_key(work / "key")
     policy = policy_copy(policy, work)
     for path in (bundle, policy):
@@ -216,6 +217,13 @@ class Installer:
         """What `status` says of the guest."""
         [domain] = [d for d in self.json(f"status {GUEST}")["domains"] if d["name"] == GUEST]
         return domain
+
+    def events(self, kind):
+        """Records of one kind in the guest's audit log, oldest first."""
+        rc, out = self.lab.dom0.run(f"installer events {GUEST} --only {kind} --json")
+        if rc:
+            raise ToolFailed(f"`installer events` ended with {rc}:\n{out}")
+        return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
     def wait_view(self, pid, view, timeout=60):
         """Waits until the process has the view; returns its entry."""

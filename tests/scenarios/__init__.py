@@ -10,7 +10,7 @@ Unmarked names are helpers.  A scenario fails by an exception, `expect` is the u
 """
 
 MODULES = ["lab_itself", "command_lines", "stock_guest", "live_guest", "retpolines_off", "failure", "lifecycle",
-           "unpatched_xen", "whole_chain"]
+           "unpatched_xen", "modules", "whole_chain"]
 
 # Worlds that need no emulator.
 WITHOUT_QEMU = {"lab_itself", "command_lines"}

@@ -4,9 +4,11 @@ use super::cli::Apply;
 use super::resume::resume;
 use super::watch::{self, Console};
 use super::{CliError, print, stop_flag};
+use crate::audit::{Audit, Body, Decoder, Trail, log_dir};
 use crate::exit::Exit;
 use crate::views::apply::ApplyError;
-use crate::views::journal::{self, Journal, POLICY_COPY};
+use crate::views::journal::{self, Journal, POLICY_COPY, State};
+use crate::views::modules::Modules;
 use crate::views::{self, Applied, Request, apply as views_apply, digest};
 use crate::watch::Watcher;
 use crate::watch::run::{Listener, Outcome, Watch};
@@ -20,6 +22,8 @@ use std::sync::atomic::Ordering;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+/// How views came to be that were there already.
+const TAKEN_OVER: &str = "taken over";
 /// Time between tries on a guest that boots.
 const BOOT: Duration = Duration::from_millis(500);
 /// Tries on a guest that came back and is up, before the refusal stands.
@@ -65,6 +69,8 @@ fn on_domain(
     let xen = xen.as_ref();
     let journal = Journal::writer(&journal::run_dir(), domain.id)?;
     journal.clear_stop()?;
+    // What cannot be recorded is not begun.
+    let audit = Audit::open(&log_dir(), domain, name)?;
     let request = Request {
         bundle: &checked.bundle,
         manifest_sha256: checked.manifest_sha256.clone(),
@@ -74,7 +80,7 @@ fn on_domain(
         default: checked.policy.default.to_string(),
     };
     let (mut state, how) = match resume(xen, &journal, &request)? {
-        Some(state) => (state, "taken over".to_owned()),
+        Some(state) => (state, TAKEN_OVER.to_owned()),
         None => {
             let applied = match build(xen, &journal, &request, came_back, stop)? {
                 Ok(applied) => applied,
@@ -93,13 +99,19 @@ fn on_domain(
     fs::write(&copy, &checked.policy_bytes)
         .map_err(|source| CliError::File { path: copy, source })?;
     let mut watcher = Watcher::default();
-    let mut console = Console::default();
+    let decoder = Decoder::new(&checked.bundle, state.reader.slide());
+    let modules = Modules::new(&checked.bundle, &state);
+    if let Some(why) = modules.unable() {
+        eprintln!("installer: modules stay on their own text in every view: {why}");
+    }
+    let mut console = Console::new(xen, &journal, Trail::new(audit, decoder), modules);
+    console.write(applied_record(checked, &state, how == TAKEN_OVER));
     if !args.once {
         state.watcher = std::process::id();
         journal.save(&state)?;
         // Bound before it is said; what fails here is tried again by the watching.
         if let Ok(pass) = watcher.pass(xen, &state, &checked.policy, journal.dir()) {
-            console.passed(&state, &pass, &Events::default());
+            console.passed(&mut state, &pass, &Events::default());
         }
     }
     let views: Vec<String> = state
@@ -125,28 +137,47 @@ fn on_domain(
         policy: &checked.policy,
         poll: Duration::from_millis(args.poll_ms),
     };
-    Ok(
-        match watching.run(&mut state, watcher, &mut console, stop, &sleep)? {
-            Outcome::Stopped(dropped) => {
-                eprintln!(
-                    "installer: stopped watching {name}; {dropped} binding{} dropped, every process now runs on `{}`; `installer remove {name}` takes the views out",
-                    if dropped == 1 { "" } else { "s" },
-                    state.default,
-                );
-                Over::Exit(Exit::Done)
-            }
-            Outcome::Ended(end) => {
-                eprintln!("installer: domain {name} {end}; its views are gone with it");
-                Over::Ended(end)
-            }
-            Outcome::OtherKernel => {
-                eprintln!(
-                    "installer: {name} runs another kernel now, which the bundle is not for; its views were taken out, and it runs unprotected: `installer apply` with a bundle for the new kernel"
-                );
-                Over::Exit(Exit::No)
-            }
-        },
-    )
+    let outcome = watching.run(&mut state, watcher, &mut console, stop, &sleep)?;
+    Ok(match outcome {
+        Outcome::Stopped(dropped) => {
+            console.write(Body::Stopped { dropped });
+            eprintln!(
+                "installer: stopped watching {name}; {dropped} binding{} dropped, every process now runs on `{}`; `installer remove {name}` takes the views out",
+                if dropped == 1 { "" } else { "s" },
+                state.default,
+            );
+            Over::Exit(Exit::Done)
+        }
+        Outcome::Ended(end) => {
+            console.write(Body::Ended {
+                how: end.to_string(),
+            });
+            eprintln!("installer: domain {name} {end}; its views are gone with it");
+            Over::Ended(end)
+        }
+        Outcome::OtherKernel => {
+            console.write(Body::Ended {
+                how: "runs another kernel".to_owned(),
+            });
+            eprintln!(
+                "installer: {name} runs another kernel now, which the bundle is not for; its views were taken out, and it runs unprotected: `installer apply` with a bundle for the new kernel"
+            );
+            Over::Exit(Exit::No)
+        }
+    })
+}
+
+/// What the audit log says of an apply.
+fn applied_record(checked: &Checked, state: &State, taken_over: bool) -> Body {
+    Body::Applied {
+        release: state.release.clone(),
+        build_id: state.build_id.clone(),
+        bundle: state.manifest_sha256.clone(),
+        policy: digest::sha256(&checked.policy_bytes),
+        default: state.default.clone(),
+        views: state.views.iter().map(|view| view.name.clone()).collect(),
+        taken_over,
+    }
 }
 
 /// Builds the views. On a domain that came back it waits for the kernel to be up, as long as it takes.

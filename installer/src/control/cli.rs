@@ -83,6 +83,16 @@ Example:
 
 A running `apply` leaves these processes alone meanwhile and binds them again afterwards.")]
     Storm(Storm),
+    /// Show the audit log of a domain: what was bound, stopped, refused
+    #[command(after_help = "\
+Examples:
+  installer events web1
+  installer events web1 -f --only violation
+  installer events --uuid 9f8c... --json      the log of a domain that is not there any more
+
+The log is /var/log/penumbra/UUID.jsonl (PENUMBRA_LOG names another directory): a JSON object per line, each with the
+SHA-256 of the line before it. Exit code 1: the chain is broken; the lines are named.")]
+    Events(Events),
     /// Look at policies without a guest
     #[command(subcommand)]
     Policy(Policy),
@@ -135,6 +145,37 @@ pub struct Apply {
     /// Time between looks at the guest's processes
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pub poll_ms: u64,
+}
+
+/// Arguments of `events`.
+#[derive(Debug, Args)]
+pub struct Events {
+    /// Name or id
+    #[arg(value_name = "DOM", required_unless_present = "uuid")]
+    pub domain: Option<String>,
+    /// The domain's UUID instead, also of one that has gone
+    #[arg(long, value_name = "UUID", conflicts_with = "domain", value_parser = uuid)]
+    pub uuid: Option<String>,
+    /// Go on as the log grows, until SIGINT or SIGTERM
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only events of this kind
+    #[arg(long, value_name = "EVENT", value_parser = ["applied", "bound", "unbound", "lapsed", "violation", "unknown-trap",
+        "refused", "lost", "mapped", "stays", "unmapped", "overflow", "removed", "stopped", "ended"])]
+    pub only: Option<String>,
+    /// Print the log's own lines
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A UUID, with or without dashes.
+fn uuid(text: &str) -> Result<String, String> {
+    let digits = text.replace('-', "").to_lowercase();
+    if digits.len() == 32 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        Ok(digits)
+    } else {
+        Err("a UUID has 32 hexadecimal digits".to_owned())
+    }
 }
 
 /// Arguments of `storm`.

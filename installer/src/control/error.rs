@@ -109,6 +109,22 @@ pub enum CliError {
     /// A storm.
     #[error(transparent)]
     Storm(#[from] StormError),
+    /// The views of modules.
+    #[error(transparent)]
+    Modules(#[from] crate::views::modules::ModuleError),
+    /// The audit log.
+    #[error(transparent)]
+    Audit(#[from] crate::audit::AuditError),
+    /// No audit log.
+    #[error(
+        "{dir}: no audit log of domain {uuid}: nothing was ever applied to it here; `installer apply` starts one"
+    )]
+    NoLog {
+        /// Where logs are.
+        dir: PathBuf,
+        /// The domain.
+        uuid: String,
+    },
     /// Guest memory.
     #[error("the guest's text cannot be read: {0}")]
     Read(#[from] ReadError),

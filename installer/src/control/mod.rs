@@ -3,6 +3,7 @@
 mod apply;
 pub mod cli;
 mod error;
+mod events;
 mod ps;
 mod resume;
 mod status;
@@ -45,6 +46,7 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
         } => text::digest(&domain, &bundle, json),
         Command::VerifyText(args) => text::verify_text(&args),
         Command::Storm(args) => text::storm(&args),
+        Command::Events(args) => events::events(&args),
         Command::Policy(cli::Policy::Check { file }) => {
             let mut out = io::stdout().lock();
             match penumbra_policy::check_file(&file, &mut out)? {

@@ -2,7 +2,7 @@
 
 use super::CliError;
 use crate::views::journal::{Journal, State, Step};
-use crate::views::{CaveFate, Request, remove, verify};
+use crate::views::{CaveFate, Request, modules, remove, verify};
 use crate::watch;
 use crate::xen::{Action, Binding, Hypervisor};
 
@@ -30,6 +30,7 @@ pub fn resume(
     }
     // Bindings of a watcher that was killed: nobody vouches for them any more.
     watch::drop_bindings(xen, &state, journal.dir())?;
+    modules::reset(xen, journal, &mut state)?;
     if !verify::verify(xen, request.bundle, &state)?.explained {
         return Err(CliError::Damaged);
     }

@@ -2,6 +2,7 @@
 
 use super::resume::report_cave;
 use super::{CliError, cli, print, print_json, table};
+use crate::audit::{Audit, Body, log_dir};
 use crate::exit::Exit;
 use crate::views::journal::{self, Journal, JournalError};
 use crate::views::{self, CaveFate};
@@ -127,6 +128,17 @@ pub fn remove(args: &cli::Domain) -> Result<Exit, CliError> {
     let xen = xen::open(domain.id)?;
     let removed = views::remove(xen.as_ref(), &journal, state.as_ref())?;
     report_cave(&removed.cave);
+    if removed.anything {
+        let body = Body::Removed {
+            views: removed.views,
+            frames: removed.frames,
+        };
+        // Taking out is never refused: a log that cannot be written is said.
+        let written = Audit::open(&log_dir(), &domain, &name).and_then(|mut log| log.write(body));
+        if let Err(error) = written {
+            eprintln!("installer: {error}");
+        }
+    }
     let cave = match &removed.cave {
         CaveFate::Untouched => "untouched",
         CaveFate::Restored => "restored",

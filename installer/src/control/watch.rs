@@ -1,11 +1,14 @@
 //! The watching half of `apply`: what it says, and how a guest that reboots is found again.
 
 use super::CliError;
+use super::events::describe;
+use crate::audit::{Body, Trail};
 use crate::exit::Exit;
-use crate::views::State;
+use crate::views::modules::Modules;
+use crate::views::{Journal, State};
 use crate::watch::Pass;
 use crate::watch::run::Listener;
-use crate::xen::{self, DomId, Domain, End, Events, Life};
+use crate::xen::{self, DomId, Domain, End, Events, Hypervisor, Life};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
@@ -18,17 +21,71 @@ const RESTART: Duration = Duration::from_secs(15);
 /// Time between looks for it.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// Says on stderr what happens.
-#[derive(Default)]
-pub struct Console {
+/// Says on stderr what happens, and writes it into the audit log.
+pub struct Console<'a> {
     said: HashSet<String>,
+    trail: Trail<'a>,
+    modules: Modules<'a>,
+    hypervisor: &'a dyn Hypervisor,
+    journal: &'a Journal,
 }
 
-impl Listener for Console {
-    fn passed(&mut self, _: &State, pass: &Pass, _: &Events) {
+impl<'a> Console<'a> {
+    /// A console that writes to `trail` and looks after `modules`.
+    pub fn new(
+        hypervisor: &'a dyn Hypervisor,
+        journal: &'a Journal,
+        trail: Trail<'a>,
+        modules: Modules<'a>,
+    ) -> Console<'a> {
+        Console {
+            said: HashSet::new(),
+            trail,
+            modules,
+            hypervisor,
+            journal,
+        }
+    }
+
+    /// Writes one event, and says if that fails.
+    pub fn write(&mut self, body: Body) {
+        self.trail.write(body);
+        self.say_trouble();
+    }
+
+    fn say_trouble(&mut self) {
+        if let Some(error) = self.trail.trouble() {
+            self.trouble(&error.to_string());
+        }
+    }
+}
+
+impl Listener for Console<'_> {
+    fn passed(&mut self, state: &mut State, pass: &Pass, events: &Events) {
         for trouble in &pass.trouble {
             self.trouble(trouble);
         }
+        for body in self.trail.events(state, events, &pass.list) {
+            self.trouble(&describe(&body));
+        }
+        self.trail.changes(&pass.bound, &pass.unbound);
+        match self
+            .modules
+            .look(self.hypervisor, self.journal, state, events)
+        {
+            Ok(news) => {
+                for one in news {
+                    let body = Body::from(one);
+                    if matches!(body, Body::Stays { .. }) {
+                        self.trouble(&describe(&body));
+                    }
+                    self.trail.write(body);
+                }
+            }
+            // A call that fails now is made again after the next pass.
+            Err(error) => self.trouble(&error.to_string()),
+        }
+        self.say_trouble();
     }
 
     fn trouble(&mut self, message: &str) {

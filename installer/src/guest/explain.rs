@@ -1,18 +1,13 @@
 //! Explains every byte of the running text, or names what it cannot (design, invariant 5).
 
+use super::differences::{self, Differences, range_of};
+pub use super::differences::{Unexplained, hex};
 use super::forms::{self, JMP, add32};
 pub use super::kernel::Slide;
-use crate::xen::GuestVa;
 use penumbra_bundle::{Bundle, LinkVa, Site, SiteKind, TextOff};
-use serde::Serialize;
 use std::collections::BTreeMap;
 use thiserror::Error;
 
-/// Unexplained bytes this near to each other are shown as one range.
-const JOIN: u32 = 8;
-/// Rounds in which a site may lean on what other sites explained. Tables nest two deep (an alternative over a paravirt
-/// call), so more never helps.
-const ROUNDS: usize = 3;
 /// `ret; int3; int3; int3; int3`: what the kernel writes at a return site where no return thunk is needed.
 pub const RET: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
 
@@ -35,38 +30,6 @@ impl ReturnForm {
                 [JMP, a, b, c, d]
             }
         }
-    }
-}
-
-/// A range of running bytes that nothing explains.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-pub struct Unexplained {
-    /// Where, in the guest.
-    pub address: GuestVa,
-    /// How many bytes.
-    pub len: u32,
-    /// Nearest symbol and offset.
-    pub symbol: String,
-    /// What was expected there, in hexadecimal; at most 16 bytes.
-    pub expected: String,
-    /// What is there.
-    pub found: String,
-    /// The text page that holds its start.
-    #[serde(skip)]
-    pub page: usize,
-}
-
-impl std::fmt::Display for Unexplained {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{} ({}): {} where {} was expected",
-            self.address, self.symbol, self.found, self.expected
-        )?;
-        if self.found.starts_with("cc") && self.len <= 2 {
-            f.write_str(" (an int3: a kprobe, or a text poke under way)")?;
-        }
-        Ok(())
     }
 }
 
@@ -162,9 +125,22 @@ pub fn explain(
         }
         ours
     });
-    let changed = explain_sites(bundle, slide, expected, running, &mut open);
+    let model = &bundle.model;
+    let changed = differences::explain_sites(
+        &model.sites,
+        |site, form, bytes, ignore| {
+            forms::matches(form, model, site, bytes, slide, running.len(), ignore)
+        },
+        expected,
+        running,
+        &mut open,
+    );
     check_retpolines(bundle, expected, running)?;
-    let left = open.ranges(bundle, slide, expected, running);
+    let start = bundle.manifest.text.start.0;
+    let left = open.ranges(expected, running, |at| {
+        let address = slide.guest(LinkVa(start + u64::from(at.0)));
+        (address, symbol(bundle, at))
+    });
     if !left.is_empty() {
         return Err(ExplainError::Unexplained(left));
     }
@@ -173,50 +149,6 @@ pub fn explain(
         changed,
         cave_in_use,
     })
-}
-
-/// Matches every changed site against its forms; sites that nest in others get what those leave open.
-fn explain_sites(
-    bundle: &Bundle,
-    slide: Slide,
-    expected: &[u8],
-    running: &[u8],
-    open: &mut Differences,
-) -> BTreeMap<SiteKind, u64> {
-    let model = &bundle.model;
-    let mut changed = BTreeMap::new();
-    let mut pending = open.sites_with_any(&model.sites);
-    for round in 0..ROUNDS {
-        let before = pending.len();
-        pending.retain(|site| {
-            let range = range_of(site);
-            let bytes = &running[range.clone()];
-            // In the first round a form must match by itself.
-            let ignore = |index: usize| round > 0 && open.was_explained(range.start + index);
-            let matched = site
-                .forms
-                .iter()
-                .any(|form| forms::matches(form, model, site, bytes, slide, running.len(), ignore));
-            if matched {
-                let differing = range
-                    .clone()
-                    .filter(|at| expected[*at] != running[*at] && !open.was_explained(*at))
-                    .count();
-                *changed.entry(site.kind).or_insert(0) += differing as u64;
-                open.explain(range);
-            }
-            !matched
-        });
-        if pending.is_empty() || (round > 0 && pending.len() == before) {
-            break;
-        }
-    }
-    changed
-}
-
-pub(super) fn range_of(site: &Site) -> std::ops::Range<usize> {
-    let start = site.at.0 as usize;
-    start..start + usize::from(site.len)
 }
 
 /// Retpolines are off when the kernel rewrote most of its sites (arch/x86/kernel/alternative.c, patch_retpoline). A few
@@ -285,110 +217,6 @@ pub fn return_form(bundle: &Bundle, running: &[u8]) -> Result<ReturnForm, Explai
     })
 }
 
-/// The bytes that differ from the file, and which of them are explained.
-pub(super) struct Differences {
-    /// Text offsets, sorted.
-    at: Vec<u32>,
-    /// Bit per text byte.
-    explained: Vec<u64>,
-}
-
-impl Differences {
-    pub(super) fn new(expected: &[u8], running: &[u8]) -> Differences {
-        let mut at = Vec::new();
-        let chunks = expected.chunks(64).zip(running.chunks(64)).enumerate();
-        for (index, (want, have)) in chunks {
-            if want != have {
-                let differing = want.iter().zip(have).enumerate();
-                at.extend(
-                    differing
-                        .filter(|(_, (want, have))| want != have)
-                        // A text has at most 256 MiB.
-                        .map(|(offset, _)| (index * 64 + offset) as u32),
-                );
-            }
-        }
-        Differences {
-            at,
-            explained: vec![0; expected.len().div_ceil(64)],
-        }
-    }
-
-    /// The sites that hold a difference. Sites and differences are both sorted by start: one sweep over both.
-    pub(super) fn sites_with_any<'s>(&self, sites: &'s [Site]) -> Vec<&'s Site> {
-        let mut first = 0;
-        let mut found = Vec::new();
-        for site in sites {
-            let range = range_of(site);
-            while self
-                .at
-                .get(first)
-                .is_some_and(|at| (*at as usize) < range.start)
-            {
-                first += 1;
-            }
-            if self
-                .at
-                .get(first)
-                .is_some_and(|at| (*at as usize) < range.end)
-            {
-                found.push(site);
-            }
-        }
-        found
-    }
-
-    pub(super) fn was_explained(&self, at: usize) -> bool {
-        self.explained[at / 64] & (1 << (at % 64)) != 0
-    }
-
-    pub(super) fn explain(&mut self, range: std::ops::Range<usize>) {
-        for at in range {
-            self.explained[at / 64] |= 1 << (at % 64);
-        }
-    }
-
-    /// What nothing explains: first offset and first after.
-    pub(super) fn left(&self) -> Vec<(u32, u32)> {
-        let mut ranges: Vec<(u32, u32)> = Vec::new();
-        for at in self
-            .at
-            .iter()
-            .copied()
-            .filter(|at| !self.was_explained(*at as usize))
-        {
-            match ranges.last_mut() {
-                Some((_, end)) if at - *end < JOIN => *end = at + 1,
-                _ => ranges.push((at, at + 1)),
-            }
-        }
-        ranges
-    }
-
-    fn ranges(
-        &self,
-        bundle: &Bundle,
-        slide: Slide,
-        expected: &[u8],
-        running: &[u8],
-    ) -> Vec<Unexplained> {
-        self.left()
-            .into_iter()
-            .map(|(start, end)| {
-                let shown = start as usize..(end as usize).min(start as usize + 16);
-                Unexplained {
-                    address: slide.guest(LinkVa(bundle.manifest.text.start.0 + u64::from(start))),
-                    len: end - start,
-                    symbol: symbol(bundle, TextOff(start)),
-                    expected: hex(&expected[shown.clone()]),
-                    found: hex(&running[shown]),
-                    page: start as usize / crate::xen::PAGE,
-                }
-            })
-            .collect()
-    }
-}
-
 /// `name+0x12` for a text offset.
 pub fn symbol(bundle: &Bundle, at: TextOff) -> String {
     match bundle.symbols.lookup(at) {
@@ -396,10 +224,4 @@ pub fn symbol(bundle: &Bundle, at: TextOff) -> String {
         Some((name, offset)) => format!("{name}+{offset:#x}"),
         None => format!("text+{:#x}", at.0),
     }
-}
-
-/// Bytes as hexadecimal digits with spaces.
-pub fn hex(bytes: &[u8]) -> String {
-    let digits: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    digits.join(" ")
 }

@@ -252,7 +252,7 @@ fn read_build_id(
 }
 
 /// The GNU build-id in a run of notes (System V gABI, "Note Section"; name and descriptor padded to 4 bytes).
-fn build_id(notes: &[u8]) -> Option<String> {
+pub(crate) fn build_id(notes: &[u8]) -> Option<String> {
     let word = |at: usize| {
         let bytes = notes.get(at..at.checked_add(4)?)?;
         Some(u32::from_le_bytes(bytes.try_into().ok()?))

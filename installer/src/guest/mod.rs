@@ -4,6 +4,7 @@
 //! processes and nothing else: no value from the guest is used as a length, an index or a loop bound without a limit of
 //! ours, and every walk ends.
 
+pub mod differences;
 pub mod explain;
 pub mod forms;
 pub mod kernel;

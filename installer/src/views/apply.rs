@@ -6,6 +6,7 @@
 
 use super::build;
 use super::journal::{Journal, State, Step};
+use super::modules;
 pub use super::refusal::ApplyError;
 use super::{remove, understand, understand_again};
 use crate::guest::Kernel;
@@ -169,7 +170,8 @@ fn steps(
         let views = build::plan(request.bundle, &mut understood, expected)?;
         if fills == 0 {
             build::put_cave(hypervisor, journal, request, state, &understood)?;
-            build::make_room(hypervisor, journal, domain, state, &views)?;
+            let spare = modules::spare(request);
+            build::make_room(hypervisor, journal, domain, state, &views, spare)?;
             build::make_views(hypervisor, journal, state, &understood.text.frames, &views)?;
         }
         build::fill(hypervisor, state, &views)?;
@@ -232,6 +234,11 @@ fn arm(
     )?;
     // What was there before is nobody's; and a Xen that knows bindings but not this is too old.
     hypervisor.events().map_err(interface)?;
+    // Who it was that was stopped is best read at that moment: it may be gone at the next look.
+    if let Some(current) = manifest.data.get("current_task") {
+        let layout = state.reader.layout();
+        hypervisor.sample(current.0, layout.task_pid, layout.task_comm)?;
+    }
     Ok(())
 }
 

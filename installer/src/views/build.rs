@@ -72,8 +72,10 @@ pub fn make_room(
     domain: &Domain,
     state: &mut State,
     views: &[PlannedView],
+    spare: u64,
 ) -> Result<(), ApplyError> {
-    let count: u64 = views.iter().map(|view| view.pages.len() as u64).sum();
+    let used: u64 = views.iter().map(|view| view.pages.len() as u64).sum();
+    let count = used + spare;
     let first = Gfn((hypervisor.highest_gfn()?.0 + 1).next_multiple_of(COPY_ALIGN));
     let limit = 1_u64 << domain.address_bits.clamp(12, 52).saturating_sub(12);
     if first.0 + count > limit {
@@ -88,6 +90,7 @@ pub fn make_room(
         count,
         max_pages_before: domain.max_pages,
     });
+    state.spare = (spare > 0).then_some((Gfn(first.0 + used), spare));
     state.step = Step::Copies;
     journal.save(state)?;
     let no_memory = |source| ApplyError::NoMemory {

@@ -5,7 +5,7 @@
 
 use crate::exit::{Exit, Exits};
 use crate::guest::processes::Reader;
-use crate::xen::{DomId, Domain, Gfn, Root, ViewId};
+use crate::xen::{DomId, Domain, Gfn, GuestVa, Root, ViewId};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -108,11 +108,24 @@ pub struct Copies {
     pub max_pages_before: u64,
 }
 
+/// One module in the views.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ModuleState {
+    /// Its `struct module`: the key under which Xen drops it.
+    pub module: GuestVa,
+    /// Its name in the bundle.
+    pub name: String,
+    /// Where its text starts.
+    pub base: GuestVa,
+    /// For each view, in the state's order: its page of the text, the guest's frame there, the copy if the view has one.
+    pub views: Vec<Vec<(u32, Gfn, Option<Gfn>)>>,
+}
+
 /// The cave in the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct CaveState {
     /// Where, in the guest.
-    pub start: crate::xen::GuestVa,
+    pub start: GuestVa,
     /// How many bytes are in use.
     pub len: u64,
     /// What was there.
@@ -154,6 +167,12 @@ pub struct State {
     pub copies: Option<Copies>,
     /// The cave, from when it is being written.
     pub cave: Option<CaveState>,
+    /// Frames among the copies that are kept for modules.
+    #[serde(default)]
+    pub spare: Option<(Gfn, u64)>,
+    /// Modules whose text has views.
+    #[serde(default)]
+    pub modules: Vec<ModuleState>,
     /// Process id of the installer that watches, 0 if none does.
     pub watcher: u32,
 }
@@ -178,6 +197,8 @@ impl State {
             views: Vec::new(),
             copies: None,
             cave: None,
+            spare: None,
+            modules: Vec::new(),
             watcher: 0,
         }
     }

@@ -10,6 +10,7 @@ pub mod digest;
 #[cfg(test)]
 mod fault_tests;
 pub mod journal;
+pub mod modules;
 pub mod pages;
 pub mod refusal;
 pub mod remove;
@@ -18,6 +19,7 @@ pub(crate) mod testkit;
 #[cfg(test)]
 mod tests;
 pub mod verify;
+mod verify_modules;
 
 pub use apply::{Applied, ApplyError, Request, apply};
 pub use journal::{Journal, JournalError, State};

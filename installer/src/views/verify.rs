@@ -1,6 +1,7 @@
 //! Verifies, beside a running guest, that every view still is the guest's text plus its variant's edits.
 
 use super::journal::{State, ViewState};
+use super::verify_modules;
 use super::{TextError, understand};
 use crate::exit::{Exit, Exits};
 use crate::guest::explain;
@@ -76,6 +77,8 @@ pub struct Report {
     pub xen_tells: bool,
     /// Each view.
     pub views: Vec<ViewReport>,
+    /// Each module that has views, under `VIEW/MODULE`.
+    pub modules: Vec<ViewReport>,
 }
 
 /// Explains the running text and compares every copy with it.
@@ -92,6 +95,7 @@ pub fn verify(
         cave: false,
         xen_tells: true,
         views: Vec::new(),
+        modules: Vec::new(),
     };
     let expected = explain::expected(bundle, state.reader.slide());
     let understood = match understand(hypervisor, state.reader.kernel(), bundle, &expected) {
@@ -113,8 +117,10 @@ pub fn verify(
         report.xen_tells &= verify_mapping(hypervisor, bundle, frames, view, &mut of_view)?;
         report.views.push(of_view);
     }
+    report.modules = verify_modules::verify(hypervisor, bundle, state, &mut report.unexplained);
     let good = |view: &ViewReport| view.differing == 0 && view.misplaced == 0;
-    report.explained = report.cave && report.views.iter().all(good);
+    let mut all = report.views.iter().chain(&report.modules);
+    report.explained = report.cave && report.unexplained.is_empty() && all.all(good);
     Ok(report)
 }
 

@@ -58,10 +58,10 @@ pub enum Outcome {
     OtherKernel,
 }
 
-/// Who hears what happens.
+/// Who hears what happens, and looks after what else comes and goes in the guest.
 pub trait Listener {
     /// After each pass.
-    fn passed(&mut self, state: &State, pass: &Pass, events: &Events);
+    fn passed(&mut self, state: &mut State, pass: &Pass, events: &Events);
     /// A call failed and is tried again, or a view lost a page.
     fn trouble(&mut self, message: &str);
 }
@@ -136,7 +136,7 @@ impl Watch<'_> {
 
     fn round(
         &self,
-        state: &State,
+        state: &mut State,
         watcher: &mut Watcher,
         listener: &mut dyn Listener,
         since: &mut Since,

@@ -23,7 +23,7 @@ struct Ear {
 }
 
 impl Listener for Ear {
-    fn passed(&mut self, _: &State, _: &Pass, _: &Events) {
+    fn passed(&mut self, _: &mut State, _: &Pass, _: &Events) {
         self.passes += 1;
     }
 

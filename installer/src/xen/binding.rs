@@ -1,6 +1,6 @@
 //! The words of HVMOP_altp2m_binding (xen-patches, public/hvm/hvm_op.h).
 
-use super::{Gfn, GuestPa, Root, ViewId};
+use super::{Gfn, GuestPa, GuestVa, Root, ViewId};
 
 /// What a request asks for. The numbers are the interface's.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -49,6 +49,10 @@ impl Action {
 pub const PAIR: u16 = 1;
 /// Flag of [`Action::Remap`]: the entries become read-only too.
 pub const READ_ONLY: u16 = 1;
+/// Flag of [`Action::Remap`]: only if the generation still is the one in `root`.
+pub const CHECK: u16 = 2;
+/// Flag of [`Action::Remap`]: the entries are a group, to be dropped when the guest says that it frees its key.
+pub const GROUP: u16 = 4;
 /// Most witnesses of one binding.
 pub const MAX_WITNESSES: usize = 8;
 /// Most entries in one [`Action::Remap`].
@@ -76,6 +80,15 @@ impl Witness {
     pub fn to_words(self) -> [u64; 3] {
         [self.gpa.0, self.mask, self.value]
     }
+}
+
+/// Remaps that belong together, of something that the guest may free: a module's text.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Group {
+    /// What the guest names when it frees it: the `struct module`. Not null.
+    pub key: GuestVa,
+    /// The generation before the guest was looked at: [`super::Stats::generation`], which text pokes and frees count up.
+    pub generation: u64,
 }
 
 /// A request.

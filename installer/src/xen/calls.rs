@@ -1,10 +1,10 @@
 //! HVMOP_altp2m_binding through libxencall, with the memory that Xen reads and writes.
 
-use super::binding::{MAX_EVENTS, MAX_REMAPS, PAIR, READ_ONLY};
+use super::binding::{CHECK, GROUP, MAX_EVENTS, MAX_REMAPS, PAIR, READ_ONLY};
 use super::event::{Event, Events, RECORD};
 use super::ffi::{self, RawAltp2mOp, RawBinding};
 use super::real::{last_errno, quiet};
-use super::{Action, Binding, BindingReply, DomId, Gfn, Root, ViewId, Witness, XenError};
+use super::{Action, Binding, BindingReply, DomId, Gfn, Group, Root, ViewId, Witness, XenError};
 use std::ffi::c_void;
 use std::ptr::NonNull;
 use xenctrl_sys as xc;
@@ -103,17 +103,43 @@ impl Calls {
         pages: &[(Gfn, Option<Gfn>)],
         read_only: bool,
     ) -> Result<(), XenError> {
+        let flags = if read_only { READ_ONLY } else { 0 };
+        let request = Binding::new(Action::Remap).view(view).flags(flags);
+        self.remap(domain, request, pages)
+    }
+
+    /// The same for a group, all read-only.
+    pub fn remap_group(
+        &self,
+        domain: DomId,
+        view: ViewId,
+        pages: &[(Gfn, Option<Gfn>)],
+        group: Group,
+    ) -> Result<(), XenError> {
+        let request = Binding::new(Action::Remap)
+            .view(view)
+            .flags(READ_ONLY | CHECK | GROUP)
+            .root(Root(group.generation))
+            .more([0, group.key.0]);
+        self.remap(domain, request, pages)
+    }
+
+    fn remap(
+        &self,
+        domain: DomId,
+        request: Binding,
+        pages: &[(Gfn, Option<Gfn>)],
+    ) -> Result<(), XenError> {
+        let view = request.view;
         for batch in pages.chunks(MAX_REMAPS) {
             self.put(
                 batch
                     .iter()
                     .flat_map(|(gfn, copy)| [gfn.0, copy.map_or(u64::MAX, |copy| copy.0)]),
             );
-            let request = Binding::new(Action::Remap)
-                .view(view)
-                .flags(if read_only { READ_ONLY } else { 0 })
+            let request = request
                 .value(self.data_address())
-                .more([batch.len() as u64, 0]);
+                .more([batch.len() as u64, request.more[1]]);
             self.call(domain, request).map_err(|(error, done)| {
                 let at = usize::try_from(done).ok().and_then(|done| batch.get(done));
                 match (error, at) {

@@ -18,6 +18,8 @@ pub enum EventKind {
     Refused,
     /// A view lost a page, because the guest gave the frame away.
     Lost,
+    /// A group of remaps was dropped, because the guest frees what they are of.
+    Dropped,
     /// A kind that this version does not know.
     Unknown(u32),
 }
@@ -30,6 +32,7 @@ impl EventKind {
             3 => EventKind::Lapsed,
             4 => EventKind::Refused,
             5 => EventKind::Lost,
+            6 => EventKind::Dropped,
             other => EventKind::Unknown(other),
         }
     }
@@ -53,7 +56,7 @@ pub struct Event {
     /// Stack pointer.
     pub rsp: u64,
     /// [`EventKind::Refused`]: guest-physical address. [`EventKind::Lapsed`]: index of the witness.
-    /// [`EventKind::Lost`]: guest frame number.
+    /// [`EventKind::Lost`]: guest frame number. [`EventKind::Dropped`]: the group's key.
     pub addr: u64,
     /// Registers by their x86 numbers: rax rcx rdx rbx rsp rbp rsi rdi r8 to r15.
     pub gpr: [u64; 16],

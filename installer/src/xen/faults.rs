@@ -5,8 +5,8 @@
 //! `PENUMBRA_FAULT="fail populate 12"` lets the first call of that name fail with error 12.
 
 use super::{
-    Altp2mMode, Binding, BindingReply, Domain, Errno, Events, Gfn, Hypervisor, Root, Vcpu, ViewId,
-    Witness, XenError,
+    Altp2mMode, Binding, BindingReply, Domain, Errno, Events, Gfn, Group, Hypervisor, Root, Vcpu,
+    ViewId, Witness, XenError,
 };
 use std::cell::Cell;
 
@@ -165,6 +165,15 @@ impl<H: AsRef<dyn Hypervisor>> Hypervisor for Faulty<H> {
         read_only: bool,
     ) -> Result<(), XenError> {
         self.at("Remap", true)?.remap_all(view, pages, read_only)
+    }
+
+    fn remap_group(
+        &self,
+        view: ViewId,
+        pages: &[(Gfn, Option<Gfn>)],
+        group: Group,
+    ) -> Result<(), XenError> {
+        self.at("Remap", true)?.remap_group(view, pages, group)
     }
 
     fn binding(&self, request: Binding) -> Result<BindingReply, XenError> {

@@ -20,7 +20,7 @@ mod names;
 mod real;
 
 pub use binding::{
-    Action, Binding, BindingReply, Bound, MAX_EVENTS, MAX_WITNESSES, Shown, Stats, Witness,
+    Action, Binding, BindingReply, Bound, Group, MAX_EVENTS, MAX_WITNESSES, Shown, Stats, Witness,
 };
 pub use event::{Event, EventKind, Events};
 pub use ids::{DomId, Gfn, GuestPa, GuestVa, PAGE, Root, ViewId};
@@ -272,6 +272,14 @@ pub trait Hypervisor {
         view: ViewId,
         pages: &[(Gfn, Option<Gfn>)],
         read_only: bool,
+    ) -> Result<(), XenError>;
+    /// The same for entries that belong together, all read-only: EAGAIN if text was poked or a group freed since
+    /// `group.generation`. Xen drops them in all views when the guest frees `group.key`, before it does.
+    fn remap_group(
+        &self,
+        view: ViewId,
+        pages: &[(Gfn, Option<Gfn>)],
+        group: Group,
     ) -> Result<(), XenError>;
     /// HVMOP_altp2m_binding, for the actions that need no array.
     fn binding(&self, request: Binding) -> Result<BindingReply, XenError>;

@@ -3,8 +3,8 @@
 use super::calls::Calls;
 use super::frames::Frames;
 use super::{
-    Altp2mMode, Binding, BindingReply, DomId, Domain, End, Errno, Events, Gfn, Hypervisor, Life,
-    Root, Vcpu, ViewId, Witness, XenError,
+    Altp2mMode, Binding, BindingReply, DomId, Domain, End, Errno, Events, Gfn, Group, Hypervisor,
+    Life, Root, Vcpu, ViewId, Witness, XenError,
 };
 use std::ffi::c_void;
 use std::ptr::NonNull;
@@ -363,5 +363,14 @@ impl Hypervisor for Xen {
         read_only: bool,
     ) -> Result<(), XenError> {
         self.calls.remap_all(self.domain, view, pages, read_only)
+    }
+
+    fn remap_group(
+        &self,
+        view: ViewId,
+        pages: &[(Gfn, Option<Gfn>)],
+        group: Group,
+    ) -> Result<(), XenError> {
+        self.calls.remap_group(self.domain, view, pages, group)
     }
 }

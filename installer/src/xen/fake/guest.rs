@@ -1,7 +1,7 @@
 //! What a [`Fake`]'s guest does, and what Xen makes of it.
 
 use super::Fake;
-use crate::xen::{Event, EventKind, GuestPa, PAGE, Root, ViewId};
+use crate::xen::{Event, EventKind, GuestPa, GuestVa, PAGE, Root, ViewId};
 
 /// A record with nothing but what is given.
 fn event(kind: EventKind, view: ViewId, root: Root, addr: u64) -> Event {
@@ -75,6 +75,26 @@ impl Fake {
         let offset = at.0 % PAGE as u64;
         self.poke(GuestPa(gfn.unwrap_or(at.gfn()).base().0 + offset), bytes);
         true
+    }
+
+    /// The guest says that it is about to free what `key` names.
+    pub fn free(&self, key: GuestVa) {
+        let mut table = self.table.borrow_mut();
+        if table.armed.is_none() {
+            return;
+        }
+        table.generation += 1;
+        let Some(gfns) = table.groups.remove(&key) else {
+            return;
+        };
+        for view in self.views.borrow_mut().values_mut() {
+            for gfn in &gfns {
+                view.map.remove(gfn);
+                view.read_only.remove(gfn);
+            }
+        }
+        let view = table.default;
+        table.record(event(EventKind::Dropped, view, Root(0), key.0));
     }
 
     /// A thunk's check fails, and the thunk says so.

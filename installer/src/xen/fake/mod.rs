@@ -11,8 +11,8 @@ mod table;
 pub use table::{Bound, Table};
 
 use super::{
-    Altp2mMode, Binding, BindingReply, DomId, Domain, Errno, Events, Gfn, GuestPa, Hypervisor,
-    Life, PAGE, Root, Vcpu, ViewId, Witness, XenError,
+    Altp2mMode, Binding, BindingReply, DomId, Domain, Errno, Events, Gfn, Group, GuestPa,
+    Hypervisor, Life, PAGE, Root, Vcpu, ViewId, Witness, XenError,
 };
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -325,6 +325,22 @@ impl Hypervisor for Fake {
             self.map(view, *gfn, *copy, read_only)?;
         }
         fails
+    }
+
+    fn remap_group(
+        &self,
+        view: ViewId,
+        pages: &[(Gfn, Option<Gfn>)],
+        group: Group,
+    ) -> Result<(), XenError> {
+        if self.table.borrow().generation != group.generation {
+            return refuse("Remap", Errno::AGAIN);
+        }
+        self.remap_all(view, pages, true)?;
+        let mut table = self.table.borrow_mut();
+        let gfns = table.groups.entry(group.key).or_default();
+        gfns.extend(pages.iter().map(|(gfn, _)| *gfn));
+        Ok(())
     }
 
     fn binding(&self, request: Binding) -> Result<BindingReply, XenError> {

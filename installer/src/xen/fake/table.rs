@@ -3,8 +3,8 @@
 use super::{Fake, refuse};
 use crate::xen::binding::{MAX_EVENTS, MAX_PROTECTS, PAIR};
 use crate::xen::{
-    Action, Binding, BindingReply, Errno, Event, Events, Gfn, MAX_WITNESSES, PAGE, Root, ViewId,
-    Witness, XenError,
+    Action, Binding, BindingReply, Errno, Event, Events, Gfn, GuestVa, MAX_WITNESSES, PAGE, Root,
+    ViewId, Witness, XenError,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -39,6 +39,8 @@ pub struct Table {
     pub flagged: BTreeSet<ViewId>,
     /// Frames that the guest neither sees nor reaches.
     pub hidden: Option<(Gfn, u64)>,
+    /// What is dropped when the guest frees a key.
+    pub groups: BTreeMap<GuestVa, BTreeSet<Gfn>>,
     /// Where the running task, its pid and its comm are.
     pub sample: Option<[u64; 3]>,
     /// Records that nobody took yet.
