@@ -4,7 +4,7 @@
 import time
 from contextlib import contextmanager
 
-from lab import LabError, chain, victim
+from lab import LabError, chain, kernel, programs, victim
 from lab.lab import Lab
 
 from . import expect, scenario
@@ -61,7 +61,9 @@ def world():
     xen = chain.build_xen()
     bundle, policy, _, public = chain.signed_chain(chain.WORK / "lifecycle")
     files = chain.dom0_files(bundle, [policy], [public])
-    with Lab.boot(xen, extra=files, name="lifecycle", kaslr=True, on_reboot="restart") as lab:
+    in_guest = [("usr/bin/kexec", programs.program("kexec"), 0o755), ("vmlinuz", kernel.cloud().vmlinuz, 0o644)]
+    with Lab.boot(xen, extra=files, guest_extra=in_guest, name="lifecycle", kaslr=True,
+                  on_reboot="restart") as lab:
         lab.guest.start()
         w = World(lab)
         w.watch()
@@ -128,6 +130,25 @@ def a_crash_is_told(w):
     expect(not w.installer.status()["applied"], w.installer.status())
     rc, out = w.lab.dom0.run(f"installer ps {G}")
     expect(rc == 2 and "nothing is applied" in out, rc, out)
+    w.lab.dom0.run(f"xl destroy {G}")
+
+
+@scenario
+def another_kernel_is_noticed(w):
+    """The guest starts another kernel in place (kexec): its views are taken out and the watcher says
+    so and ends with exit code 1."""
+    w.lab.guest.successor().start()
+    w.watch()
+    w.start_payroll()
+    rc, out = w.guest.run("ls -l /vmlinuz /usr/bin/kexec")
+    expect(rc == 0, out)
+    try:
+        w.guest.run("(sleep 1; kexec /vmlinuz 'console=hvc0 panic=0') > /dev/hvc0 2>&1 &", 20)
+    except LabError:
+        pass
+    w.said("runs another kernel now")
+    expect(w.exit_code() == 1, "exit code")
+    expect(not w.installer.status()["applied"], w.installer.status())
     w.lab.dom0.run(f"xl destroy {G}")
 
 

@@ -98,6 +98,7 @@ fn check_domain(
     match domain.life {
         Life::Runs => {}
         Life::Suspended => return Err(ApplyError::Suspended(name())),
+        Life::SoftReset => return Err(ApplyError::Booting("it starts another kernel")),
         Life::Ended(end) => return Err(ApplyError::Ended { name: name(), end }),
     }
     if !domain.hvm || !domain.hap {

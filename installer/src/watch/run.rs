@@ -145,6 +145,8 @@ impl Watch<'_> {
         match life(xen, state)? {
             Life::Runs => {}
             Life::Suspended => return Ok(None),
+            // The best moment to take the views out: neither kernel runs, and the new one may come to lie on the old text.
+            Life::SoftReset => return Ok(Some(Outcome::OtherKernel)),
             Life::Ended(end) => return Ok(Some(Outcome::Ended(end))),
         }
         if since.refresh >= REFRESH {

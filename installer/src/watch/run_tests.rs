@@ -216,6 +216,18 @@ fn another_kernel_is_seen_within_a_second_and_not_touched() {
 }
 
 #[test]
+fn a_soft_reset_is_another_kernel_at_once() {
+    let world = World::new();
+    let (outcome, ear, slept) = world.watch(&world.fake, &|_| {
+        world.fake.domain.borrow_mut().life = Life::SoftReset;
+        false
+    });
+    assert_eq!(outcome.unwrap(), Outcome::OtherKernel);
+    assert_eq!((ear.passes, slept), (1, POLL));
+    assert_nothing(&world.fake, &world.before, "before the new kernel runs");
+}
+
+#[test]
 fn a_vcpu_that_comes_up_is_no_other_kernel() {
     let world = World::new();
     let (outcome, _, _) = world.watch(&world.fake, &|tick| {

@@ -59,6 +59,8 @@ pub const MAX_WITNESSES: usize = 8;
 pub const MAX_REMAPS: usize = 1024;
 /// Most entries in one [`Action::Protect`].
 pub const MAX_PROTECTS: u64 = 512;
+/// Entries that are asked for in one call: dom0's vCPU does nothing else meanwhile.
+pub const BATCH: usize = 128;
 /// Most records in one [`Action::Events`].
 pub const MAX_EVENTS: usize = 64;
 

@@ -1,6 +1,6 @@
 //! HVMOP_altp2m_binding through libxencall, with the memory that Xen reads and writes.
 
-use super::binding::{CHECK, GROUP, MAX_EVENTS, MAX_REMAPS, PAIR, READ_ONLY};
+use super::binding::{BATCH, CHECK, GROUP, MAX_EVENTS, MAX_REMAPS, PAIR, READ_ONLY};
 use super::event::{Event, Events, RECORD};
 use super::ffi::{self, RawAltp2mOp, RawBinding};
 use super::real::{last_errno, quiet};
@@ -105,7 +105,10 @@ impl Calls {
     ) -> Result<(), XenError> {
         let flags = if read_only { READ_ONLY } else { 0 };
         let request = Binding::new(Action::Remap).view(view).flags(flags);
-        self.remap(domain, request, pages)
+        for batch in pages.chunks(BATCH) {
+            self.remap(domain, request, batch)?;
+        }
+        Ok(())
     }
 
     /// The same for a group, all read-only.

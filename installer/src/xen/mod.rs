@@ -61,6 +61,8 @@ pub enum Life {
     Runs,
     /// It has suspended itself, to be saved or migrated; it goes on if that fails.
     Suspended,
+    /// It has asked for a soft reset: its kernel has ended and starts another one in its place (kexec, kdump).
+    SoftReset,
     /// It will not run again under this id.
     Ended(End),
 }
@@ -317,7 +319,7 @@ pub trait Hypervisor {
     fn protect(&self, view: ViewId, first: Gfn, count: u64) -> Result<(), XenError> {
         let mut done = 0;
         while done < count {
-            let some = binding::MAX_PROTECTS.min(count - done);
+            let some = (binding::BATCH as u64).min(count - done);
             let request = Binding::new(Action::Protect).view(view);
             self.binding(request.value(first.0 + done).more([some, 0]))?;
             done += some;

@@ -70,17 +70,19 @@ impl Control {
 
 /// What a domain's flags say (xen/include/public/sysctl.h and sched.h).
 fn life(flags: u32) -> Life {
+    let dying = flags & xc::XEN_DOMINF_dying != 0;
     if flags & xc::XEN_DOMINF_shutdown != 0 {
         return match (flags >> xc::XEN_DOMINF_shutdownshift) & xc::XEN_DOMINF_shutdownmask {
             xc::SHUTDOWN_poweroff => Life::Ended(End::PoweredOff),
-            xc::SHUTDOWN_reboot | xc::SHUTDOWN_soft_reset => Life::Ended(End::Reboots),
-            xc::SHUTDOWN_suspend if flags & xc::XEN_DOMINF_dying == 0 => Life::Suspended,
-            xc::SHUTDOWN_suspend => Life::Ended(End::Destroyed),
+            xc::SHUTDOWN_reboot => Life::Ended(End::Reboots),
+            xc::SHUTDOWN_suspend | xc::SHUTDOWN_soft_reset if dying => Life::Ended(End::Destroyed),
+            xc::SHUTDOWN_suspend => Life::Suspended,
+            xc::SHUTDOWN_soft_reset => Life::SoftReset,
             // The watchdog's, and what later versions may add.
             _ => Life::Ended(End::Crashed),
         };
     }
-    if flags & xc::XEN_DOMINF_dying != 0 {
+    if dying {
         Life::Ended(End::Destroyed)
     } else {
         Life::Runs
@@ -372,5 +374,39 @@ impl Hypervisor for Xen {
         group: Group,
     ) -> Result<(), XenError> {
         self.calls.remap_group(self.domain, view, pages, group)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::life;
+    use crate::xen::{End, Life};
+    use xenctrl_sys as xc;
+
+    #[test]
+    fn a_domains_flags_say_how_it_is() {
+        let (dying, shutdown) = (xc::XEN_DOMINF_dying, xc::XEN_DOMINF_shutdown);
+        let reason = |code: u32| shutdown | code << xc::XEN_DOMINF_shutdownshift;
+        for (flags, expected) in [
+            (xc::XEN_DOMINF_running, Life::Runs),
+            (xc::XEN_DOMINF_paused, Life::Runs),
+            (dying, Life::Ended(End::Destroyed)),
+            (reason(xc::SHUTDOWN_poweroff), Life::Ended(End::PoweredOff)),
+            (reason(xc::SHUTDOWN_reboot), Life::Ended(End::Reboots)),
+            (
+                reason(xc::SHUTDOWN_reboot) | dying,
+                Life::Ended(End::Reboots),
+            ),
+            (reason(xc::SHUTDOWN_crash), Life::Ended(End::Crashed)),
+            (reason(xc::SHUTDOWN_watchdog), Life::Ended(End::Crashed)),
+            (reason(xc::SHUTDOWN_suspend), Life::Suspended),
+            (
+                reason(xc::SHUTDOWN_suspend) | dying,
+                Life::Ended(End::Destroyed),
+            ),
+            (reason(xc::SHUTDOWN_soft_reset), Life::SoftReset),
+        ] {
+            assert_eq!(life(flags), expected, "{flags:#x}");
+        }
     }
 }
