@@ -58,6 +58,7 @@ pub const MAX_WITNESSES: usize = 8;
 /// Most entries in one [`Action::Remap`].
 pub const MAX_REMAPS: usize = 1024;
 /// Most entries in one [`Action::Protect`].
+#[cfg(any(test, feature = "lab"))]
 pub const MAX_PROTECTS: u64 = 512;
 /// Entries that are asked for in one call: dom0's vCPU does nothing else meanwhile.
 pub const BATCH: usize = 128;
