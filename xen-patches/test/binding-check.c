@@ -2,9 +2,13 @@
 /*
  * Drives HVMOP_altp2m_binding on a live guest, from dom0.
  *
- *   binding-check api|witness|lost DOMID POKING_MM POKING_ADDR PGD_OFFSET
- *   binding-check storm DOMID POKING_MM POKING_ADDR PGD_OFFSET TEXT END SECONDS
+ *   binding-check api|witness|lost DOMID GUEST
+ *   binding-check storm DOMID GUEST TEXT END SECONDS
+ *   binding-check hold DOMID GUEST TEXT END CURRENT_TASK PID COMM
+ *   binding-check events|release DOMID
+ *   binding-check word|query DOMID GFN
  *
+ * GUEST is POKING_MM POKING_ADDR PGD_OFFSET.
  * POKING_MM and POKING_ADDR are the addresses of the guest kernel's variables
  * of these names, PGD_OFFSET that of pgd in its struct mm_struct, TEXT and END
  * the bounds of its text.  The guest's own work is up to the caller.
@@ -16,6 +20,11 @@
  * roots the guest uses; the default view changes all the time.  Afterwards all
  * copies have to equal the guest's text, whatever it wrote to it meanwhile.
  * lost: takes away a page that a bound view needs; the guest has to be crashed.
+ * hold: checks what is to be said about the arguments of the actions that follow
+ * here, and leaves the guest in a view with read-only text, hidden copies, and
+ * remaps with the key 0x7777.  CURRENT_TASK, PID, COMM: as for SAMPLE.  Then it's
+ * the guest's turn (probe/xenprobe.c); events, word and query tell what came of
+ * it, and release ends it.
  *
  * One line per check, "ok ..." or "FAIL ...".  Exit code 0: all ok, 1: not
  * all, 2: could not be run.
@@ -359,7 +368,7 @@ static const struct {
     int takes;
 } verbs[] = {
     { "api", 3 }, { "witness", 3 }, { "lost", 3 }, { "storm", 6 }, { "hold", 8 }, { "events", 0 },
-    { "release", 0 }, { "word", 1 },
+    { "release", 0 }, { "word", 1 }, { "query", 1 },
 };
 
 int main(int argc, char **argv)
@@ -378,7 +387,7 @@ int main(int argc, char **argv)
                 "       %s storm DOMID GUEST TEXT END SECONDS\n"
                 "       %s hold DOMID GUEST TEXT END CURRENT_TASK PID COMM\n"
                 "       %s events|release DOMID\n"
-                "       %s word DOMID GFN\n"
+                "       %s word|query DOMID GFN\n"
                 "GUEST: POKING_MM POKING_ADDR PGD_OFFSET\n", argv[0], argv[0], argv[0], argv[0], argv[0]);
         return 2;
     }
@@ -411,6 +420,8 @@ int main(int argc, char **argv)
         hold(&guest, arg + 5);
     else if ( !strcmp(argv[1], "events") )
         print_events();
+    else if ( !strcmp(argv[1], "query") )
+        query(arg[0]);
     else if ( !strcmp(argv[1], "word") )
         word(arg[0]);
     else

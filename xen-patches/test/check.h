@@ -95,5 +95,6 @@ void hold(const struct guest *guest, const uint64_t sample[3]);
 void print_events(void);
 void release(void);
 void word(uint64_t gfn);
+void query(uint64_t gfn);
 
 #endif

@@ -103,7 +103,7 @@ static void arguments_remap(uint16_t view)
     check(!done, "none done");
     b = (struct binding){ .action = REMAP, .view = view, .value = 8, .out = { 1 } };
     expect("REMAP, bad array", EFAULT, bind_op(&b));
-    b = (struct binding){ .action = REMAP, .view = view, .value = 8, .out = { 1, 1 } };
+    b = (struct binding){ .action = REMAP, .view = view, .value = 8, .out = { 1, 0, 1 } };
     expect("REMAP, start beyond the end", EINVAL, bind_op(&b));
     b = (struct binding){ .action = REMAP, .view = view, .value = 8, .out = { 1, 0, 0, 1 } };
     expect("REMAP, out field used", EINVAL, bind_op(&b));
@@ -149,6 +149,42 @@ static void arguments_remap(uint16_t view)
     expect("REMAP, to the host's", 0, remap(view, 0, 0, (struct remap[]){ { 0x4000, ~0UL } }, 1, &done));
 }
 
+static int remap_group(uint16_t view, uint16_t flags, uint64_t key, const struct remap *r, uint64_t n)
+{
+    struct binding b = { .action = REMAP, .view = view, .flags = flags, .root = stats().out[3],
+                         .out = { n, key } };
+
+    if ( !(flags & 2) )
+        b.root = 0;
+    return with_array(&b, r, n * sizeof(*r), NULL);
+}
+
+/* Leaves a group of three pages, with the key 0x7777, for the guest to end. */
+static void arguments_group(uint16_t view)
+{
+    struct remap r[3] = { { 0x4000, COPIES }, { 0x4001, COPIES + 1 }, { 0x4002, COPIES } };
+
+    expect("REMAP, GROUP without key", EINVAL, remap_group(view, 6, 0, r, 3));
+    expect("REMAP, key without GROUP", EINVAL, remap_group(view, 2, 0x7777, r, 3));
+    expect("REMAP, GROUP without CHECK", EINVAL, remap_group(view, 4, 0x7777, r, 3));
+    expect("REMAP, GROUP", 0, remap_group(view, 7, 0x7777, r, 3));
+    check(shows(view, 0x4000, COPIES, 1) && shows(view, 0x4001, COPIES + 1, 1) &&
+          shows(view, 0x4002, COPIES, 1), "QUERY agrees");
+}
+
+static void no_saving(void)
+{
+    static uint8_t buf[65536];
+
+    errno = 0;
+    check(xc_domain_hvm_getcontext(xch, dom, NULL, 0) < 0 && errno == EBUSY, "size of the context: busy");
+    errno = 0;
+    check(xc_domain_hvm_getcontext(xch, dom, buf, sizeof(buf)) < 0 && errno == EBUSY, "the context: busy");
+    errno = 0;
+    check(xc_logdirty_control(xch, dom, XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY, NULL, 0, 0, NULL) < 0 &&
+          errno == EBUSY, "log-dirty mode: busy");
+}
+
 static int hide(uint64_t first, uint64_t n)
 {
     struct binding b = { .action = HIDE, .value = first, .out = { n } };
@@ -186,6 +222,14 @@ static uint64_t word_of(uint64_t gfn)
     return word;
 }
 
+void query(uint64_t gfn)
+{
+    struct binding b = { .action = QUERY, .view = view_of(0), .value = gfn };
+    int rc = bind_op(&b);
+
+    printf("query rc=%d gfn=%#lx flags=%u\n", rc, b.out[0], b.flags);
+}
+
 void word(uint64_t gfn)
 {
     printf("word %#lx\n", word_of(gfn));
@@ -212,8 +256,14 @@ void hold(const struct guest *guest, const uint64_t sample[3])
     expect("REMAP before ARM", ENODEV, act(REMAP, view, 0, 0));
     expect("QUERY before ARM", ENODEV, act(QUERY, view, 0, 0));
     expect("HIDE before ARM", ENODEV, hide(COPIES, HIDDEN));
+    check(xc_domain_hvm_getcontext(xch, dom, NULL, 0) > 0, "size of the context, as long as not armed");
+    check(!xc_logdirty_control(xch, dom, XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY, NULL, 0, 0, NULL),
+          "log-dirty mode on");
+    expect("ARM in log-dirty mode", EBUSY, act(ARM, 0, guest->root, guest->addr));
+    xc_logdirty_control(xch, dom, XEN_DOMCTL_SHADOW_OP_OFF, NULL, 0, 0, NULL);
     if ( act(ARM, 0, guest->root, guest->addr) )
         die("ARM");
+    no_saving();
     arguments_sample();
     arguments_protect(view);
     arguments_remap(view);
@@ -228,6 +278,7 @@ void hold(const struct guest *guest, const uint64_t sample[3])
     copy_page(first + COPIED, COPIES);
     expect("REMAP", 0, remap(view, 1, 0, (struct remap[]){ { first + COPIED, COPIES } }, 1, &done));
     arguments_hide(view);
+    arguments_group(view);
     enable(view);
     check(view_of(0) == view, "in view %u", view);
     check(shows(view, first + COPIED, COPIES, 1) && shows(view, COPIES, ~0UL, 2), "hidden copy in use");

@@ -4,6 +4,7 @@
  * reported.  For test guests: whoever may write to /proc/xenprobe owns them.
  *
  *   trap PORT COUNT        write to an I/O port, with known registers and stack
+ *   freed KEY              write to port 0xe6 with the key in RDI
  *   read GFN               the page's first word, through a mapping of its own
  *   write GFN VALUE        write it, and read it back
  *   rmw GFN VALUE          the same with a locked exchange
@@ -58,6 +59,11 @@ static noinline void trap(unsigned long port, unsigned long count)
 			     "out %%al, %%dx\n\t"
 			     "add $24, %%rsp"
 			     : : "a" (0xaa), "d" (port) : "rbx", "r15", "memory", "cc");
+}
+
+static noinline void freed(u64 key)
+{
+	asm volatile("out %%al, %%dx" : : "a" (0), "d" (0xe6), "D" (key) : "memory");
 }
 
 static long memory(const char *command, unsigned long gfn, unsigned long to)
@@ -130,6 +136,9 @@ static ssize_t probe_write(struct file *file, const char __user *user, size_t si
 	if (!strcmp(command, "trap")) {
 		trap(a, b);
 		strscpy(result, "trapped\n", sizeof(result));
+	} else if (!strcmp(command, "freed")) {
+		freed(a);
+		strscpy(result, "told\n", sizeof(result));
 	} else if (!strcmp(command, "read") || !strcmp(command, "write") || !strcmp(command, "rmw") ||
 		   !strcmp(command, "string") || !strcmp(command, "self")) {
 		access(command, a, b);
