@@ -341,6 +341,9 @@ static void lost(uint64_t poking_root, uint64_t poking_addr)
 {
     xen_pfn_t gfn = COPIES;
     xc_domaininfo_t info;
+    struct event e[64];
+    uint64_t counts[5];
+    unsigned int i, n;
     uint16_t view;
 
     if ( xc_domain_setmaxmem(xch, dom, 1UL << 20) ||
@@ -360,6 +363,10 @@ static void lost(uint64_t poking_root, uint64_t poking_addr)
     check((info.flags & XEN_DOMINF_shutdown) &&
           ((info.flags >> XEN_DOMINF_shutdownshift) & XEN_DOMINF_shutdownmask) == SHUTDOWN_crash,
           "the guest has been crashed");
+    n = events(e, 64, counts);
+    for ( i = 0; i < n && e[i].kind != LOST; i++ )
+        ;
+    check(i < n && e[i].view == view && e[i].addr == gfn && e[i].vcpu == 0xffff, "and it's said why");
 }
 
 /* What there is to do, and how many numbers after DOMID it takes. */
