@@ -290,7 +290,8 @@ static void storm(const struct guest *guest, unsigned int seconds)
 
     until = time(NULL) + seconds;
     srand(1);
-    while ( time(NULL) < until )
+    /* Longer, if the guest hasn't got around to writing to its text. */
+    while ( time(NULL) < until || (!stats().out[2] && time(NULL) < until + 9 * seconds) )
     {
         /* Bind what runs, in turn to all views; now and then let go of one. */
         uint64_t root = cr3_of(flips & 1);
@@ -302,7 +303,7 @@ static void storm(const struct guest *guest, unsigned int seconds)
         if ( act(DEFAULT, view[rand() % 3], 0, 0) )
             die("DEFAULT");
         flips++;
-        usleep(rand() % 3000);
+        usleep(2000 + rand() % 10000);
     }
 
     /* Compare at a moment without a write under way. */
