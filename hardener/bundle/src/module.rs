@@ -329,6 +329,15 @@ impl Module {
                 "its sizes contradict each other",
             ),
             (
+                self.sections.iter().all(|section| match section.place {
+                    Place::Core(at) => {
+                        u64::from(at) + u64::from(section.size) <= u64::from(self.core_size)
+                    }
+                    Place::Init(at) | Place::PerCpu(at) => at.checked_add(section.size).is_some(),
+                }),
+                "a section leaves its memory",
+            ),
+            (
                 self.relocs.iter().all(reloc) && self.relocs.is_sorted_by_key(|reloc| reloc.at),
                 "its relocations are unsorted or leave the text",
             ),

@@ -1,8 +1,10 @@
 //! A small bundle is written and read back; each case breaks it in one way and names what must be said.
 
 use penumbra_bundle::{
-    Bundle, Cave, Edit, Edits, FileRef, Form, Kernel, LinkVa, Manifest, RunTimeModel, SCHEMA, Site,
-    SiteKind, SlotKind, Symbol, Symbols, Text, TextOff, VaRange, Variant, WriteError,
+    Bundle, Cave, Edit, Edits, FileRef, Form, FormReloc, Kernel, LinkVa, Manifest, Module,
+    ModuleEdit, ModuleName, ModuleReloc, ModuleRelocKind, ModuleSection, ModuleSet, Offending,
+    Place, Placement, Put, RunTimeModel, SCHEMA, Site, SiteKind, SlotKind, Symbol, Symbols, Target,
+    Text, TextOff, Trap, VaRange, Variant, ViolationAction, WriteError,
 };
 use std::collections::BTreeMap;
 
@@ -92,6 +94,237 @@ fn small() -> Bundle {
             }]),
         ],
     }
+}
+
+fn trap(at: u64) -> Trap {
+    Trap {
+        at: LinkVa(START + at),
+        pass: "return-cfi".to_owned(),
+        offending: Offending::Stack(0),
+        action: ViolationAction::Kill,
+    }
+}
+
+/// A page of code with one slot, one relocation of each kind of user.
+fn module() -> Module {
+    let reloc = |at| ModuleReloc {
+        at: TextOff(at),
+        kind: ModuleRelocKind::Relative32,
+        target: 0,
+        addend: -4,
+    };
+    Module {
+        name: "xfs".to_owned(),
+        build_id: "11".repeat(20),
+        srcversion: None,
+        vermagic: "6.1.0 SMP".to_owned(),
+        file_sha256: "22".repeat(32),
+        sections: vec![ModuleSection {
+            name: ".text".to_owned(),
+            flags: 6,
+            size: 0x900,
+            align: 16,
+            place: Place::Core(0),
+        }],
+        text_size: 0x1000,
+        core_size: 0x1800,
+        text: vec![0; 0x1000],
+        targets: vec![Target::Kernel(LinkVa(START))],
+        relocs: vec![reloc(0x11), reloc(0x31)],
+        sites: vec![Site {
+            at: TextOff(0x30),
+            len: 5,
+            kind: SiteKind::Alternative,
+            forms: vec![Form::Exact {
+                bytes: vec![0xe8, 0, 0, 0, 0],
+                abs32: vec![],
+                inverse32: vec![],
+            }],
+        }],
+        form_relocs: vec![FormReloc {
+            site: 0,
+            form: 0,
+            reloc: reloc(0x31),
+        }],
+        symbols: vec![],
+        exports: vec![],
+        edits: vec![
+            vec![],
+            vec![ModuleEdit {
+                at: TextOff(0x10),
+                slot: SlotKind::Return,
+                put: Put::Branch(vec![0xe9], LinkVa(START + 0x1000)),
+            }],
+        ],
+        left: BTreeMap::new(),
+    }
+}
+
+fn with_module() -> Bundle {
+    let mut bundle = small();
+    bundle.modules = vec![module()];
+    bundle.manifest.modules = Some(ModuleSet {
+        file: file("modules.postcard"),
+        modules: vec![ModuleName {
+            name: "xfs".to_owned(),
+            build_id: "11".repeat(20),
+        }],
+    });
+    bundle
+}
+
+/// Each case: what is broken, how, and a part of what must be said.
+#[test]
+fn a_module_of_the_wrong_shape_is_refused() {
+    type Break = fn(&mut Module);
+    let cases: &[(&str, Break, &str)] = &[
+        (
+            "a name that is a path",
+            |m| m.name = "../x".to_owned(),
+            "not those that the manifest",
+        ),
+        (
+            "another build",
+            |m| m.build_id.push('0'),
+            "not those that the manifest",
+        ),
+        (
+            "text too short",
+            |m| m.text.truncate(0xfff),
+            "sizes contradict",
+        ),
+        (
+            "core smaller than its text",
+            |m| m.core_size = 0x800,
+            "sizes contradict",
+        ),
+        (
+            "a section past the end",
+            |m| m.sections[0].size = 0x1801,
+            "a section leaves",
+        ),
+        (
+            "a relocation past the end",
+            |m| m.relocs[1].at = TextOff(0xffd),
+            "its relocations",
+        ),
+        (
+            "relocations unsorted",
+            |m| m.relocs.swap(0, 1),
+            "its relocations",
+        ),
+        (
+            "a relocation to nothing",
+            |m| m.relocs[0].target = 1,
+            "its relocations",
+        ),
+        (
+            "a site past the end",
+            |m| m.sites[0].at = TextOff(0xffc),
+            "its sites",
+        ),
+        (
+            "a site without a length",
+            |m| m.sites[0].len = 0,
+            "its sites",
+        ),
+        (
+            "a form's field before the site",
+            |m| m.form_relocs[0].reloc.at = TextOff(0x2f),
+            "a form's",
+        ),
+        (
+            "a form's field past the site",
+            |m| m.form_relocs[0].reloc.at = TextOff(0x32),
+            "a form's",
+        ),
+        (
+            "a field of no form",
+            |m| m.form_relocs[0].form = 1,
+            "a form's",
+        ),
+        (
+            "a field of no site",
+            |m| m.form_relocs[0].site = 1,
+            "a form's",
+        ),
+        (
+            "an edit past the end",
+            |m| m.edits[1][0].at = TextOff(0xffc),
+            "its edits",
+        ),
+        (
+            "an edit of four bytes",
+            |m| m.edits[1][0].put = Put::Bytes(vec![0; 4]),
+            "its edits",
+        ),
+        (
+            "edits overlapping",
+            |m| {
+                let one = m.edits[1][0].clone();
+                m.edits[1].push(one);
+            },
+            "its edits",
+        ),
+        (
+            "edits of too few variants",
+            |m| m.edits.truncate(1),
+            "its edits",
+        ),
+        (
+            "a symbol past the end",
+            |m| {
+                m.symbols.push(Symbol {
+                    at: TextOff(0x1001),
+                    name: "late".to_owned(),
+                })
+            },
+            "its symbols",
+        ),
+    ];
+    for (what, break_it, expected) in cases {
+        let mut bundle = with_module();
+        break_it(&mut bundle.modules[0]);
+        let said = refusal(&bundle.seal());
+        assert!(
+            said.starts_with("modules.postcard: ") && said.contains(expected),
+            "{what}: {said}"
+        );
+    }
+    assert_eq!(refusal(&with_module().seal()), "accepted");
+    let mut files = with_module().seal();
+    files.get_mut("modules.postcard").unwrap()[9] ^= 1;
+    assert!(refusal(&files).starts_with("modules.postcard: SHA-256 is "));
+    files.remove("modules.postcard");
+    assert!(refusal(&files).starts_with("modules.postcard: missing"));
+}
+
+#[test]
+fn a_module_is_relocated_and_edited_to_where_it_is() {
+    let module = module();
+    let placement = Placement {
+        core: 0xffff_ffff_c012_3000,
+        init: 0,
+        percpu: 0,
+        slide: 0x20_0000,
+    };
+    let text = module.relocated(&placement, &|_| None).unwrap();
+    let branch = |bytes: &[u8], at: u64| {
+        let distance = i32::from_le_bytes(bytes[1..5].try_into().unwrap());
+        (placement.core + at + 5).wrapping_add_signed(distance.into())
+    };
+    assert_eq!(branch(&text[0x10..], 0x10), START + 0x20_0000);
+    assert_eq!(branch(&text[0x30..], 0x30), START + 0x20_0000);
+    let bytes = module.edits[1][0]
+        .bytes(placement.core, placement.slide)
+        .unwrap();
+    assert_eq!((bytes[0], branch(&bytes, 0x10)), (0xe9, START + 0x20_1000));
+    let far = Placement {
+        core: 0xffff_9000_0000_0000,
+        ..placement
+    };
+    assert!(module.relocated(&far, &|_| None).is_err());
+    assert!(module.edits[1][0].bytes(far.core, far.slide).is_none());
 }
 
 fn refusal(files: &BTreeMap<String, Vec<u8>>) -> String {
@@ -278,6 +511,24 @@ fn a_bundle_of_the_wrong_shape_is_refused() {
             "a relocation past the end",
             |b| b.model.abs32 = vec![TextOff(0x1ffd)],
             "leaves the text",
+        ),
+        (
+            "a trap outside the cave",
+            |b| b.manifest.cave.traps = vec![trap(0xffe)],
+            "the trap at ",
+        ),
+        (
+            "traps overlapping",
+            |b| b.manifest.cave.traps = vec![trap(0x1000), trap(0x1001)],
+            "the trap at ",
+        ),
+        (
+            "a trap about no register",
+            |b| {
+                b.manifest.cave.traps = vec![trap(0x1000)];
+                b.manifest.cave.traps[0].offending = Offending::Register(16);
+            },
+            "names no register",
         ),
         (
             "symbols unsorted",

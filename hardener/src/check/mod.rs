@@ -33,6 +33,7 @@ pub use report::{Outcome, Rule, RuleReport, Violation};
 
 use crate::image::{ImageError, unpacked};
 use cave::CaveImage;
+use exec::memo::Memo;
 use penumbra_bundle::{Bundle, Edit, LinkVa, ReadError, Variant};
 use slots::KernelThunks;
 use std::path::{Path, PathBuf};
@@ -95,6 +96,7 @@ pub struct Checker {
     path: PathBuf,
     reading: Duration,
     modules: module::Files,
+    memo: Memo,
 }
 
 impl Checker {
@@ -119,6 +121,7 @@ impl Checker {
             path: path.to_owned(),
             reading: started.elapsed(),
             modules: module::Files::new(),
+            memo: Memo::default(),
         })
     }
 
@@ -169,6 +172,7 @@ impl Checker {
         let subject = Subject {
             modules: &modules,
             module_faults: &module_faults,
+            memo: &self.memo,
             kernel: &self.kernel,
             bundle,
             cave: &cave,
@@ -240,6 +244,7 @@ struct Subject<'a> {
     thunks: &'a KernelThunks,
     modules: &'a [module::Read<'a>],
     module_faults: &'a [String],
+    memo: &'a Memo,
 }
 
 impl<'a> Subject<'a> {

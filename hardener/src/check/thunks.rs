@@ -3,6 +3,7 @@
 use super::cave::CaveImage;
 use super::exec::exits::Reports;
 use super::exec::machine::{Code, Contract, Exit, Fault, Machine};
+use super::exec::memo::{Basis, Decided};
 use super::exec::tree::{Lookup, Tree, Wrong};
 use super::kernel::Kernel;
 use super::kernel::symbols::hex;
@@ -383,7 +384,8 @@ fn prove_at(
         });
         homes.collect()
     };
-    let mut proved: Vec<(Tree, Result<BTreeSet<usize>, Wrong>)> = Vec::new();
+    let basis = Basis::of(&code, &lookups);
+    let mut decisions: Vec<(Tree, Decided)> = Vec::new();
     let verdict = |(thunk, contract): &Key| {
         let run = Machine::run(&code, &exit, *contract, up(*thunk));
         let (tree, reports) = run.map_err(|fault| {
@@ -392,19 +394,20 @@ fn prove_at(
             (at, format!("fails at {}, which {what}", image.describe(at)))
         })?;
         // Thunks that decide alike are proved once.
-        let known = proved.iter().position(|(other, _)| *other == tree);
+        let known = decisions.iter().position(|(other, _)| *other == tree);
         let index = known.unwrap_or_else(|| {
-            let verdict = tree.prove(&code, &lookups);
-            proved.push((tree, verdict));
-            proved.len() - 1
+            let prove = || tree.prove(&code, &lookups);
+            let verdict = subject.memo.decide(basis, &tree, prove);
+            decisions.push((tree, verdict));
+            decisions.len() - 1
         });
-        match &proved[index].1 {
+        match &decisions[index].1 {
             Ok(seen) => Ok((seen.iter().copied().collect(), home(reports))),
             Err(wrong) => Err((*thunk, explain(subject, *wrong, slide))),
         }
     };
     let verdicts = keys.iter().map(verdict).collect();
-    (verdicts, proved.len() as u64)
+    (verdicts, decisions.len() as u64)
 }
 
 fn explain(subject: &Subject<'_>, wrong: Wrong, slide: u64) -> String {

@@ -7,6 +7,7 @@
 pub mod exits;
 pub mod interval;
 pub mod machine;
+pub mod memo;
 pub mod term;
 pub mod tree;
 
