@@ -317,6 +317,7 @@ pub fn kernel_thunks(image: &Image) -> Result<KernelThunks, Fault> {
         return_thunk: image.need_symbol("__x86_return_thunk")?,
         indirect,
         panic: image.need_symbol("panic")?,
+        module_cleanup: image.symbol(thunks::MODULE_CLEANUP),
     })
 }
 

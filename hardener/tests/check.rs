@@ -42,6 +42,10 @@ fn null(bundle: &Bundle) -> Bundle {
     null.modules.clear();
     null.manifest.variants.truncate(1);
     null.edits.truncate(1);
+    null.edits[0].0.clear();
+    let stock = &mut null.manifest.variants[0];
+    stock.passes.clear();
+    stock.edit_count = 0;
     let cave = &mut null.manifest.cave;
     cave.tables.clear();
     cave.relocs.clear();
@@ -140,6 +144,7 @@ fn faults_in_thunks_are_caught() {
 #[test]
 fn faults_in_what_follows_a_violation_are_caught() {
     caught(violations::KILL);
+    caught(violations::MODULE_FREE);
     caught_in(logging(), violations::LOG_AND_PANIC);
 }
 

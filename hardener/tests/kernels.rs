@@ -115,6 +115,25 @@ fn fast_and_hardened_edit_the_same_slots_with_the_same_lengths() {
     assert!(drops("hardened").is_empty());
 }
 
+#[test]
+fn every_variant_reports_a_module_that_is_freed_and_stock_does_nothing_else() {
+    for variant in ["stock", "fast", "hardened"] {
+        let calls = edits(cloud(), variant).remove(&SlotKind::Call).unwrap();
+        assert_eq!(calls.len(), 1, "{variant}");
+        let (at, bytes) = calls.first_key_value().unwrap();
+        let function = symbol(cloud(), "free_module").0 - cloud().manifest.text.start.0;
+        assert!(
+            (function..function + 0x200).contains(&u64::from(at.0)),
+            "{at:?}"
+        );
+        assert_eq!((bytes[0], bytes.len()), (0xe8, 5));
+        let (variant, _) = cloud().variant(variant).unwrap();
+        let pass = variant.passes.last().unwrap();
+        assert_eq!((pass.name.as_str(), pass.edited), ("module-free", 1));
+    }
+    assert_eq!(cloud().variant("stock").unwrap().1.0.len(), 1);
+}
+
 /// The members of a table, decoded as the bundle's documentation says.
 fn members(bundle: &Bundle, names: [&str; 2]) -> BTreeSet<LinkVa> {
     let elf = goblin::elf::Elf::parse(&bundle.cave).unwrap();

@@ -25,7 +25,7 @@ pub struct Manifest {
     pub symbols: FileRef,
     /// Thunks and tables, shared by all variants.
     pub cave: Cave,
-    /// The variants; `stock` first, without edits.
+    /// The variants; `stock` first, which edits no return and no indirect branch.
     pub variants: Vec<Variant>,
     /// Modules whose text has views too.
     #[serde(default, skip_serializing_if = "Option::is_none")]

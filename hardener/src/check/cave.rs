@@ -130,6 +130,20 @@ impl CaveImage {
         &self.bytes[from..from + range.len() as usize]
     }
 
+    /// Whether `out %al,$0xe6; jmp cleanup` stands at `at` among the thunks.
+    pub fn is_module_free(&self, cave: &Cave, at: LinkVa, cleanup: LinkVa) -> bool {
+        let range = VaRange {
+            start: at,
+            end: LinkVa(at.0.saturating_add(7)),
+        };
+        if !self.thunks.encloses(&range) {
+            return false;
+        }
+        let bytes = self.slice(cave, range);
+        let distance = cleanup.0.wrapping_sub(range.end.0) as u32;
+        bytes[..3] == [0xe6, 0xe6, 0xe9] && bytes[3..] == distance.to_le_bytes()
+    }
+
     /// The thunk or table at or before `at`, for messages.
     pub fn describe(&self, at: LinkVa) -> String {
         let after = self.symbols.partition_point(|(symbol, _)| *symbol <= at);

@@ -20,6 +20,8 @@ pub enum Original {
     Call(u8),
     /// `jmp __x86_indirect_thunk_reg`.
     Jump(u8),
+    /// `call module_arch_cleanup` in `free_module`.
+    ModuleFree(LinkVa),
 }
 
 /// What an edit puts there.
@@ -45,6 +47,8 @@ pub struct KernelThunks {
     pub indirect: HashMap<LinkVa, u8>,
     /// `panic`.
     pub panic: LinkVa,
+    /// The only call slot: where `free_module` calls `module_arch_cleanup`, and that. None when it does not do so once.
+    pub module_free: Option<(LinkVa, LinkVa)>,
 }
 
 impl KernelThunks {
@@ -64,11 +68,15 @@ impl KernelThunks {
             ret: find("__x86_return_thunk")?,
             indirect: indirect.collect(),
             panic: find("panic")?,
+            module_free: module_free(kernel),
         })
     }
 
     /// What the image has at `at`, and how long that is.
     pub fn original(&self, kernel: &Kernel, at: LinkVa) -> Option<(Original, usize)> {
+        if let Some((_, cleanup)) = self.module_free.filter(|(call, _)| *call == at) {
+            return Some((Original::ModuleFree(cleanup), 5));
+        }
         self.original_in(kernel.vmlinux.bytes(at, 15)?, at)
     }
 
@@ -85,6 +93,22 @@ impl KernelThunks {
         };
         Some((original, len))
     }
+}
+
+/// The call before a module's memory is freed (kernel/module/main.c, `free_module`).
+fn module_free(kernel: &Kernel) -> Option<(LinkVa, LinkVa)> {
+    let cleanup = kernel.symbols.find("module_arch_cleanup")?;
+    let function = kernel.symbols.around(kernel.symbols.find("free_module")?)?;
+    let branches = kernel.sweep.branches.iter();
+    let mut calls = branches.filter(|branch| {
+        let call = || {
+            let (instruction, len) = decode(kernel.vmlinux.bytes(branch.at, 15)?, branch.at)?;
+            Some(instruction.code() == Code::Call_rel32_64 && len == 5)
+        };
+        function.contains(branch.at) && branch.to == cleanup && call() == Some(true)
+    });
+    let call = calls.next()?;
+    calls.next().is_none().then_some((call.at, cleanup))
 }
 
 /// One instruction, when two decoders agree on its length.
@@ -203,7 +227,7 @@ fn same_boundary(
 pub fn fits(original: Original, replacement: Replacement) -> Result<(), String> {
     let fits = match (original, replacement) {
         (Original::Return, Replacement::Ret | Replacement::Jump(_))
-        | (Original::Call(_), Replacement::Call(_))
+        | (Original::Call(_) | Original::ModuleFree(_), Replacement::Call(_))
         | (Original::Jump(_), Replacement::Jump(_)) => true,
         (Original::Call(old), Replacement::CallRegister(new))
         | (Original::Jump(old), Replacement::JumpRegister(new)) => {
@@ -234,13 +258,16 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
     let forbidden = forbidden(kernel)?;
     let returns: HashSet<LinkVa> = kernel.tables.return_sites.iter().copied().collect();
     let retpolines: HashSet<LinkVa> = kernel.tables.retpoline_sites.iter().copied().collect();
-    let (mut r, mut i) = (0, 0);
+    let (mut r, mut i, mut c) = (0, 0, 0);
     for (variant, edit) in subject.edits() {
         let at = subject.place(edit);
         let end = LinkVa(at.0 + edit.bytes.len() as u64);
         let listed = match edit.slot {
             SlotKind::Return => returns.contains(&at),
             SlotKind::Indirect => retpolines.contains(&at),
+            SlotKind::Call if matches!(subject.thunks.module_free, Some((call, _)) if call == at) => {
+                true
+            }
             SlotKind::Call => {
                 let what = "edits a call slot, which no rule proves yet".to_owned();
                 findings.broken(Some(variant), Some(at), what);
@@ -250,6 +277,7 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
         let original = subject.thunks.original(kernel, at);
         let kind = match original {
             Some((Original::Return, _)) => Some(SlotKind::Return),
+            Some((Original::ModuleFree(_), _)) => Some(SlotKind::Call),
             Some(_) => Some(SlotKind::Indirect),
             None => None,
         };
@@ -274,11 +302,13 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
         }
         match edit.slot {
             SlotKind::Return => r += u64::from(clean),
+            SlotKind::Call => c += u64::from(clean),
             _ => i += u64::from(clean),
         }
     }
     findings.proved("return sites", r);
     findings.proved("retpoline sites", i);
+    findings.proved("calls before a module is freed", c);
     findings.proved("forbidden stretches avoided", forbidden.len() as u64);
     Ok(findings.done())
 }

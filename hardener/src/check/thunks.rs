@@ -76,6 +76,19 @@ fn groups<'a>(
         let Some((original, _)) = subject.thunks.original(kernel, at) else {
             continue;
         };
+        if let Original::ModuleFree(cleanup) = original {
+            // Neither registers nor stack are touched by the two instructions that this thunk is.
+            match subject.cave {
+                Ok(image) if image.is_module_free(&subject.bundle.manifest.cave, to, cleanup) => {
+                    findings.proved("calls that report a freed module", 1);
+                }
+                _ => {
+                    let what = "goes to no thunk that reports a freed module and calls on";
+                    findings.broken(Some(variant), Some(at), what.to_owned());
+                }
+            }
+            continue;
+        }
         let function = kernel.symbols.around(at);
         let traced = function.is_some_and(|range| has_fentry(kernel, &traced, range.start));
         let goto = function.is_some_and(|range| gotos.contains(&range.start));
@@ -103,7 +116,8 @@ fn groups<'a>(
 /// What a slot asks of its thunk: whether its function is traced by ftrace, and whether it jumps to labels in itself.
 pub fn contract(original: Original, traced: bool, goto: bool) -> Contract {
     match original {
-        Original::Return => Contract {
+        // The call that reports a freed module asks for nothing; it is proved by its instructions.
+        Original::Return | Original::ModuleFree(_) => Contract {
             target: None,
             scratch: if traced { R10_R11 } else { 0 },
             flags: traced,
@@ -171,7 +185,12 @@ fn fields(subject: &Subject<'_>, image: &CaveImage, findings: &mut Findings<'_>)
         }
         count += 1;
         if instruction.mnemonic() == Mnemonic::Out {
-            outs.insert(LinkVa(at));
+            // The report of a freed module is no violation's; where it may stand, and nothing else, is known.
+            let cleanup = subject.thunks.module_free.map(|(_, cleanup)| cleanup);
+            let free = cleanup.is_some_and(|to| image.is_module_free(cave, LinkVa(at), to));
+            if !free {
+                outs.insert(LinkVa(at));
+            }
         }
         let offsets = decoder.get_constant_offsets(&instruction);
         let mut field = |offset: usize, size: usize, value: u64| {

@@ -1,6 +1,7 @@
 //! The passes: each turns slots into edits. Where to add one: a file here, and its name in [`VARIANTS`].
 
 mod forward_cfi;
+mod module_free;
 mod no_rethunk;
 mod no_retpoline;
 mod return_cfi;
@@ -72,14 +73,22 @@ pub enum PassError {
 
 /// The variants of every bundle: name and passes. `stock` comes first.
 pub const VARIANTS: [(&str, &[&dyn Pass]); 3] = [
-    ("stock", &[]),
+    ("stock", &[&module_free::ModuleFree]),
     (
         "fast",
-        &[&no_retpoline::NoRetpoline, &no_rethunk::NoRethunk],
+        &[
+            &no_retpoline::NoRetpoline,
+            &no_rethunk::NoRethunk,
+            &module_free::ModuleFree,
+        ],
     ),
     (
         "hardened",
-        &[&return_cfi::ReturnCfi, &forward_cfi::ForwardCfi],
+        &[
+            &return_cfi::ReturnCfi,
+            &forward_cfi::ForwardCfi,
+            &module_free::ModuleFree,
+        ],
     ),
 ];
 

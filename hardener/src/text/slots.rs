@@ -2,6 +2,7 @@
 
 use super::{Bitmap, Functions, Regions, Span, Sweep, TextError, entries};
 use crate::image::{Image, Tables};
+use crate::thunks::MODULE_CLEANUP;
 use penumbra_bundle::{LinkVa, TextOff};
 use std::collections::BTreeMap;
 
@@ -36,6 +37,8 @@ pub struct Slots {
     pub returns: Vec<Return>,
     /// I slots.
     pub indirect: Vec<Indirect>,
+    /// C: where `free_module` calls [`MODULE_CLEANUP`], when it does so once.
+    pub module_free: Option<TextOff>,
     /// R sites left alone.
     pub returns_left: BTreeMap<String, u64>,
     /// I sites left alone.
@@ -155,6 +158,18 @@ pub fn find(
             Err(ELSEWHERE) => {}
             Err(reason) => *slots.indirect_left.entry(reason.to_owned()).or_default() += 1,
         }
+    }
+    if let (Some(free), Some(cleanup)) = (image.symbol("free_module"), image.symbol(MODULE_CLEANUP))
+        && let Some(free) = span.offset(free)
+    {
+        let function = functions.around(free);
+        let calls = sweep.calls.iter().filter(|call| {
+            let direct = bytes[call.at.0 as usize] == 0xe8 && call.end.0 == call.at.0 + 5;
+            function.contains(&call.at) && direct && target(call.at, 0) == Some(cleanup)
+        });
+        let mut calls = calls.filter_map(|call| why_not(span.va(call.at), 5).ok());
+        let first = calls.next();
+        slots.module_free = first.filter(|_| calls.next().is_none());
     }
     slots.returns.sort_by_key(|slot| slot.at);
     slots.returns.dedup();

@@ -5,6 +5,7 @@ mod assembler;
 mod elf;
 pub mod forward_cfi;
 mod lookup;
+pub mod module_free;
 pub mod return_cfi;
 mod tables;
 mod violation;
@@ -18,6 +19,9 @@ use std::collections::BTreeMap;
 
 pub use tables::{TargetTables, Targets};
 pub use violation::Violation;
+
+/// Called by `free_module` with the module, before its memory is freed (kernel/module/main.c).
+pub const MODULE_CLEANUP: &str = "module_arch_cleanup";
 
 /// A named piece of the cave.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -54,6 +58,8 @@ pub struct KernelThunks {
     pub indirect: BTreeMap<u8, LinkVa>,
     /// `panic`.
     pub panic: LinkVa,
+    /// `module_arch_cleanup`, which is called before a module's memory is freed.
+    pub module_cleanup: Option<LinkVa>,
 }
 
 impl KernelThunks {
@@ -67,7 +73,10 @@ impl KernelThunks {
             ("__x86_return_thunk".to_owned(), self.return_thunk),
             ("panic".to_owned(), self.panic),
         ];
-        indirect.chain(own).collect()
+        let cleanup = self
+            .module_cleanup
+            .map(|va| (MODULE_CLEANUP.to_owned(), va));
+        indirect.chain(own).chain(cleanup).collect()
     }
 }
 
@@ -117,6 +126,9 @@ pub fn build(
         .chain(modules.iter().copied())
         .collect();
     forward_cfi::emit(&mut code, &call_targets, kernel, &slots, &on_call);
+    if let Some(cleanup) = kernel.module_cleanup {
+        module_free::emit(&mut code, cleanup, &on_return);
+    }
     let code_end = LinkVa(code_start.0 + code.bytes().len() as u64);
     let range = VaRange {
         start,

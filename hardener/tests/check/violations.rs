@@ -120,6 +120,53 @@ pub const KILL: &[Case] = &[
     ),
 ];
 
+/// The hook before a module is freed.
+pub const MODULE_FREE: &[Case] = &[
+    case(
+        Rule::ThunkContract,
+        "a freed module reported to another port",
+        "goes to no thunk that reports a freed module and calls on",
+        |scene| {
+            port(scene, "module_free", 0xe4);
+            None
+        },
+    ),
+    case(
+        Rule::ThunkContract,
+        "a hook that does not call on",
+        "goes to no thunk that reports a freed module and calls on",
+        |scene| {
+            let (thunk, other) = (scene.named("module_free"), scene.symbol("commit_creds"));
+            scene.patch(thunk, |instruction, _| {
+                (instruction.code() == Code::Jmp_rel32_64)
+                    .then(|| branch(&[0xe9], LinkVa(instruction.ip()), other))
+            });
+            None
+        },
+    ),
+    case(
+        Rule::ThunkContract,
+        "a hook that goes to another thunk",
+        "goes to no thunk that reports a freed module and calls on",
+        |scene| {
+            let thunk = scene.named("return_cfi");
+            let start = scene.bundle.manifest.text.start.0;
+            let edit = &mut scene.edits("stock")[0];
+            edit.bytes = branch(&[0xe8], LinkVa(start + u64::from(edit.at.0)), thunk);
+            None
+        },
+    ),
+    case(
+        Rule::SameBoundaries,
+        "a hook that jumps",
+        "where ModuleFree(",
+        |scene| {
+            scene.edits("stock")[0].bytes[0] = 0xe9;
+            None
+        },
+    ),
+];
+
 /// In a bundle whose return thunks log and whose forward thunks panic.
 pub const LOG_AND_PANIC: &[Case] = &[
     case(
