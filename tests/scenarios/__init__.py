@@ -9,8 +9,9 @@ says what it proves.  Scenarios of a module run in the order in which they are w
 Unmarked names are helpers.  A scenario fails by an exception, `expect` is the usual one.
 """
 
-MODULES = ["lab_itself", "command_lines", "stock_guest", "live_guest", "retpolines_off", "failure", "lifecycle",
-           "unpatched_xen", "modules", "whole_chain"]
+MODULES = ["lab_itself", "command_lines", "stock_guest", "live_guest", "address_spaces",
+           "address_spaces_pti", "text_writers", "view_storm", "retpolines_off", "failure", "lifecycle",
+           "unpatched_xen", "whole_chain"]
 
 # Worlds that need no emulator.
 WITHOUT_QEMU = {"lab_itself", "command_lines"}
