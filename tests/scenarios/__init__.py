@@ -10,8 +10,9 @@ Unmarked names are helpers.  A scenario fails by an exception, `expect` is the u
 """
 
 MODULES = ["lab_itself", "command_lines", "stock_guest", "live_guest", "address_spaces",
-           "address_spaces_pti", "text_writers", "view_storm", "retpolines_off", "failure", "lifecycle",
-           "unpatched_xen", "whole_chain"]
+           "address_spaces_pti", "text_writers", "violations", "view_storm",
+           "retpolines_off", "failure", "lifecycle",
+           "unpatched_xen", "modules", "whole_chain"]
 
 # Worlds that need no emulator.
 WITHOUT_QEMU = {"lab_itself", "command_lines"}
