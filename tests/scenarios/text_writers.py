@@ -97,27 +97,6 @@ def jump_labels_and_static_calls(w):
     w.healthy()
 
 
-@scenario
-def ftrace_of_all_functions(w):
-    """The function tracer on every function, then off."""
-    w.sh("echo > set_ftrace_filter; echo function > current_tracer; stat / > /dev/null")
-    expect(int(w.sh("grep -c vfs_statx trace")) > 0, "no hit")
-    changed = w.explained("ftrace on")
-    w.sh("echo nop > current_tracer; echo > trace")
-    expect(changed > 100_000 + w.explained("ftrace off"), "ftrace changed little")
-    w.healthy()
-
-
-@scenario
-def function_graph(w):
-    """The function graph tracer, whose returns go to return_to_handler, on every function, then off."""
-    w.sh("echo function_graph > current_tracer; stat / > /dev/null; echo 0 > tracing_on")
-    expect(int(w.sh("grep -c vfs_statx trace")) > 0, "no hit")
-    w.explained("function graph on")
-    w.sh("echo nop > current_tracer; echo > trace; echo 1 > tracing_on")
-    w.healthy()
-
-
 def _probe(w, definition, name="probe"):
     """Arms a kprobe event, makes it hit, verifies, disarms; returns kprobes/list as it was meanwhile."""
     w.sh(f"echo '{definition}' > kprobe_events; echo 1 > events/kprobes/{name}/enable")
@@ -235,6 +214,27 @@ def modules_come_and_go(w):
     """A module loaded, used and unloaded, twenty times."""
     w.sh("load module 20")
     w.explained("unloaded")
+    w.healthy()
+
+
+@scenario
+def ftrace_of_all_functions(w):
+    """The function tracer on every function, then off."""
+    w.sh("echo > set_ftrace_filter; echo function > current_tracer; stat / > /dev/null")
+    expect(int(w.sh("grep -c vfs_statx trace")) > 0, "no hit")
+    changed = w.explained("ftrace on")
+    w.sh("echo nop > current_tracer; echo > trace")
+    expect(changed > 100_000 + w.explained("ftrace off"), "ftrace changed little")
+    w.healthy()
+
+
+@scenario
+def function_graph(w):
+    """The function graph tracer, whose returns go to return_to_handler, on every function, then off."""
+    w.sh("echo function_graph > current_tracer; stat / > /dev/null; echo 0 > tracing_on")
+    expect(int(w.sh("grep -c vfs_statx trace")) > 0, "no hit")
+    w.explained("function graph on")
+    w.sh("echo nop > current_tracer; echo > trace; echo 1 > tracing_on")
     w.healthy()
 
 
