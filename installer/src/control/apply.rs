@@ -1,7 +1,7 @@
 //! `apply`: verify, build, bind, watch.
 
 use super::cli::Apply;
-use super::resume::resume;
+use super::resume::{report_cave, resume};
 use super::watch::{self, Console};
 use super::{CliError, print, stop_flag};
 use crate::audit::{Audit, Body, Decoder, Trail, log_dir};
@@ -9,7 +9,7 @@ use crate::exit::Exit;
 use crate::views::apply::ApplyError;
 use crate::views::journal::{self, Journal, POLICY_COPY, State};
 use crate::views::modules::Modules;
-use crate::views::{self, Applied, Request, apply as views_apply, digest};
+use crate::views::{self, Applied, Request, apply as views_apply, digest, remove};
 use crate::watch::Watcher;
 use crate::watch::run::{Listener, Outcome, Watch};
 use crate::xen::{self, Domain, End, Events, Hypervisor};
@@ -96,8 +96,11 @@ fn on_domain(
         }
     };
     let copy = journal.dir().join(POLICY_COPY);
-    fs::write(&copy, &checked.policy_bytes)
-        .map_err(|source| CliError::File { path: copy, source })?;
+    if let Err(source) = fs::write(&copy, &checked.policy_bytes) {
+        // No room for it means none for the journal either, sooner or later: better nothing than half of it.
+        report_cave(&remove(xen, &journal, Some(&state))?.cave);
+        return Err(CliError::File { path: copy, source });
+    }
     let mut watcher = Watcher::default();
     let decoder = Decoder::new(&checked.bundle, state.reader.slide());
     let modules = Modules::new(&checked.bundle, &state);
