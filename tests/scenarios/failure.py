@@ -165,7 +165,7 @@ def full_disk(w):
     for size in ("4k", "8k", "16k"):
         rc, out = run(f"mkdir -p /run/small && mount -t tmpfs -o size={size} small /run/small && "
                       f"PENUMBRA_RUN=/run/small installer {APPLY} --once; rc=$?; umount /run/small; exit $rc", 300)
-        expect(rc == 2 and "state.json" in out, size, rc, out)
+        expect(rc == 2 and "/run/small" in out, size, rc, out)
         w.as_before(f"{size}: {out}")
     w.installer.run(APPLY + " --once")
     run("dd if=/dev/zero of=/run/fill bs=64k 2>/dev/null")
