@@ -5,7 +5,12 @@ use crate::guest::differences::{self, Differences, Unexplained};
 use crate::guest::memory::{GuestMemory, ReadError};
 use crate::guest::{Slide, forms};
 use crate::xen::{GuestVa, PAGE};
-use penumbra_bundle::{Bundle, Form, Module, Placement, RelocateError, Site, TextOff};
+use penumbra_bundle::{
+    Bundle, Form, Module, Place, Placement, RelocateError, Site, Target, TextOff,
+};
+
+/// The area for modules with any KASLR (arch/x86/include/asm/pgtable_64_types.h, `MODULES_VADDR` at its lowest, `MODULES_END`).
+const AREA: std::ops::Range<u64> = 0xffff_ffff_a000_0000..0xffff_ffff_ff00_0000;
 
 /// A module whose text is the bundle's, every byte of it explained.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -50,13 +55,25 @@ pub fn examine(
             loaded.text_size, loaded.base, module.text_size
         )));
     }
-    let placement = placement(loaded, slide);
+    let kernel = bundle.manifest.text.range();
+    let apart = end(loaded) < slide.guest(kernel.start) || slide.guest(kernel.end) <= loaded.base;
+    if !apart {
+        return Ok(Verdict::Unknown(format!(
+            "its text at {} would be the kernel's own",
+            loaded.base
+        )));
+    }
+    // As long as the bundle's, which its reader has bounded.
+    let running = memory.bytes(loaded.base, module.text.len())?;
+    let mut placement = placement(loaded, slide);
+    if placement.init == 0 {
+        placement.init = init_base(module, loaded.base, &running);
+    }
     let resolve = |name: &str| export(bundle, slide, others, name);
     let expected = match module.relocated(&placement, &resolve) {
         Ok(expected) => expected,
         Err(error) => return Ok(Verdict::Unknown(error.to_string())),
     };
-    let running = memory.bytes(loaded.base, expected.len())?;
     let left = match unexplained(bundle, module, &placement, &resolve, &expected, &running) {
         Ok(left) => left,
         Err(error) => return Ok(Verdict::Unknown(error.to_string())),
@@ -102,6 +119,42 @@ fn placement(loaded: &Loaded, slide: Slide) -> Placement {
         percpu: loaded.percpu.0,
         slide: slide.0,
     }
+}
+
+/// The last byte of its text.
+fn end(loaded: &Loaded) -> GuestVa {
+    loaded
+        .base
+        .offset(u64::from(loaded.text_size).saturating_sub(1))
+}
+
+/// Where a module's initialisation memory was, once it is freed; 0 when nothing in its text says.
+///
+/// Code that refers to it stands in `.altinstr_aux` and is not executed after its alternative is patched. The first such
+/// field says where the memory was; that the others agree is for the comparison to find.
+fn init_base(module: &Module, base: GuestVa, running: &[u8]) -> u64 {
+    let dead = module
+        .sections
+        .iter()
+        .find_map(|section| match section.place {
+            Place::Core(at) if section.name == ".altinstr_aux" => {
+                Some(at..at.saturating_add(section.size))
+            }
+            _ => None,
+        });
+    let first = module.relocs.iter().find_map(|reloc| {
+        let Target::Own(Place::Init(at)) = module.targets[reloc.target as usize] else {
+            return None;
+        };
+        dead.as_ref()?.contains(&reloc.at.0).then_some(())?;
+        let field = running.get(reloc.at.0 as usize..)?.first_chunk()?;
+        let there = base.0.wrapping_add(u64::from(reloc.at.0));
+        let target = there.wrapping_add_signed(i64::from(i32::from_le_bytes(*field)));
+        let start = target.wrapping_sub(reloc.addend.cast_unsigned());
+        Some(start.wrapping_sub(u64::from(at)))
+    });
+    let inside = |base: &u64| base.is_multiple_of(PAGE as u64) && AREA.contains(base);
+    first.filter(inside).unwrap_or(0)
 }
 
 /// Where another loaded module of the bundle has what it exports as `name`.
@@ -186,5 +239,69 @@ fn symbol(module: &Module, at: TextOff) -> String {
             module.name
         ),
         None => format!("{:#x} [{}]", at.0, module.name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::init_base;
+    use crate::xen::GuestVa;
+    use penumbra_bundle::{
+        Module, ModuleReloc, ModuleRelocKind, ModuleSection, Place, Target, TextOff,
+    };
+    use std::collections::BTreeMap;
+
+    /// A module whose `.altinstr_aux` at 0x60 jumps to offset 0x30 of its initialisation memory.
+    fn module() -> Module {
+        Module {
+            name: "m".to_owned(),
+            build_id: String::new(),
+            srcversion: None,
+            vermagic: String::new(),
+            file_sha256: String::new(),
+            sections: vec![ModuleSection {
+                name: ".altinstr_aux".to_owned(),
+                flags: 6,
+                size: 6,
+                align: 1,
+                place: Place::Core(0x60),
+            }],
+            text_size: 0x1000,
+            core_size: 0x1000,
+            text: vec![0; 0x1000],
+            targets: vec![Target::Own(Place::Init(0x10))],
+            relocs: vec![ModuleReloc {
+                at: TextOff(0x62),
+                kind: ModuleRelocKind::Relative32,
+                target: 0,
+                addend: 0x20 - 4,
+            }],
+            sites: Vec::new(),
+            form_relocs: Vec::new(),
+            symbols: Vec::new(),
+            exports: Vec::new(),
+            edits: Vec::new(),
+            left: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn freed_initialisation_memory_is_where_dead_code_says_that_it_was() {
+        let (core, init) = (0xffff_ffff_c040_0000_u64, 0xffff_ffff_c051_2000_u64);
+        let says = |target: u64| {
+            let mut running = module().text;
+            let distance = target.wrapping_sub(core + 0x66) as u32;
+            running[0x62..0x66].copy_from_slice(&distance.to_le_bytes());
+            running
+        };
+        let base = |module: &Module, target| init_base(module, GuestVa(core), &says(target));
+        assert_eq!(base(&module(), init + 0x30), init);
+        // Not a whole page, and not in the area for modules.
+        assert_eq!(base(&module(), init + 0x31), 0);
+        assert_eq!(base(&module(), 0xffff_ffff_8100_0030), 0);
+        // Code that may run is not believed.
+        let mut live = module();
+        live.sections[0].name = ".text".to_owned();
+        assert_eq!(base(&live, init + 0x30), 0);
     }
 }
