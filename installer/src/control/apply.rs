@@ -34,7 +34,7 @@ pub fn apply(args: &Apply) -> Result<Exit, CliError> {
     let stop = stop_flag()?;
     let stop = || stop.load(Ordering::Relaxed);
     let checked = Checked::new(args)?;
-    let (mut domain, mut name) = xen::resolve(&args.domain)?;
+    let (mut domain, name) = xen::resolve(&args.domain)?;
     let mut came_back = false;
     loop {
         let end = match on_domain(args, &checked, (&domain, &name), came_back, &stop)? {
@@ -43,7 +43,8 @@ pub fn apply(args: &Apply) -> Result<Exit, CliError> {
         };
         // No mapping of the old domain's memory is left here: its successor may need the room.
         match watch::successor(&domain.uuid, domain.id, end, &stop)? {
-            Some(next) => (domain, name) = next,
+            // By the same name: the toolstack may not have written it yet.
+            Some(next) => domain = next,
             None => return Ok(watch::exit(end)),
         }
         came_back = true;

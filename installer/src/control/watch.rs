@@ -109,7 +109,7 @@ pub fn successor(
     old: DomId,
     end: End,
     stop: &dyn Fn() -> bool,
-) -> Result<Option<(Domain, String)>, CliError> {
+) -> Result<Option<Domain>, CliError> {
     let patience = match end {
         End::PoweredOff => return Ok(None),
         End::Reboots => REBOOT,
@@ -124,8 +124,8 @@ pub fn successor(
             .iter()
             .find(|(domain, _)| domain.uuid == uuid && domain.id != old);
         match next {
-            Some((domain, name)) if domain.life == Life::Runs => {
-                return Ok(Some((domain.clone(), name.clone())));
+            Some((domain, _)) if domain.life == Life::Runs => {
+                return Ok(Some(domain.clone()));
             }
             _ => {}
         }
