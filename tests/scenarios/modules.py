@@ -91,7 +91,7 @@ def unknown_modules_stay_and_are_reported(w):
     """A module that the bundle does not have stays on its own text, and the log says so."""
     victim.prepare_attacks(w.guest)
     w.wait("stays", 1)
-    expect(any(r["name"] == "penumbra_bug" for r in w.events("stays")), w.events("stays"))
+    expect(any(r["module"] == "penumbra_bug" for r in w.events("stays")), w.events("stays"))
 
 
 @scenario
@@ -99,7 +99,7 @@ def a_known_module_is_mapped(w):
     """At load the module is recognised, its relocated text explained, and every view has it."""
     w.load()
     record = w.events("mapped")[-1]
-    expect(record["name"] == MODULE and record["pages"] > 0, record)
+    expect(record["module"] == MODULE and record["pages"] > 0, record)
     w.installer.run(f"verify-text {G}")
     report = w.installer.json(f"verify-text {G}")["text"]
     names = {view["name"] for view in report["modules"]}

@@ -77,7 +77,7 @@ impl<'a> Decoder<'a> {
                 gfn: Gfn(event.addr),
             },
             EventKind::Dropped => Body::Unmapped {
-                module: GuestVa(event.addr),
+                at: GuestVa(event.addr),
             },
             EventKind::Unknown(_) => Body::UnknownTrap {
                 rip: GuestVa(event.rip),

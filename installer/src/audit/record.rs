@@ -141,27 +141,27 @@ pub enum Body {
     /// A module's text was mapped in the views.
     Mapped {
         /// Its name.
-        name: String,
+        module: String,
         /// Its build-id.
         build_id: String,
         /// Its `struct module`.
-        module: GuestVa,
+        at: GuestVa,
         /// Pages in all views.
         pages: usize,
     },
     /// A module stays on its own text.
     Stays {
         /// Its name, as the guest has it.
-        name: String,
+        module: String,
         /// Its `struct module`.
-        module: GuestVa,
+        at: GuestVa,
         /// Why.
         why: String,
     },
     /// The guest frees a module; it is in no view any more.
     Unmapped {
         /// Its `struct module`.
-        module: GuestVa,
+        at: GuestVa,
     },
     /// Xen had more to say than it could keep.
     Overflow {
@@ -196,12 +196,118 @@ impl From<News> for Body {
                 build_id,
                 pages,
             } => Body::Mapped {
-                name,
+                module: name,
                 build_id,
-                module,
+                at: module,
                 pages,
             },
-            News::Stays { module, name, why } => Body::Stays { name, module, why },
+            News::Stays { module, name, why } => Body::Stays {
+                module: name,
+                at: module,
+                why,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Body, Record, SCHEMA, Subject};
+    use crate::watch::Change;
+    use crate::xen::{DomId, Gfn, GuestPa, GuestVa, Root};
+
+    fn bodies() -> Vec<Body> {
+        let change = Change {
+            root: Root(0x1000),
+            view: "fast".to_owned(),
+            pid: 1,
+            comm: "a".to_owned(),
+            exe: Some("/a".to_owned()),
+            rule: None,
+        };
+        vec![
+            Body::Applied {
+                release: "6.1".to_owned(),
+                build_id: "ab".to_owned(),
+                bundle: "cd".to_owned(),
+                policy: "ef".to_owned(),
+                default: "hardened".to_owned(),
+                views: vec!["stock".to_owned()],
+                taken_over: false,
+            },
+            Body::Bound(change.clone()),
+            Body::Unbound(change),
+            Body::Lapsed {
+                root: Root(1),
+                witness: 2,
+                process: Subject::default(),
+            },
+            Body::Violation {
+                action: "kill".to_owned(),
+                pass: "return-cfi".to_owned(),
+                site: None,
+                value: GuestVa(3),
+                target: None,
+                caller: None,
+                process: Subject::default(),
+                view: "hardened".to_owned(),
+                vcpu: 1,
+                root: Root(0x1000),
+                xen_time: 7,
+            },
+            Body::UnknownTrap {
+                rip: GuestVa(4),
+                vcpu: 0,
+            },
+            Body::Refused {
+                address: GuestPa(5),
+                rip: GuestVa(6),
+                writer: None,
+                view: "stock".to_owned(),
+                vcpu: 0,
+            },
+            Body::Lost { gfn: Gfn(7) },
+            Body::Mapped {
+                module: "overlay".to_owned(),
+                build_id: "ab".to_owned(),
+                at: GuestVa(8),
+                pages: 9,
+            },
+            Body::Stays {
+                module: "bug".to_owned(),
+                at: GuestVa(8),
+                why: "unknown".to_owned(),
+            },
+            Body::Unmapped { at: GuestVa(8) },
+            Body::Overflow { records: 1 },
+            Body::Removed {
+                views: 3,
+                frames: 4,
+            },
+            Body::Stopped { dropped: 2 },
+            Body::Ended {
+                how: "crashed".to_owned(),
+            },
+        ]
+    }
+
+    #[test]
+    fn every_kind_of_record_reads_back_as_it_was_written() {
+        for body in bodies() {
+            let record = Record {
+                schema: SCHEMA.to_owned(),
+                seq: 1,
+                time: "2026-01-01T00:00:00Z".to_owned(),
+                domain: DomId(1),
+                name: "web1".to_owned(),
+                body,
+                missed: 0,
+                prev: String::new(),
+            };
+            let line = serde_json::to_string(&record).unwrap();
+            let back: Record =
+                serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"));
+            assert_eq!(back, record);
         }
     }
 }

@@ -178,11 +178,11 @@ pub fn describe(body: &Body) -> String {
             place(rip.to_string(), writer.as_ref())
         ),
         Body::Lost { gfn } => format!("a view lost frame {gfn}"),
-        Body::Mapped { name, pages, .. } => format!("module {name}: {pages} pages"),
-        Body::Stays { name, why, .. } => {
-            format!("module {} on its own text: {why}", name.escape_debug())
+        Body::Mapped { module, pages, .. } => format!("module {module}: {pages} pages"),
+        Body::Stays { module, why, .. } => {
+            format!("module {} on its own text: {why}", module.escape_debug())
         }
-        Body::Unmapped { module } => format!("the module at {module}: the guest frees it"),
+        Body::Unmapped { at } => format!("the module at {at}: the guest frees it"),
         Body::Overflow { records } => format!("{records} records were lost in Xen"),
         Body::Removed { views, frames } => format!("{views} views, {frames} frames"),
         Body::Stopped { dropped } => format!("{dropped} bindings dropped"),

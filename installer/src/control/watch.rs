@@ -4,6 +4,7 @@ use super::CliError;
 use super::events::describe;
 use crate::audit::{Body, Trail};
 use crate::exit::Exit;
+use crate::guest::ProcessList;
 use crate::views::modules::Modules;
 use crate::views::{Journal, State};
 use crate::watch::Pass;
@@ -84,6 +85,13 @@ impl Listener for Console<'_> {
             }
             // A call that fails now is made again after the next pass.
             Err(error) => self.trouble(&error.to_string()),
+        }
+        self.say_trouble();
+    }
+
+    fn ended(&mut self, state: &State, events: &Events) {
+        for body in self.trail.events(state, events, &ProcessList::default()) {
+            self.trouble(&describe(&body));
         }
         self.say_trouble();
     }

@@ -62,6 +62,8 @@ pub enum Outcome {
 pub trait Listener {
     /// After each pass.
     fn passed(&mut self, state: &mut State, pass: &Pass, events: &Events);
+    /// The domain has ended; these records came last.
+    fn ended(&mut self, state: &State, events: &Events);
     /// A call failed and is tried again, or a view lost a page.
     fn trouble(&mut self, message: &str);
 }
@@ -147,7 +149,13 @@ impl Watch<'_> {
             Life::Suspended => return Ok(None),
             // The best moment to take the views out: neither kernel runs, and the new one may come to lie on the old text.
             Life::SoftReset => return Ok(Some(Outcome::OtherKernel)),
-            Life::Ended(end) => return Ok(Some(Outcome::Ended(end))),
+            Life::Ended(end) => {
+                // A check whose recipe is `panic` reports right before the end. A domain that is torn down has nothing to say.
+                if let Ok(events) = drain(xen) {
+                    listener.ended(state, &events);
+                }
+                return Ok(Some(Outcome::Ended(end)));
+            }
         }
         if since.refresh >= REFRESH {
             since.refresh = Duration::ZERO;

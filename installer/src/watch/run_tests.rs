@@ -20,11 +20,16 @@ const POLL: Duration = Duration::from_millis(50);
 struct Ear {
     said: Vec<String>,
     passes: usize,
+    last_words: usize,
 }
 
 impl Listener for Ear {
     fn passed(&mut self, _: &mut State, _: &Pass, _: &Events) {
         self.passes += 1;
+    }
+
+    fn ended(&mut self, _: &State, events: &Events) {
+        self.last_words += events.records.len();
     }
 
     fn trouble(&mut self, message: &str) {
@@ -116,10 +121,12 @@ fn each_way_to_end_is_told_from_the_others() {
         let (outcome, ear, _) = world.watch(&world.fake, &|_| {
             // A crashed domain may be kept for its dump: it is in the list and will not run again.
             world.fake.domain.borrow_mut().life = Life::Ended(end);
+            // What a check whose recipe is `panic` says right before the end.
+            world.fake.trap(true, 0x1234);
             false
         });
         assert_eq!(outcome.unwrap(), Outcome::Ended(end));
-        assert_eq!(ear.passes, 1);
+        assert_eq!((ear.passes, ear.last_words), (1, 1));
         assert!(world.journal.load().unwrap().is_none());
     }
     // Another domain has the id.
