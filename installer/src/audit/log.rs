@@ -83,11 +83,6 @@ impl Audit {
         })
     }
 
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Writes one line, whole or not at all. What cannot be written is counted in the next line that can.
     pub fn write(&mut self, body: Body) -> Result<(), AuditError> {
         let record = Record {
