@@ -166,7 +166,8 @@ fn every_view_can_be_built() {
             pages.len(),
             edits.0.len()
         );
-        assert_eq!(pages.is_empty(), variant.name == "stock");
+        // Stock differs in the page of `module-free` alone, the others in many.
+        assert_eq!(pages.len() == 1, variant.name == "stock");
     }
     // With its own cave in place the text still explains, and says so.
     let again = explain::explain(
