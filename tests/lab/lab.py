@@ -71,6 +71,7 @@ class _ConsoleLine:
         self.pty = None
         self.log = b""
         self.held = ""
+        self.asked = time.monotonic()
 
     def write(self, data):
         self.held += data.decode().replace("\n", "\\n")
@@ -92,7 +93,17 @@ class _ConsoleLine:
 
     def lost(self):
         """Why nothing more will come, or None."""
-        return "kernel panic" if b"Kernel panic" in self.log else None
+        if b"Kernel panic" in self.log:
+            return "kernel panic"
+        if time.monotonic() < self.asked + 5:
+            return None
+        self.asked = time.monotonic()
+        rc, out = self.dom0.run(f"xl list {GUEST}", 30)
+        if rc:
+            return "Xen has no such domain"
+        # Name, ID, Mem, VCPUs, State, Time: the state's letters are in the order `rbpscd`.
+        state = out.split()[-2]
+        return f"its domain's state is {state}" if set(state) & set("scd") else None
 
 
 class Guest:
