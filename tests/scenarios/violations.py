@@ -12,6 +12,8 @@ from . import expect, scenario
 G = chain.GUEST
 ACTIONS = ["kill", "log", "panic"]
 PASSES = {"pointer": "forward-cfi", "return": "return-cfi"}
+# Who calls what the attacker wrote, where no process is at work.
+INTERRUPTS = {"timer": "__hrtimer_run_queues", "nmi": "nmi_handle"}
 
 
 class World:
@@ -30,10 +32,34 @@ class World:
         self.installer = chain.Installer(self.lab, bundle=f"/p/{action}")
         self.installer.apply()
 
+    def start_again(self):
+        """A new guest in place of the one that panicked."""
+        self.installer.stop_watching()
+        guest = self.guest.successor()
+        rc, out = self.lab.dom0.run(f"xl destroy {G}")
+        expect(rc == 0, out)
+        self.guest = guest
+        guest.start()
+        victim.prepare_attacks(guest)
+        self.installer = None
+
     def attack(self, kind):
         """One attack from the untrusted program, and the first record that it made."""
         before = len(self.installer.events("violation"))
         found = victim.attack(self.guest, "guestbook", kind,
+                              before=lambda pid: self.installer.wait_view(pid, "hardened"))
+        return found, self.records(before)[0]
+
+    def interrupt(self, kind):
+        """A violation in an interrupt or an NMI of the untrusted program, and its first record."""
+        before = len(self.installer.events("violation"))
+
+        def send(cpu):
+            if kind == "nmi":
+                rc, out = self.lab.dom0.run(f"xl trigger {G} nmi {cpu}")
+                expect(rc == 0, out)
+
+        found = victim.attack(self.guest, "guestbook", kind, during=send,
                               before=lambda pid: self.installer.wait_view(pid, "hardened"))
         return found, self.records(before)[0]
 
@@ -102,17 +128,29 @@ def log_reports_and_goes_on(w):
 
 
 @scenario
-def panic_reports_and_ends_the_guest(w):
-    """panic: the report comes first, then the guest's kernel panics; once, and Xen runs on."""
-    w.apply("panic")
+def interrupts_report_and_go_on(w):
+    """log, in an interrupt and in an NMI: the same report, once, with the caller's name; the guest goes on."""
+    for kind, caller in INTERRUPTS.items():
+        before = len(w.guest.trouble())
+        found, record = w.interrupt(kind)
+        expect(found.outcome == "no effect", kind, found.outcome, *found.oops)
+        expect(record["pass"] == "forward-cfi" and record["action"] == "log", kind, record)
+        expect(caller in str(record["site"]), kind, record)
+        expect("noop_fsync" in str(record["target"]), kind, record)
+        expect(record["view"] == "hardened" and record["process"]["pid"] == found.pid, kind, record)
+        expect(len(w.guest.trouble()) == before, kind, w.guest.trouble()[before:])
+
+
+def _ends_the_guest(w, action, attack):
+    """The report comes first, then the guest's kernel panics; once, and Xen runs on."""
+    w.apply(action)
     before = len(w.installer.events("violation"))
     try:
-        victim.attack(w.guest, "guestbook", "pointer",
-                      before=lambda pid: w.installer.wait_view(pid, "hardened"), timeout=20)
+        attack()
     except LabError:
         pass  # the guest is gone
     records = w.records(before)
-    expect(records[0]["action"] == "panic" and records[0]["pass"] == "forward-cfi", records)
+    expect(records[0]["action"] == action and records[0]["pass"] == "forward-cfi", records)
     expect(len(records) < 5, "it recursed:", records)
     deadline = time.monotonic() + 120
     while "Kernel panic" not in w.guest.console():
@@ -120,3 +158,17 @@ def panic_reports_and_ends_the_guest(w):
         time.sleep(1)
     rc, out = w.lab.dom0.run("xl list")
     expect(rc == 0 and not w.lab.xen_trouble(), out, w.lab.xen_trouble())
+
+
+@scenario
+def panic_reports_and_ends_the_guest(w):
+    """panic: the report comes first, then the guest's kernel panics; once, and Xen runs on."""
+    _ends_the_guest(w, "panic", lambda: victim.attack(
+        w.guest, "guestbook", "pointer", before=lambda pid: w.installer.wait_view(pid, "hardened"), timeout=20))
+
+
+@scenario
+def kill_in_an_nmi_ends_the_guest(w):
+    """kill, where there is no process to kill: reported, then Linux panics as for any oops in an NMI."""
+    w.start_again()
+    _ends_the_guest(w, "kill", lambda: w.interrupt("nmi"))

@@ -49,6 +49,8 @@ pub struct Policy {
     pub kernels: Vec<String>,
     /// The view of processes that no rule matches.
     pub default: View,
+    /// While a module stays on its own text nobody has a laxer view than the default.
+    pub refuses_unknown_modules: bool,
     /// The rules. Their order has no meaning.
     pub rules: Vec<Rule>,
     /// The policy's own tests.
@@ -280,6 +282,7 @@ mod tests {
                         version: 1,
                         kernels: Vec::new(),
                         default,
+                        refuses_unknown_modules: false,
                         rules: vec![first.clone(), second.clone()],
                         tests: Vec::new(),
                         warnings: Vec::new(),

@@ -12,6 +12,9 @@
 //! [default]
 //! view = "hardened"
 //!
+//! [modules]
+//! unknown = "refuse"                           # while a module stays on its own text nobody is faster; or "report"
+//!
 //! [[rule]]
 //! id     = "payroll-fast"
 //! reason = "reviewed by the kernel team"       # every rule for `fast` says why

@@ -118,7 +118,7 @@ fn read(reader: &mut Reader<'_>) -> Option<Policy> {
         return None;
     }
     let known = [
-        "schema", "name", "version", "mode", "kernel", "default", "rule", "test",
+        "schema", "name", "version", "mode", "kernel", "default", "modules", "rule", "test",
     ];
     reader.only(root, &known);
     let name = reader.need(
@@ -136,6 +136,7 @@ fn read(reader: &mut Reader<'_>) -> Option<Policy> {
     read_mode(reader, root);
     let kernels = read_kernels(reader, root);
     let default = read_default(reader, root);
+    let refuses_unknown_modules = read_modules(reader, root);
     let rules = read_rules(reader, root);
     let tests = read_tests(reader, root, &rules);
     Some(Policy {
@@ -143,6 +144,7 @@ fn read(reader: &mut Reader<'_>) -> Option<Policy> {
         version: version?,
         kernels,
         default,
+        refuses_unknown_modules,
         rules: rules.into_values().collect(),
         tests,
         warnings: Vec::new(),
@@ -218,6 +220,30 @@ fn read_default(reader: &mut Reader<'_>, root: Table<'_, '_>) -> View {
             "use `hardened`, or say that it is meant: `allow-fast-default = true`".to_owned();
     }
     view
+}
+
+/// What becomes of a module whose text is not the bundle's: `report` (the default) or `refuse`.
+fn read_modules(reader: &mut Reader<'_>, root: Table<'_, '_>) -> bool {
+    let table = root.fields.get("modules");
+    let Some(table) = table.and_then(|value| reader.table(value, "[modules]")) else {
+        return false;
+    };
+    reader.only(table, &["unknown"]);
+    let help = "write `unknown = \"refuse\"`, or leave [modules] away";
+    let Some(value) = reader.need(table, "unknown", help) else {
+        return false;
+    };
+    match reader.text(value) {
+        None | Some("report") => false,
+        Some("refuse") => true,
+        Some(other) => {
+            let message = format!("unknown modules cannot be met with `{other}`");
+            reader.error("P015", value.span(), message).help =
+                "`report` says that they stay on their own text; `refuse` also keeps everybody on the default view while one is loaded"
+                    .to_owned();
+            true
+        }
+    }
 }
 
 fn read_view(reader: &mut Reader<'_>, value: &Value<'_>) -> Option<View> {

@@ -8,7 +8,7 @@ use crate::audit::{Audit, Body, Decoder, Trail, log_dir};
 use crate::exit::Exit;
 use crate::views::apply::ApplyError;
 use crate::views::journal::{self, Journal, POLICY_COPY, State};
-use crate::views::modules::Modules;
+use crate::views::modules::{self, Modules};
 use crate::views::{self, Applied, Request, apply as views_apply, digest, remove};
 use crate::watch::Watcher;
 use crate::watch::run::{Listener, Outcome, Watch};
@@ -108,13 +108,16 @@ fn on_domain(
     if let Some(why) = modules.unable() {
         eprintln!("installer: modules stay on their own text in every view: {why}");
     }
-    let mut console = Console::new(xen, &journal, Trail::new(audit, decoder), modules);
+    let refuses = checked.policy.refuses_unknown_modules;
+    let trail = Trail::new(audit, decoder);
+    let mut console = Console::new(xen, &journal, trail, modules, refuses);
     console.write(applied_record(checked, &state, how == TAKEN_OVER));
     if !args.once {
         state.watcher = std::process::id();
         journal.save(&state)?;
         // Bound before it is said; what fails here is tried again by the watching.
-        if let Ok(pass) = watcher.pass(xen, &state, &checked.policy, journal.dir()) {
+        let foreign = console.foreign();
+        if let Ok(pass) = watcher.pass(xen, &state, &checked.policy, foreign, journal.dir()) {
             console.passed(&mut state, &pass, &Events::default());
         }
     }
@@ -242,6 +245,14 @@ impl Checked {
                 path: args.policy.clone(),
                 build_id: build_id.clone(),
                 listed: policy.kernels.join(", "),
+            });
+        }
+        if policy.refuses_unknown_modules
+            && let Err(why) = modules::able(&bundle)
+        {
+            return Err(CliError::PolicyModules {
+                path: args.policy.clone(),
+                why,
             });
         }
         for view in policy.views() {

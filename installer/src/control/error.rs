@@ -65,6 +65,16 @@ pub enum CliError {
         /// The policy's.
         listed: String,
     },
+    /// A policy that refuses unknown modules, with a bundle that makes all unknown.
+    #[error(
+        "{path}: the policy refuses modules that stay on their own text, and all would: {why}. Or leave [modules] out of the policy and sign it again"
+    )]
+    PolicyModules {
+        /// The file.
+        path: PathBuf,
+        /// Why none gets views.
+        why: &'static str,
+    },
     /// Another bundle is applied.
     #[error("another bundle ({applied}) is applied to this domain; `installer remove` it first")]
     OtherBundle {

@@ -27,22 +27,25 @@ pub struct Console<'a> {
     said: HashSet<String>,
     trail: Trail<'a>,
     modules: Modules<'a>,
+    refuses: bool,
     hypervisor: &'a dyn Hypervisor,
     journal: &'a Journal,
 }
 
 impl<'a> Console<'a> {
-    /// A console that writes to `trail` and looks after `modules`.
+    /// A console that writes to `trail` and looks after `modules`, which the policy `refuses` if they are unknown, or not.
     pub fn new(
         hypervisor: &'a dyn Hypervisor,
         journal: &'a Journal,
         trail: Trail<'a>,
         modules: Modules<'a>,
+        refuses: bool,
     ) -> Console<'a> {
         Console {
             said: HashSet::new(),
             trail,
             modules,
+            refuses,
             hypervisor,
             journal,
         }
@@ -86,7 +89,20 @@ impl Listener for Console<'_> {
             // A call that fails now is made again after the next pass.
             Err(error) => self.trouble(&error.to_string()),
         }
+        if self.refuses
+            && let Some(names) = self.modules.foreign()
+            && !names.is_empty()
+        {
+            self.trouble(&format!(
+                "the policy refuses modules that stay on their own text; while {} is loaded nobody has a laxer view than the default",
+                names.join(", ")
+            ));
+        }
         self.say_trouble();
+    }
+
+    fn foreign(&self) -> bool {
+        self.modules.foreign().is_none_or(|names| !names.is_empty())
     }
 
     fn ended(&mut self, state: &State, events: &Events) {

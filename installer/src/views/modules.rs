@@ -58,7 +58,7 @@ pub enum News {
 }
 
 /// Whether the bundle can give modules views, and if not why.
-fn able(bundle: &Bundle) -> Result<(), &'static str> {
+pub fn able(bundle: &Bundle) -> Result<(), &'static str> {
     if bundle.modules.is_empty() {
         return Err("the bundle has no modules; `hardener emit --module` puts them there");
     }
@@ -91,6 +91,8 @@ pub struct Modules<'a> {
     stay: HashSet<(GuestVa, GuestVa, Option<String>)>,
     /// The newest module at the last look, and whether one was not live yet.
     seen: Option<(Option<GuestVa>, usize, bool)>,
+    /// Modules that were on their own text at the last look, by name.
+    foreign: Option<Vec<String>>,
 }
 
 impl<'a> Modules<'a> {
@@ -105,7 +107,13 @@ impl<'a> Modules<'a> {
             }),
             stay: HashSet::new(),
             seen: None,
+            foreign: None,
         }
+    }
+
+    /// The modules that were on their own text at the last look, by name; `None` before the first, or if none can be made.
+    pub fn foreign(&self) -> Option<&[String]> {
+        self.foreign.as_deref()
     }
 
     /// Why no module of this guest gets views, if none can.
@@ -201,6 +209,12 @@ impl<'a> Modules<'a> {
             }
         }
         self.seen = Some((now.0, now.1, again));
+        let mapped = |loaded: &&Loaded| {
+            let mut there = state.modules.iter();
+            !there.any(|one| one.module == loaded.module)
+        };
+        let names = list.modules.iter().filter(mapped);
+        self.foreign = Some(names.map(|loaded| loaded.name.clone()).collect());
         Ok(news)
     }
 

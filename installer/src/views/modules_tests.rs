@@ -221,7 +221,9 @@ fn a_module_gets_views_when_it_is_live_and_loses_them_before_it_is_freed() {
     let mut world = world(&bundle);
     let mut modules = Modules::new(&bundle, &world.state);
     assert_eq!(modules.unable(), None);
+    assert_eq!(modules.foreign(), None);
     assert_eq!(world.look(&mut modules), []);
+    assert_eq!(modules.foreign(), Some(&[][..]));
     for _ in 0..3 {
         load(&world.fake, [0xbe, 0xef]);
         let news = world.look(&mut modules);
@@ -285,8 +287,10 @@ fn an_unknown_build_or_text_stays_and_is_said_once() {
         "{news:?}"
     );
     assert_eq!(world.look(&mut modules), []);
+    assert_eq!(modules.foreign(), Some(&["small".to_owned()][..]));
     unload(&world.fake);
     world.look(&mut modules);
+    assert_eq!(modules.foreign(), Some(&[][..]));
 
     let mut modules = Modules::new(&bundle, &world.state);
     load(&world.fake, [0xbe, 0xef]);

@@ -122,12 +122,14 @@ pub struct Watcher {
 
 impl Watcher {
     /// One pass: reads the guest's processes into bindings. Roots that a storm has pinned under `journal_dir` are left
-    /// alone.
+    /// alone. While there is `foreign` text in the guest's kernel, a policy that refuses it gives nobody a laxer view than
+    /// the default.
     pub fn pass(
         &mut self,
         hypervisor: &dyn Hypervisor,
         state: &State,
         policy: &Policy,
+        foreign: bool,
         journal_dir: &Path,
     ) -> Result<Pass, XenError> {
         let memory = state.reader.kernel().memory(hypervisor);
@@ -141,6 +143,9 @@ impl Watcher {
         let is_pinned = |root| pins::is_pinned(journal_dir, root);
         // The default needs no binding, and poking_mm's is Xen's own.
         wanted.retain(|root, want| want.view != state.default && *root != state.poking_root);
+        if foreign && policy.refuses_unknown_modules {
+            wanted.retain(|_, want| strictness(&want.view) > strictness(&state.default));
+        }
         let mut there: HashSet<Root> = HashSet::new();
         for Bound { root, view, .. } in hypervisor.bindings()? {
             if root == state.poking_root || is_pinned(root) {

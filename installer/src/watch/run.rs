@@ -64,6 +64,8 @@ pub trait Listener {
     fn passed(&mut self, state: &mut State, pass: &Pass, events: &Events);
     /// The domain has ended; these records came last.
     fn ended(&mut self, state: &State, events: &Events);
+    /// Whether the guest's kernel has text that nobody has explained; not known yet counts as yes.
+    fn foreign(&self) -> bool;
     /// A call failed and is tried again, or a view lost a page.
     fn trouble(&mut self, message: &str);
 }
@@ -179,7 +181,8 @@ impl Watch<'_> {
                 ));
             }
         }
-        let pass = watcher.pass(xen, state, self.policy, self.journal.dir())?;
+        let foreign = listener.foreign();
+        let pass = watcher.pass(xen, state, self.policy, foreign, self.journal.dir())?;
         listener.passed(state, &pass, &events);
         Ok(None)
     }

@@ -32,6 +32,10 @@ impl Listener for Ear {
         self.last_words += events.records.len();
     }
 
+    fn foreign(&self) -> bool {
+        false
+    }
+
     fn trouble(&mut self, message: &str) {
         self.said.push(message.to_owned());
     }

@@ -44,6 +44,7 @@ struct World {
     state: State,
     policy: Policy,
     watcher: Watcher,
+    foreign: bool,
     journal: Journal,
     _dir: tempfile::TempDir,
 }
@@ -62,6 +63,7 @@ impl World {
             state,
             policy: Policy::parse("test.toml", POLICY).unwrap(),
             watcher: Watcher::default(),
+            foreign: false,
             journal,
             _dir: dir,
         }
@@ -76,7 +78,13 @@ impl World {
     fn pass(&mut self) -> super::Pass {
         let pass = self
             .watcher
-            .pass(&self.fake, &self.state, &self.policy, self.journal.dir())
+            .pass(
+                &self.fake,
+                &self.state,
+                &self.policy,
+                self.foreign,
+                self.journal.dir(),
+            )
             .unwrap();
         super::Pass {
             list: ProcessList::default(),
@@ -102,6 +110,21 @@ impl World {
     fn set32(&self, at: u64, value: u32) {
         self.fake.poke(GuestPa(at), &value.to_le_bytes());
     }
+}
+
+#[test]
+fn foreign_text_keeps_everybody_on_the_default_if_the_policy_refuses_it() {
+    let mut world = World::new();
+    world.foreign = true;
+    world.pass();
+    assert_eq!(world.bound()[&root(PAYROLL)], world.fast());
+    world.policy.refuses_unknown_modules = true;
+    let pass = world.pass();
+    assert_eq!(pass.unbound.len(), 1);
+    assert!(!world.bound().contains_key(&root(PAYROLL)));
+    world.foreign = false;
+    world.pass();
+    assert_eq!(world.bound()[&root(PAYROLL)], world.fast());
 }
 
 #[test]

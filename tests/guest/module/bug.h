@@ -20,5 +20,12 @@ struct bug_access {
 /* Reads, and writes, words of the ioctl's own stack. */
 #define BUG_STACK_READ  _IOW('P', 2, struct bug_access)
 #define BUG_STACK_WRITE _IOW('P', 3, struct bug_access)
+/*
+ * Stands for a pointer that was overwritten before: the argument is a kernel address that
+ * the kernel's own text calls once, a little later, from an interrupt on this CPU, or at
+ * every NMI until the file is closed.
+ */
+#define BUG_TIMER _IO('P', 4)
+#define BUG_NMI   _IO('P', 5)
 
 #endif

@@ -10,9 +10,14 @@
  *  - a local array of the ioctl, so that the caller reaches the return addresses
  *    further up the stack.
  *
+ * A timer's and an NMI handler's function pointer, which __hrtimer_run_queues() and
+ * nmi_handle() call, can be set as if they had been overwritten.
+ *
  * The module's own text takes no part in what follows from either.
  */
+#include <asm/nmi.h>
 #include <linux/fs.h>
+#include <linux/hrtimer.h>
 #include <linux/miscdevice.h>
 #include <linux/module.h>
 #include <linux/uaccess.h>
@@ -28,6 +33,48 @@ static int bug_get(void *data, u64 *value)
 static int bug_set(void *data, u64 value)
 {
 	return 0;
+}
+
+static struct hrtimer bug_timer;
+static struct nmiaction bug_nmi = { .name = "penumbra_bug" };
+static DEFINE_MUTEX(bug_nmi_lock);
+
+static void bug_start_timer(unsigned long function)
+{
+	hrtimer_cancel(&bug_timer);
+	hrtimer_init(&bug_timer, CLOCK_MONOTONIC, HRTIMER_MODE_REL_PINNED_HARD);
+	bug_timer.function = (void *)function;
+	hrtimer_start(&bug_timer, ms_to_ktime(5), HRTIMER_MODE_REL_PINNED_HARD);
+}
+
+static void bug_end_nmi(void)
+{
+	mutex_lock(&bug_nmi_lock);
+	if (bug_nmi.handler)
+		unregister_nmi_handler(NMI_LOCAL, bug_nmi.name);
+	bug_nmi.handler = NULL;
+	mutex_unlock(&bug_nmi_lock);
+}
+
+static long bug_start_nmi(unsigned long function)
+{
+	long result = -EBUSY;
+
+	mutex_lock(&bug_nmi_lock);
+	if (!bug_nmi.handler) {
+		bug_nmi.handler = (void *)function;
+		result = __register_nmi_handler(NMI_LOCAL, &bug_nmi);
+		if (result)
+			bug_nmi.handler = NULL;
+	}
+	mutex_unlock(&bug_nmi_lock);
+	return result;
+}
+
+static int bug_release(struct inode *inode, struct file *file)
+{
+	bug_end_nmi();
+	return simple_attr_release(inode, file);
 }
 
 static int bug_open(struct inode *inode, struct file *file)
@@ -75,6 +122,13 @@ static long bug_ioctl(struct file *file, unsigned int command, unsigned long arg
 	u64 *words;
 	long result;
 
+	switch (command) {
+	case BUG_TIMER:
+		bug_start_timer(argument);
+		return 0;
+	case BUG_NMI:
+		return bug_start_nmi(argument);
+	}
 	if (copy_from_user(&access, (void __user *)argument, sizeof(access)))
 		return -EFAULT;
 	if (access.count > BUG_WORDS)
@@ -94,7 +148,7 @@ static long bug_ioctl(struct file *file, unsigned int command, unsigned long arg
 static const struct file_operations bug_operations = {
 	.owner = THIS_MODULE,
 	.open = bug_open,
-	.release = simple_attr_release,
+	.release = bug_release,
 	.read = simple_attr_read,
 	.write = simple_attr_write,
 	.unlocked_ioctl = bug_ioctl,
@@ -106,7 +160,20 @@ static struct miscdevice bug_device = {
 	.fops = &bug_operations,
 	.mode = 0666,
 };
-module_misc_device(bug_device);
+
+static int __init bug_init(void)
+{
+	hrtimer_init(&bug_timer, CLOCK_MONOTONIC, HRTIMER_MODE_REL_PINNED_HARD);
+	return misc_register(&bug_device);
+}
+module_init(bug_init);
+
+static void __exit bug_exit(void)
+{
+	misc_deregister(&bug_device);
+	hrtimer_cancel(&bug_timer);
+}
+module_exit(bug_exit);
 
 MODULE_DESCRIPTION("Planted bugs for Penumbra's tests");
 MODULE_LICENSE("GPL");
