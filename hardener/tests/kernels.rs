@@ -2,6 +2,7 @@
 
 mod common;
 
+use hardener::check::{Checker, Rule};
 use hardener::emit::emit;
 use hardener::recipe::Recipe;
 use penumbra_bundle::{Bundle, LinkVa, Mitigation, SiteKind, SlotKind, TableKind, TextOff};
@@ -46,6 +47,71 @@ fn the_xz_kernel_is_taken_too() {
         cloud().manifest.kernel.build_id
     );
     assert!(bundle.variant("hardened").unwrap().1.0.len() > 50_000);
+}
+
+/// A kernel that only has to be taken: every pass of `hardened` finds its slots, and the checker proves the bundle.
+fn taken_and_proved(path: &Path) -> Bundle {
+    let bundle = bundle(path);
+    let (hardened, edits) = bundle.variant("hardened").unwrap();
+    assert!(edits.0.len() > 50_000, "{}", edits.0.len());
+    for pass in &hardened.passes {
+        assert!(pass.edited > 0, "{} of {}", pass.name, path.display());
+    }
+    let outcome = Checker::open(path).unwrap().check(&bundle, false).unwrap();
+    assert!(outcome.clean, "{}", outcome.render());
+    bundle
+}
+
+#[test]
+fn the_realtime_kernel_is_taken_and_proved() {
+    let bundle = taken_and_proved(common::rt());
+    assert!(bundle.manifest.kernel.release.ends_with("-rt-amd64"));
+}
+
+#[test]
+fn the_next_releases_kernel_for_machines_is_taken_and_proved() {
+    let bundle = taken_and_proved(common::amd64_backports());
+    assert!(bundle.manifest.kernel.release.starts_with("6.12."));
+}
+
+#[test]
+fn the_next_releases_cloud_kernel_is_taken_and_a_wrong_byte_in_its_dictionary_is_found() {
+    let path = common::cloud_backports();
+    let mut bundle = taken_and_proved(path);
+    // There is no room for a bit for each byte of text.
+    let tables = &bundle.manifest.cave.tables;
+    let table = tables.iter().find(|table| table.name == "return_targets");
+    let table = table.unwrap().clone();
+    assert_eq!(table.kind, TableKind::Dictionary);
+    let checker = Checker::open(path).unwrap();
+    let exact = |bundle: &Bundle| {
+        let reports = checker.prove(bundle, &[Rule::ThunkContract, Rule::ExactSets]);
+        reports.unwrap().pop().unwrap().violations
+    };
+    assert_eq!(exact(&bundle).len(), 0);
+    // Behind the masks, in the middle of the codes: two neighbouring groups change places.
+    let elf = goblin::elf::Elf::parse(&bundle.cave).unwrap();
+    let segment = elf.program_headers.iter();
+    let segment = segment
+        .clone()
+        .find(|one| one.p_vaddr <= table.range.start.0)
+        .unwrap();
+    let start = (segment.p_offset + table.range.start.0 - segment.p_vaddr) as usize;
+    let middle = start + 512 + table.range.len() as usize / 2;
+    let at = (middle..)
+        .find(|at| bundle.cave[*at] != bundle.cave[at + 1])
+        .unwrap();
+    bundle.cave.swap(at, at + 1);
+    let found = exact(&bundle);
+    let places: Vec<LinkVa> = found.iter().filter_map(|one| one.address).collect();
+    let group = LinkVa(table.covers.start.0 + ((at - start - 512) * 16) as u64);
+    assert!(!places.is_empty());
+    for place in places {
+        assert!(
+            (group.0..group.0 + 32).contains(&place.0),
+            "{place} {group}"
+        );
+    }
 }
 
 /// The edits of one variant by kind.
@@ -162,6 +228,15 @@ fn members(bundle: &Bundle, names: [&str; 2]) -> BTreeSet<LinkVa> {
                     found.insert(LinkVa(
                         table.covers.start.0 + bit as u64 * u64::from(granule),
                     ));
+                }
+            }
+            TableKind::Dictionary => {
+                let (masks, codes) = bytes.split_at(512);
+                for (group, code) in (0u64..).zip(codes) {
+                    let mask = &masks[2 * usize::from(*code)..][..2];
+                    let mask = u16::from_le_bytes(mask.try_into().unwrap());
+                    let bits = (0..16).filter(|bit| mask >> bit & 1 == 1);
+                    found.extend(bits.map(|bit| LinkVa(table.covers.start.0 + group * 16 + bit)));
                 }
             }
             TableKind::SortedOffsets => {

@@ -36,8 +36,8 @@ class Kernel:
         return found[0]
 
 
-def _kernel(metapackage, pattern, modules):
-    package = packages.resolve(metapackage, pattern)
+def _kernel(metapackage, pattern, modules, suite=None):
+    package = packages.resolve(metapackage, pattern, suite)
     only = ["./boot/vmlinuz-*"] + [f"./lib/modules/*/{m}.ko" for m in modules]
     tree = packages.unpacked(package, only)
     return Kernel(package.removeprefix("linux-image-"), package, packages.version(package), tree)
@@ -51,6 +51,23 @@ def cloud():
 def amd64():
     """dom0's kernel: the cloud kernel is built without XEN_DOM0."""
     return _kernel("linux-image-amd64", r"linux-image-[0-9].*-amd64", DOM0_MODULES)
+
+
+def rt():
+    """The same release with PREEMPT_RT."""
+    return _kernel("linux-image-rt-amd64", r"linux-image-[0-9].*-rt-amd64", [])
+
+
+def cloud_backports():
+    """The cloud kernel of the next release (6.12): IBT, call padding, no `.parainstructions`."""
+    suite = f"{packages.release()}-backports"
+    return _kernel("linux-image-cloud-amd64", r"linux-image-[0-9].*-cloud-amd64", [], suite)
+
+
+def amd64_backports():
+    """The kernel of the next release (6.12) for machines."""
+    suite = f"{packages.release()}-backports"
+    return _kernel("linux-image-amd64", r"linux-image-[0-9].*-amd64", [], suite)
 
 
 def headers(kernel):

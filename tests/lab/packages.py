@@ -226,21 +226,22 @@ def _unpack(package, only):
     return tree
 
 
-def depends(package):
-    """Names of the packages that `package` depends on directly."""
-    listing = _run(["apt-cache", *_apt_options(), "depends", "--important", package])
+def depends(package, suite=None):
+    """Names of the packages that `package` depends on directly; as `suite` has it, if given."""
+    options = ["-o", f"APT::Default-Release={suite}"] if suite else []
+    listing = _run(["apt-cache", *_apt_options(), *options, "depends", "--important", package])
     return [line.split()[-1] for line in listing.splitlines() if line.strip().startswith("Depends:")]
 
 
-def resolved(metapackage, pattern):
-    """The one dependency of `metapackage` whose name matches; remembered, so that a
-    machine keeps the kernel it began with until target/lab is removed."""
+def resolved(metapackage, pattern, suite=None):
+    """The one dependency of `metapackage` (as `suite` has it) whose name matches; remembered, so
+    that a machine keeps the kernel it began with until target/lab is removed."""
     memory = TARGET / "resolved.json"
     known = json.loads(memory.read_text()) if memory.exists() else {}
-    key = f"{metapackage} {pattern}"
+    key = f"{metapackage} {pattern}" + (f" {suite}" if suite else "")
     if key not in known:
         _update()
-        found = [d for d in depends(metapackage) if re.fullmatch(pattern, d)]
+        found = [d for d in depends(metapackage, suite) if re.fullmatch(pattern, d)]
         if len(found) != 1:
             raise LabError(f"{metapackage} should depend on one package like {pattern}, found {found}")
         known[key] = found[0]
@@ -254,10 +255,10 @@ def unpacked(package, only=("./*",)):
         return _unpack(package, list(only))
 
 
-def resolve(metapackage, pattern):
+def resolve(metapackage, pattern, suite=None):
     """See `resolved`, under the packages' lock."""
     with locked("packages"):
-        return resolved(metapackage, pattern)
+        return resolved(metapackage, pattern, suite)
 
 
 def version(package):

@@ -235,6 +235,9 @@ pub enum TableKind {
     },
     /// Sorted little-endian 32-bit offsets from `covers.start`.
     SortedOffsets,
+    /// 256 little-endian 16-bit masks, then one byte for each 16 bytes of address space, which says whose mask it is: bit `n`
+    /// of the mask of byte `i` stands for `covers.start + i * 16 + n`.
+    Dictionary,
 }
 
 /// One variant of the text.

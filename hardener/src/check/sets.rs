@@ -18,6 +18,8 @@ const PUSHED: [&str; 4] = [
     "return_to_handler",
 ];
 
+const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+
 /// The addresses that a table must hold, and those that make no difference.
 #[derive(Debug, Default)]
 pub struct Legal {
@@ -85,7 +87,8 @@ fn calls_in_replacement(kernel: &Kernel, alternative: &Alternative) -> Vec<(Link
 /// Every entry in the text that a checked indirect branch may go to.
 ///
 /// An entry is the address of a symbol or of a traced function. It counts when something may have stored its address: a
-/// relocation anywhere but in tables that only describe code, a RIP-relative operand, an export, a relative pointer.
+/// relocation anywhere but in tables that only describe code, a RIP-relative operand, an export, a relative pointer. A kernel
+/// built with IBT names further ones, which it finds by their names (BPF's destructors): ENDBR64 at a symbol, not sealed.
 pub fn entries(kernel: &Kernel) -> Result<Legal, KernelError> {
     let mut known: HashSet<LinkVa> = kernel.symbols.iter().map(|symbol| symbol.at).collect();
     known.extend(&kernel.tables.fentry);
@@ -98,7 +101,14 @@ pub fn entries(kernel: &Kernel) -> Result<Legal, KernelError> {
         never.push(kernel.symbols.between(start, end)?);
     }
     let mut legal = Legal::default();
-    for to in pointers(kernel) {
+    let mut landings = Vec::new();
+    if let Some(sealed) = &kernel.tables.sealed {
+        let sealed: HashSet<&LinkVa> = sealed.iter().collect();
+        let symbols = kernel.symbols.iter().map(|symbol| symbol.at);
+        let open = symbols.filter(|at| kernel.vmlinux.bytes(*at, 4) == Some(&ENDBR64));
+        landings.extend(open.filter(|at| !sealed.contains(at)));
+    }
+    for to in pointers(kernel).chain(landings) {
         let barred = never.iter().any(|range| range.contains(to));
         if kernel.in_text(to) && known.contains(&to) && !barred {
             legal.required.insert(to);

@@ -29,6 +29,21 @@ pub fn decoded_tables(bundle: &Bundle, image: &CaveImage) -> Vec<Vec<u64>> {
                     bits.map(move |bit| (index as u64 * 8 + bit) * u64::from(granule))
                 })
                 .collect(),
+            TableKind::Dictionary => {
+                let (masks, codes) = bytes.split_at(bytes.len().min(2 * 256));
+                let mask = |code: &u8| {
+                    let at = 2 * usize::from(*code);
+                    let low = masks.get(at..at + 2).unwrap_or(&[0, 0]);
+                    u16::from_le_bytes([low[0], low[1]])
+                };
+                let groups = codes.iter().enumerate();
+                let of = groups.flat_map(|(group, code)| {
+                    let mask = mask(code);
+                    let bits = (0..16).filter(move |bit| mask >> bit & 1 == 1);
+                    bits.map(move |bit| group as u64 * 16 + bit)
+                });
+                of.collect()
+            }
             TableKind::SortedOffsets => bytes
                 .chunks_exact(4)
                 .map(|word| u64::from(u32::from_le_bytes(word.try_into().expect("4 bytes"))))

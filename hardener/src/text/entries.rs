@@ -5,7 +5,15 @@ use super::{Functions, Regions, Span, Sweep};
 use crate::image::{Image, Tables};
 use penumbra_bundle::{LinkVa, TextOff};
 
-/// Collects the addresses; sorted.
+/// What indirect branches may reach; both lists are sorted.
+pub struct Entries {
+    /// All of it.
+    pub all: Vec<TextOff>,
+    /// What nothing in the image refers to, but an unsealed ENDBR64 names.
+    pub landings: Vec<TextOff>,
+}
+
+/// Collects the addresses.
 ///
 /// Labels inside functions are no entries: `_THIS_IP_` takes their addresses but jumps to none, and a slot whose function
 /// has a table of labels (a computed goto) is no slot.
@@ -16,7 +24,7 @@ pub fn find(
     sweep: &Sweep,
     regions: &Regions,
     functions: &Functions,
-) -> Vec<TextOff> {
+) -> Entries {
     // Absolute addresses: function pointers in data and immediates in code.
     let mut taken = pointers(image, tables);
     let sign_extended = |word: u32| LinkVa(i64::from(word as i32) as u64);
@@ -47,7 +55,12 @@ pub fn find(
         .filter_map(|va| span.offset(va))
         .filter(|at| functions.is_start(*at))
         .collect();
-    // With IBT the compiler and objtool say it: ENDBR64 that is not sealed.
+    found.sort_unstable();
+    found.dedup();
+    let mut landings = Vec::new();
+    // With IBT the compiler and objtool say it: ENDBR64 that is not sealed. Weak functions that others overrode keep theirs
+    // though nothing refers to them any more, but they have lost their names. What is left are functions that the kernel looks
+    // up by name (BPF's destructors) and a few that it has lost its references to.
     if !tables.sealed_endbr.is_empty() {
         let mut sealed: Vec<TextOff> = tables
             .sealed_endbr
@@ -59,11 +72,16 @@ pub fn find(
             .endbr
             .iter()
             .filter(|at| sealed.binary_search(at).is_err());
-        found.extend(open.filter(|at| !regions.never_called_indirectly(span.va(**at))));
+        let named = open.filter(|at| functions.is_named(**at));
+        let reachable = named.filter(|at| !regions.never_called_indirectly(span.va(**at)));
+        landings.extend(reachable.filter(|at| found.binary_search(at).is_err()));
+        found.extend(&landings);
+        found.sort_unstable();
     }
-    found.sort_unstable();
-    found.dedup();
-    found
+    Entries {
+        all: found,
+        landings,
+    }
 }
 
 /// What the 64-bit absolute addresses in the image point to, without tables that only describe code.

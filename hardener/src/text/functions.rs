@@ -73,6 +73,12 @@ impl Functions {
             .is_ok()
     }
 
+    /// Whether a function with a symbol starts at `at`.
+    pub fn is_named(&self, at: TextOff) -> bool {
+        let found = self.starts.binary_search_by_key(&at, |start| start.at);
+        found.is_ok_and(|index| self.starts[index].named)
+    }
+
     /// The function around `at`: its first offset, and the next function's.
     pub fn around(&self, at: TextOff) -> std::ops::Range<TextOff> {
         let after = self.starts.partition_point(|start| start.at <= at);

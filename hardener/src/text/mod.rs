@@ -48,6 +48,8 @@ pub struct Text {
     pub return_targets: Vec<TextOff>,
     /// Every address in the text that an indirect branch may reach. Sorted.
     pub entries: Vec<TextOff>,
+    /// Those of them that nothing in the image refers to, but an unsealed ENDBR64 names. Sorted.
+    pub landings: Vec<TextOff>,
 }
 
 impl Text {
@@ -98,7 +100,8 @@ impl Text {
             cave,
             slots,
             return_targets,
-            entries,
+            entries: entries.all,
+            landings: entries.landings,
         })
     }
 

@@ -1,6 +1,7 @@
 //! `forward_cfi_REG`: the target in REG must be an entry whose address is taken, or lie outside the kernel's text.
 
 use super::assembler::{Section, Thunk, imm32};
+use super::tables::ENTRY_GRANULE;
 use super::{KernelThunks, Targets, Violation, lookup};
 use crate::text::{REGISTERS, Slots};
 use iced_x86::IcedError;
@@ -81,9 +82,9 @@ fn one(
     let a = &mut thunk.asm;
     a.cmp(scratch, targets.dense as i32)?;
     a.jae(sparse)?;
-    a.test(scratch8, targets.granule as i32 - 1)?;
+    a.test(scratch8, ENTRY_GRANULE as i32 - 1)?;
     a.jne(sorted)?;
-    a.shr(scratch, targets.granule.trailing_zeros())?;
+    a.shr(scratch, ENTRY_GRANULE.trailing_zeros())?;
     a.bt(qword_ptr(i64::from(imm32(targets.bitmap))), scratch)?;
     thunk.absolute();
     let a = &mut thunk.asm;

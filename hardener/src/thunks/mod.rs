@@ -17,7 +17,7 @@ use assembler::Section;
 use penumbra_bundle::{LinkVa, Reloc, Table, Trap, VaRange, ViolationAction};
 use std::collections::BTreeMap;
 
-pub use tables::{TargetTables, Targets};
+pub use tables::{Dense, TargetTables, Targets};
 pub use violation::Violation;
 
 /// Called by `free_module` with the module, before its memory is freed (kernel/module/main.c).
@@ -80,23 +80,39 @@ impl KernelThunks {
     }
 }
 
-/// Builds the cave for a text and for modules with these slots: tables and messages first, thunks behind them.
+/// Builds the cave for a text and for modules with these slots: tables and messages first, thunks behind them. Where the cave
+/// has no room for a bit for each byte of text, return addresses go in a dictionary.
 pub fn build(
     text: &Text,
     modules: &[&Slots],
     kernel: &KernelThunks,
     recipe: &Recipe,
 ) -> Result<CaveContents, TextError> {
+    let with = |returns| build_with(text, modules, kernel, recipe, returns);
+    match with(Dense::Bitmap(1)) {
+        Err(TextError::Cave { .. }) => with(Dense::Dictionary),
+        done => done,
+    }
+}
+
+fn build_with(
+    text: &Text,
+    modules: &[&Slots],
+    kernel: &KernelThunks,
+    recipe: &Recipe,
+    returns: Dense,
+) -> Result<CaveContents, TextError> {
     let start = text.cave.pages.start;
     let dense_end = text.cave.run.start;
     let mut at = start;
-    let mut place = |name: &str, addresses, granule| {
-        let table = TargetTables::build(name, addresses, text.range, dense_end, granule, at);
+    let mut place = |name: &str, addresses, encoding| {
+        let table = TargetTables::build(name, addresses, text.range, dense_end, encoding, at);
         at = table.end();
         table
     };
-    let returns = place("return_targets", &text.return_targets, 1);
-    let entries = place("entries", &text.entries, tables::ENTRY_GRANULE);
+    let returns = place("return_targets", &text.return_targets, returns);
+    let entries = Dense::Bitmap(tables::ENTRY_GRANULE);
+    let entries = place("entries", &text.entries, entries);
     let messages_start = at;
     let mut messages = Vec::new();
     let mut violation = |pass| {

@@ -1,6 +1,7 @@
 //! `return_cfi`: the return address must follow a call, or lie outside the kernel's text (modules, BPF, trampolines).
 
 use super::assembler::{Section, Thunk, imm32};
+use super::tables::Dense;
 use super::{Targets, Violation, lookup};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -71,24 +72,23 @@ fn check(
     ok: CodeLabel,
     bad: CodeLabel,
 ) -> Result<(), IcedError> {
-    let mut sparse = thunk.asm.create_label();
+    let (mut sparse, mut sorted) = (thunk.asm.create_label(), thunk.asm.create_label());
     thunk.asm.sub(r11, imm32(targets.text.start))?;
     thunk.absolute();
     let a = &mut thunk.asm;
     a.cmp(r11, targets.dense as i32)?;
     a.jae(sparse)?;
-    a.mov(r10d, r11d)?;
-    a.shr(r10d, 5)?;
-    a.mov(r10d, dword_ptr(r10 * 4 + i64::from(imm32(targets.bitmap))))?;
-    thunk.absolute();
+    lookup::dense(thunk, targets)?;
     let a = &mut thunk.asm;
-    // The register form takes the bit number modulo 32 (SDM volume 2, BT).
-    a.bt(r10d, r11d)?;
     a.jb(ok)?;
-    a.jmp(bad)?;
+    let listed = targets.encoding == Dense::Dictionary;
+    a.jmp(if listed { sorted } else { bad })?;
     a.set_label(&mut sparse)?;
     a.cmp(r11, targets.text.len() as i32)?;
     a.jae(ok)?;
+    if listed {
+        a.set_label(&mut sorted)?;
+    }
     lookup::sorted(thunk, r11d, targets)?;
     thunk.asm.jne(bad)
 }

@@ -1,16 +1,34 @@
 //! Sets of legal targets, encoded so that a thunk needs one memory access for nearly all of them: a bitmap over the main text
-//! (before the cave), and a sorted list for the few that the bitmap does not hold.
+//! (before the cave), and a sorted list for the few that the bitmap does not hold. Where there is no room for a bit for each
+//! byte of text, a dictionary takes half of that: calls are 2 bytes or longer, so 16 bytes of text hold few patterns of return
+//! addresses (measured: fewer than 256 in all but some hundred places).
 
 use super::Named;
 use penumbra_bundle::{LinkVa, Table, TableKind, TextOff, VaRange};
+use std::collections::BTreeMap;
 
 /// Functions are aligned to 16 bytes (CONFIG_FUNCTION_ALIGNMENT, `-falign-functions`); the few that are not are listed.
 pub const ENTRY_GRANULE: u32 = 16;
 /// Fills the sorted list to a power of two, for a search without bounds checks; no text offset is so large.
 const PAD: u32 = u32::MAX;
 
+/// Bytes of text for which a dictionary has one byte.
+pub const GROUP: u32 = 16;
+/// Masks in a dictionary: one for each value of a byte.
+pub const MASKS: usize = 256;
+
+/// How the main text's targets are encoded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Dense {
+    /// A bit for so many bytes.
+    Bitmap(u32),
+    /// A byte for [`GROUP`] bytes, which chooses one of 256 masks.
+    Dictionary,
+}
+
 /// One set of targets in both encodings, placed.
 pub struct TargetTables {
+    encoding: Dense,
     bitmap: Table,
     bitmap_bytes: Vec<u8>,
     sorted: Table,
@@ -24,9 +42,9 @@ pub struct Targets {
     pub text: VaRange,
     /// What the bitmap covers, from the text's start.
     pub dense: u32,
-    /// Bytes for each bit.
-    pub granule: u32,
-    /// Where the bitmap lies.
+    /// How those are encoded.
+    pub encoding: Dense,
+    /// Where the bitmap or the dictionary lies.
     pub bitmap: LinkVa,
     /// Where the sorted list lies.
     pub sorted: LinkVa,
@@ -41,27 +59,25 @@ impl TargetTables {
         addresses: &[TextOff],
         text: VaRange,
         dense_end: LinkVa,
-        granule: u32,
+        encoding: Dense,
         at: LinkVa,
     ) -> TargetTables {
         let dense = VaRange {
             start: text.start,
             end: dense_end,
         };
-        let bits = (dense.len() as u32).div_ceil(granule) as usize;
-        // Thunks read whole 64-bit words.
-        let mut bitmap_bytes = vec![0u8; bits.div_ceil(64) * 8];
-        let (mut in_bitmap, mut sorted) = (0, Vec::new());
-        for address in addresses {
-            let bit = (address.0 / granule) as usize;
-            if bit < bits && u64::from(address.0) < dense.len() && address.0.is_multiple_of(granule)
-            {
-                bitmap_bytes[bit / 8] |= 1 << (bit % 8);
-                in_bitmap += 1;
-            } else {
-                sorted.push(address.0);
+        let len = dense.len() as u32;
+        let (kind, bitmap_bytes, mut sorted) = match encoding {
+            Dense::Bitmap(granule) => {
+                let (bytes, rest) = bitmap(addresses, len, granule);
+                (TableKind::Bitmap { granule }, bytes, rest)
             }
-        }
+            Dense::Dictionary => {
+                let (bytes, rest) = dictionary(addresses, len);
+                (TableKind::Dictionary, bytes, rest)
+            }
+        };
+        let in_bitmap = (addresses.len() - sorted.len()) as u64;
         let count = sorted.len() as u64;
         sorted.resize(sorted.len().max(1).next_power_of_two(), PAD);
         let sorted_bytes: Vec<u8> = sorted.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -75,9 +91,10 @@ impl TargetTables {
             sorted_bytes.len(),
         );
         TargetTables {
+            encoding,
             bitmap: Table {
                 name: name.to_owned(),
-                kind: TableKind::Bitmap { granule },
+                kind,
                 range: bitmap_range,
                 covers: dense,
                 count: in_bitmap,
@@ -101,13 +118,10 @@ impl TargetTables {
 
     /// What thunks need.
     pub fn targets(&self, text: VaRange) -> Targets {
-        let TableKind::Bitmap { granule } = self.bitmap.kind else {
-            unreachable!("built so above")
-        };
         Targets {
             text,
             dense: self.bitmap.covers.len() as u32,
-            granule,
+            encoding: self.encoding,
             bitmap: self.bitmap.range.start,
             sorted: self.sorted.range.start,
             sorted_len: (self.sorted_bytes.len() / 4) as u32,
@@ -137,9 +151,55 @@ impl TargetTables {
     }
 }
 
+/// A bit for each `granule` bytes below `len`, and the addresses that it cannot say.
+fn bitmap(addresses: &[TextOff], len: u32, granule: u32) -> (Vec<u8>, Vec<u32>) {
+    let bits = len.div_ceil(granule) as usize;
+    // Thunks read whole 64-bit words.
+    let mut bytes = vec![0u8; bits.div_ceil(64) * 8];
+    let mut rest = Vec::new();
+    for address in addresses {
+        let bit = (address.0 / granule) as usize;
+        if address.0 < len && address.0.is_multiple_of(granule) {
+            bytes[bit / 8] |= 1 << (bit % 8);
+        } else {
+            rest.push(address.0);
+        }
+    }
+    (bytes, rest)
+}
+
+/// The 255 most frequent masks of [`GROUP`] bytes and the empty one, a byte for each group below `len`, and the addresses in
+/// groups with other masks or past `len`.
+fn dictionary(addresses: &[TextOff], len: u32) -> (Vec<u8>, Vec<u32>) {
+    let mut groups = vec![0u16; len.div_ceil(GROUP) as usize];
+    for address in addresses.iter().filter(|address| address.0 < len) {
+        groups[(address.0 / GROUP) as usize] |= 1 << (address.0 % GROUP);
+    }
+    let mut frequency = BTreeMap::new();
+    for mask in groups.iter().filter(|mask| **mask != 0) {
+        *frequency.entry(*mask).or_insert(0u32) += 1;
+    }
+    let mut masks: Vec<u16> = frequency.keys().copied().collect();
+    // Stable: of masks as frequent, the smaller comes first.
+    masks.sort_by_key(|mask| std::cmp::Reverse(frequency[mask]));
+    masks.truncate(MASKS - 1);
+    masks.insert(0, 0);
+    let codes: BTreeMap<u16, u8> = masks.iter().copied().zip(0u8..=255).collect();
+    let filled = (0..MASKS).map(|n| masks.get(n).copied().unwrap_or(0));
+    let mut bytes: Vec<u8> = filled.flat_map(u16::to_le_bytes).collect();
+    bytes.extend(groups.iter().map(|mask| codes.get(mask).unwrap_or(&0)));
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+    let said = |address: &TextOff| {
+        let group = groups.get((address.0 / GROUP) as usize);
+        address.0 < len && group.is_some_and(|mask| codes.contains_key(mask))
+    };
+    let rest = addresses.iter().filter(|address| !said(address));
+    (bytes, rest.map(|address| address.0).collect())
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{PAD, TargetTables};
+    use super::{Dense, MASKS, PAD, TargetTables};
     use penumbra_bundle::{LinkVa, TextOff, VaRange};
 
     const TEXT: u64 = 0xffff_ffff_8100_0000;
@@ -156,7 +216,7 @@ mod tests {
             &addresses,
             text,
             LinkVa(TEXT + 0x2000),
-            16,
+            Dense::Bitmap(16),
             LinkVa(TEXT + 0x3000),
         );
         assert_eq!(tables.bitmap.count, 2);
@@ -171,13 +231,58 @@ mod tests {
         assert_eq!(tables.targets(text).sorted_len, 4);
     }
 
+    /// The members that a dictionary's bytes say, as the manifest's documentation has it.
+    fn members(bytes: &[u8], len: usize) -> Vec<u32> {
+        let (masks, codes) = bytes.split_at(2 * MASKS);
+        let mask = |code: u8| {
+            let at = 2 * usize::from(code);
+            u16::from_le_bytes([masks[at], masks[at + 1]])
+        };
+        let set = |at: &u32| mask(codes[*at as usize / 16]) >> (at % 16) & 1 == 1;
+        (0..len as u32).filter(set).collect()
+    }
+
+    #[test]
+    fn a_dictionary_holds_what_the_list_does_not() {
+        let text = VaRange {
+            start: LinkVa(TEXT),
+            end: LinkVa(TEXT + 0x4000),
+        };
+        // The group at 16 n has the mask 2 n + 1: 512 of them, so some have no place in the dictionary.
+        let groups = (0..512u32).flat_map(|n| {
+            let mask = 2 * n + 1;
+            let bits = (0..16).filter(move |bit| mask >> bit & 1 == 1);
+            bits.map(move |bit| 16 * n + bit)
+        });
+        let all: Vec<u32> = groups.chain([0x2000, 0x3ff1]).collect();
+        let addresses: Vec<TextOff> = all.iter().copied().map(TextOff).collect();
+        let end = LinkVa(TEXT + 0x2000);
+        let build = |addresses: &[TextOff]| {
+            TargetTables::build("x", addresses, text, end, Dense::Dictionary, LinkVa(TEXT))
+        };
+        let tables = build(&addresses);
+        assert_eq!(tables.bitmap.range.len(), 2 * 256 + 0x2000 / 16);
+        let listed = tables.sorted_bytes.chunks_exact(4);
+        let listed: Vec<u32> = listed
+            .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
+            .filter(|word| *word != PAD)
+            .collect();
+        let mut held = members(&tables.bitmap_bytes, 0x2000);
+        assert_eq!(held.len() as u64, tables.bitmap.count);
+        assert_eq!(listed.len() as u64, tables.sorted.count);
+        assert!(listed.len() > 2, "more masks than a byte can name");
+        held.extend(listed);
+        held.sort_unstable();
+        assert_eq!(held, all);
+    }
+
     #[test]
     fn an_empty_sorted_list_has_one_entry_that_nothing_equals() {
         let text = VaRange {
             start: LinkVa(TEXT),
             end: LinkVa(TEXT + 0x1000),
         };
-        let tables = TargetTables::build("x", &[], text, text.end, 1, LinkVa(TEXT));
+        let tables = TargetTables::build("x", &[], text, text.end, Dense::Bitmap(1), LinkVa(TEXT));
         assert_eq!(tables.sorted_bytes, PAD.to_le_bytes());
         assert_eq!(tables.sorted.count, 0);
     }

@@ -6,18 +6,40 @@ use std::sync::OnceLock;
 /// Debian's cloud kernel: lz4.
 pub fn cloud() -> &'static Path {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
-    FOUND.get_or_init(|| find("PENUMBRA_VMLINUZ_CLOUD", true))
+    FOUND.get_or_init(|| find("PENUMBRA_VMLINUZ_CLOUD", "6.1.", "-cloud-amd64"))
 }
 
 /// Debian's kernel for machines: xz.
-#[allow(dead_code, reason = "not every test program needs both")]
+#[allow(dead_code, reason = "not every test program needs all")]
 pub fn amd64() -> &'static Path {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
-    FOUND.get_or_init(|| find("PENUMBRA_VMLINUZ_AMD64", false))
+    FOUND.get_or_init(|| find("PENUMBRA_VMLINUZ_AMD64", "6.1.", "-amd64"))
 }
 
-/// From the environment, else what the lab unpacked.
-fn find(variable: &str, cloud: bool) -> PathBuf {
+/// The same with PREEMPT_RT.
+#[allow(dead_code, reason = "not every test program needs all")]
+pub fn rt() -> &'static Path {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    FOUND.get_or_init(|| find("PENUMBRA_VMLINUZ_RT", "6.1.", "-rt-amd64"))
+}
+
+/// The cloud kernel of Debian's backports (6.12): IBT, call padding, no `.parainstructions`.
+#[allow(dead_code, reason = "not every test program needs all")]
+pub fn cloud_backports() -> &'static Path {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    FOUND.get_or_init(|| find("PENUMBRA_VMLINUZ_CLOUD_BACKPORTS", "6.12.", "-cloud-amd64"))
+}
+
+/// The backports' kernel for machines.
+#[allow(dead_code, reason = "not every test program needs all")]
+pub fn amd64_backports() -> &'static Path {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    FOUND.get_or_init(|| find("PENUMBRA_VMLINUZ_AMD64_BACKPORTS", "6.12.", "-amd64"))
+}
+
+/// From the environment, else what the lab unpacked: a release that starts with `series` and has only `flavour` behind its
+/// numbers.
+fn find(variable: &str, series: &str, flavour: &str) -> PathBuf {
     if let Some(path) = std::env::var_os(variable) {
         return path.into();
     }
@@ -28,9 +50,14 @@ fn find(variable: &str, cloud: bool) -> PathBuf {
         .flatten()
         .filter(|tree| {
             let name = tree.file_name().to_string_lossy().into_owned();
-            name.starts_with("linux-image-")
-                && name.ends_with("-amd64")
-                && name.contains("-cloud-") == cloud
+            let release = name.strip_prefix("linux-image-");
+            let release = release.and_then(|release| release.strip_suffix(flavour));
+            release.is_some_and(|numbers| {
+                // What is left of another flavour's name ends in a word: `6.1.0-56-cloud`.
+                let last = numbers.rsplit(['-', '.']).next().unwrap_or_default();
+                numbers.starts_with(series)
+                    && last.starts_with(|first: char| first.is_ascii_digit())
+            })
         })
         .flat_map(|tree| {
             std::fs::read_dir(tree.path().join("boot"))

@@ -106,10 +106,15 @@ impl Kernel {
     pub fn thunk_text(&self) -> Result<Vec<VaRange>, KernelError> {
         let mut ranges = vec![
             self.symbols
-                .between("__indirect_thunk_start", "__indirect_thunk_end")?,
+                .between("__indirect_thunk_start", "__indirect_thunk_end")
+                .or_else(|missing| self.unbounded_thunks().ok_or(missing))?,
         ];
         // SRSO's pair stands apart from the rest, at addresses that alias in the branch predictor.
-        for name in ["srso_alias_untrain_ret", "srso_alias_safe_ret"] {
+        for name in [
+            "srso_alias_untrain_ret",
+            "srso_alias_safe_ret",
+            "srso_alias_return_thunk",
+        ] {
             ranges.extend(
                 self.symbols
                     .find(name)
@@ -117,6 +122,19 @@ impl Kernel {
             );
         }
         Ok(ranges)
+    }
+
+    /// From the first retpoline to the end of the last thunk: from Linux 6.9 on no symbols bound them.
+    fn unbounded_thunks(&self) -> Option<VaRange> {
+        let thunks = self.symbols.iter().filter(|symbol| {
+            symbol.name.starts_with("__x86_indirect_") || symbol.name == "__x86_return_thunk"
+        });
+        let thunks: Vec<LinkVa> = thunks.map(|symbol| symbol.at).collect();
+        let (first, last) = (thunks.iter().min()?, thunks.iter().max()?);
+        Some(VaRange {
+            start: *first,
+            end: self.symbols.around(*last)?.end,
+        })
     }
 
     /// Whether `va` is in the text.

@@ -34,6 +34,8 @@ pub struct Tables {
     pub jump_labels: Vec<LinkVa>,
     /// `.static_call_sites`.
     pub static_calls: Vec<LinkVa>,
+    /// `.ibt_endbr_seal`: ENDBR64 that no indirect branch needs; none where the kernel is built without IBT.
+    pub sealed: Option<Vec<LinkVa>>,
     /// `.smp_locks`.
     pub smp_locks: Vec<LinkVa>,
     /// `__ex_table`: instructions that may fault.
@@ -85,6 +87,9 @@ impl Tables {
             bugs: read.member(section("__bug_table")?, "bug_entry", "bug_addr_disp")?,
             ..Tables::default()
         };
+        if let Some(range) = optional(".ibt_endbr_seal") {
+            tables.sealed = Some(read.offsets(range)?);
+        }
         if let Some(range) = optional(".parainstructions") {
             tables.paravirt = read.paravirt(range)?;
             tables.descriptive.push(range);
