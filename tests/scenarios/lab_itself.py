@@ -9,7 +9,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab import LabError, chain, packages, programs, slots
+from lab import LabError, chain, packages, programs, qemu, slots
 from lab.agent import Agent, LineLost
 from lab.cpio import Archive
 
@@ -155,3 +155,29 @@ def edits_are_read_as_the_bundle_has_them(folder):
         expect("behind the last edit" in str(error), error)
     else:
         expect(False, "no error")
+
+
+_TRIPLE_FAULT = """\
+(XEN) CR0 = 0x0000000080050033 CR2 = 0xfffffe0000000080
+(XEN) IDTR: 0000 0000 00000fff fffffe0000000000
+(XEN) CR2: level 3: gfn 2ce8 host 9b0e8/0 view ffffffffffffffff/1 entry[508] 000000000ff69067
+(XEN) CR2: level 0: gfn ff67 host 43d67/0 view ffffffffffffffff/1 entry[0] 80000000070b4161
+(XEN) d1v0 Triple fault - invoking HVM shutdown action 1
+"""
+
+
+@scenario
+def faults_of_the_emulator_are_told_from_others(folder):
+    """A fault at an IDT that is mapped is the emulator's; one that is not mapped, or none at all, is not."""
+    def fault(text):
+        log = folder / "console.log"
+        log.write_text(text)
+        return qemu.emulator_fault(log)
+
+    expect("IDT" in (fault(_TRIPLE_FAULT) or ""), "not recognised")
+    for old, new in [("80000000070b4161", "80000000070b4160"), ("Triple fault", "shutdown"),
+                     ("CR2 = 0xfffffe0000000080", "CR2 = 0x0000000000000080"), ("level 0", "level 1")]:
+        expect(fault(_TRIPLE_FAULT.replace(old, new)) is None, f"{new} is taken for the emulator's")
+    dump = "RIP:    e008:[<ffff82d0402043fb>]\n(XEN) RFLAGS: 0 CONTEXT: hvm guest (d1v0)\n"
+    expect(fault("Triple fault\n" + dump), "Xen's state is not recognised")
+    expect(fault("Triple fault\n" + dump.replace("e008", "0010")) is None, "the guest's own state")
