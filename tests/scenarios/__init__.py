@@ -13,7 +13,8 @@ MODULES = ["lab_itself", "command_lines", "stock_guest", "live_guest", "address_
            "retpolines_off", "unpatched_xen", "modules", "whole_chain"]
 
 # Run only by name (`tests/run --only text_writers`).
-ON_REQUEST = ["failure", "lifecycle", "address_spaces_pti", "text_writers", "violations", "view_storm"]
+ON_REQUEST = ["failure", "lifecycle", "address_spaces_pti", "text_writers", "violations", "view_storm",
+              "xen_interface"]
 
 # Worlds that need no emulator.
 WITHOUT_QEMU = {"lab_itself", "command_lines"}
