@@ -62,6 +62,7 @@ static long bug_start_nmi(unsigned long function)
 
 	mutex_lock(&bug_nmi_lock);
 	if (!bug_nmi.handler) {
+		INIT_LIST_HEAD(&bug_nmi.list);
 		bug_nmi.handler = (void *)function;
 		result = __register_nmi_handler(NMI_LOCAL, &bug_nmi);
 		if (result)
