@@ -1,7 +1,7 @@
 //! The command line. Data goes to stdout, messages to stderr; `--json` changes stdout only.
 
 use crate::exit::{self, Error};
-use crate::report::{Progress, Summary};
+use crate::report::{self, Progress, Summary};
 use crate::{check, emit, recipe::Recipe};
 use clap::{CommandFactory, Parser, Subcommand};
 use penumbra_bundle::{Bundle, WriteError};
@@ -14,7 +14,8 @@ use std::process::ExitCode;
 #[command(
     version,
     after_help = "Recipes: `hardener emit --recipe FILE` says in TOML what the passes do; `hardener emit --help` shows one.\n\
-                  Exit codes: 0 done or proved; 1 the check found violations; 2 wrong usage, bad input or cannot be done.\n\
+                  Exit codes: 0 done, proved or the same; 1 the check found violations or the bundles differ; 2 wrong usage, bad\n\
+                  input or cannot be done.\n\
                   No command needs root, Xen or the network."
 )]
 struct Cli {
@@ -87,6 +88,39 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show what stands at an address or in a function in each variant, and why
+    #[command(after_help = "Examples:\n  \
+        hardener explain vfs_read --bundle bundle\n  \
+        hardener explain vfs_read+0x82/0x2f0 --bundle bundle\n  \
+        hardener explain 0xffffffff81345678 --bundle bundle --json | jq .instructions\n  \
+        hardener explain return_cfi --bundle bundle\n\n\
+        Addresses are as linked: take KASLR's slide off one that a running kernel printed.")]
+    Explain {
+        /// An address, a function or thunk, or one of them and an offset
+        #[arg(value_name = "ADDR|SYMBOL")]
+        what: String,
+        /// The bundle
+        #[arg(long)]
+        bundle: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show how two bundles differ; exits with 1 if they do
+    #[command(after_help = "Example:\n  \
+        hardener diff old new\n\n\
+        Compares the kernels, passes and their parameters, thunks, tables, and slots; of two different texts the functions.")]
+    Diff {
+        /// A bundle
+        #[arg(value_name = "A")]
+        a: PathBuf,
+        /// Another
+        #[arg(value_name = "B")]
+        b: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -112,6 +146,14 @@ pub fn main() -> ExitCode {
             json,
         } => return check_bundle(&bundle, &image, &modules, json),
         Command::Inspect { bundle, json } => inspect_bundle(&bundle, json),
+        Command::Explain { what, bundle, json } => explain_place(&bundle, &what, json),
+        Command::Diff { a, b, json } => match diff_bundles(&a, &b, json) {
+            Ok((text, same)) => {
+                print(&text);
+                return ExitCode::from(if same { exit::YES } else { exit::NO });
+            }
+            Err(error) => Err(error),
+        },
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "hardener", &mut script);
@@ -182,6 +224,27 @@ fn inspect_bundle(dir: &Path, json: bool) -> Result<String, Error> {
     } else {
         summary.text()
     })
+}
+
+fn explain_place(dir: &Path, what: &str, json: bool) -> Result<String, Error> {
+    let bundle = Bundle::read_dir(dir)?;
+    let explanation = report::explain(&bundle, what)?;
+    Ok(if json {
+        explanation.json()
+    } else {
+        explanation.text()
+    })
+}
+
+fn diff_bundles(a: &Path, b: &Path, json: bool) -> Result<(String, bool), Error> {
+    let (a, b) = (Bundle::read_dir(a)?, Bundle::read_dir(b)?);
+    let difference = report::diff(&a, &b)?;
+    let text = if json {
+        difference.json()
+    } else {
+        difference.text()
+    };
+    Ok((text, difference.same()))
 }
 
 fn check_bundle(bundle: &Path, image: &Path, modules: &[PathBuf], json: bool) -> ExitCode {

@@ -18,6 +18,14 @@ impl Pass for ForwardCfi {
         NAME
     }
 
+    fn slot(&self) -> SlotKind {
+        SlotKind::Indirect
+    }
+
+    fn does(&self) -> &'static str {
+        "goes on only to an entry that an indirect branch may reach"
+    }
+
     fn parameters(&self) -> &'static [&'static str] {
         &[ON_VIOLATION]
     }

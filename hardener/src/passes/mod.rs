@@ -12,7 +12,9 @@ pub use return_cfi::NAME as RETURN_CFI;
 use crate::recipe::{ON_VIOLATION, Recipe};
 use crate::text::{Indirect, Return, Slots, Text};
 use crate::thunks::CaveContents;
-use penumbra_bundle::{Edit, Edits, LinkVa, Mitigation, ModuleEdit, PassSummary, TextOff};
+use penumbra_bundle::{
+    Edit, Edits, LinkVa, Mitigation, ModuleEdit, PassSummary, SlotKind, TextOff,
+};
 use std::collections::BTreeMap;
 use thiserror::Error;
 
@@ -30,6 +32,12 @@ pub struct Context<'a> {
 pub trait Pass: Sync {
     /// Its name, as the design has it.
     fn name(&self) -> &'static str;
+
+    /// The kind of slot that it edits.
+    fn slot(&self) -> SlotKind;
+
+    /// What its edits do, in half a line.
+    fn does(&self) -> &'static str;
 
     /// The speculation mitigation that its edits leave out.
     fn drops(&self) -> Option<Mitigation> {

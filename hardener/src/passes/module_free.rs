@@ -15,6 +15,14 @@ impl Pass for ModuleFree {
         "module-free"
     }
 
+    fn slot(&self) -> SlotKind {
+        SlotKind::Call
+    }
+
+    fn does(&self) -> &'static str {
+        "tells the hypervisor before a module's memory is freed"
+    }
+
     fn module(&self, _: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
         Ok(Vec::new())
     }

@@ -17,6 +17,14 @@ impl Pass for NoRethunk {
         "no-rethunk"
     }
 
+    fn slot(&self) -> SlotKind {
+        SlotKind::Return
+    }
+
+    fn does(&self) -> &'static str {
+        "returns without the return thunk"
+    }
+
     fn drops(&self) -> Option<Mitigation> {
         Some(Mitigation::ReturnThunk)
     }

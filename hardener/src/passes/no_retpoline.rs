@@ -14,6 +14,14 @@ impl Pass for NoRetpoline {
         "no-retpoline"
     }
 
+    fn slot(&self) -> SlotKind {
+        SlotKind::Indirect
+    }
+
+    fn does(&self) -> &'static str {
+        "branches without the retpoline"
+    }
+
     fn drops(&self) -> Option<Mitigation> {
         Some(Mitigation::Retpoline)
     }

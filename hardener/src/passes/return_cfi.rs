@@ -18,6 +18,14 @@ impl Pass for ReturnCfi {
         NAME
     }
 
+    fn slot(&self) -> SlotKind {
+        SlotKind::Return
+    }
+
+    fn does(&self) -> &'static str {
+        "goes back only to where a call returns to"
+    }
+
     fn parameters(&self) -> &'static [&'static str] {
         &[ON_VIOLATION]
     }

@@ -112,10 +112,7 @@ impl<'a> Summary<'a> {
             layout: &manifest.layout,
             data: &manifest.data,
         };
-        let mut text =
-            serde_json::to_string_pretty(&json).expect("plain data with string keys encodes");
-        text.push('\n');
-        text
+        super::json(&json)
     }
 
     /// For people.
@@ -229,13 +226,15 @@ impl<'a> Summary<'a> {
     }
 }
 
-fn grid(header: &[&str]) -> Grid {
+/// A table for a terminal.
+pub(super) fn grid(header: &[&str]) -> Grid {
     let mut grid = Grid::new();
     grid.load_preset(presets::NOTHING).set_header(header);
     grid
 }
 
-fn right(grid: &mut Grid, columns: &[usize]) {
+/// Aligns columns of numbers.
+pub(super) fn right(grid: &mut Grid, columns: &[usize]) {
     for column in columns {
         if let Some(column) = grid.column_mut(*column) {
             column.set_cell_alignment(CellAlignment::Right);
@@ -244,7 +243,7 @@ fn right(grid: &mut Grid, columns: &[usize]) {
 }
 
 /// Without the blanks that fill each line's end.
-fn trimmed(grid: &Grid) -> String {
+pub(super) fn trimmed(grid: &Grid) -> String {
     let lines: Vec<String> = grid
         .lines()
         .map(|line| line.trim_end().to_owned())
@@ -260,7 +259,8 @@ fn consequence(action: ViolationAction) -> &'static str {
     }
 }
 
-fn mitigation(one: Mitigation) -> &'static str {
+/// A mitigation's name.
+pub(super) fn mitigation(one: Mitigation) -> &'static str {
     match one {
         Mitigation::Retpoline => "retpoline",
         Mitigation::ReturnThunk => "return-thunk",
@@ -268,7 +268,7 @@ fn mitigation(one: Mitigation) -> &'static str {
 }
 
 /// As in the bundle's own spelling.
-fn kind_name(kind: SiteKind) -> String {
+pub(super) fn kind_name(kind: SiteKind) -> String {
     match serde_json::to_value(kind) {
         Ok(serde_json::Value::String(name)) => name,
         _ => format!("{kind:?}"),
