@@ -11,7 +11,6 @@ pty that xenconsoled keeps for it in dom0, the answer is read from xenconsoled's
 log of the console, which is also where the guest's oopses and panics are seen.
 """
 
-import os
 import re
 import time
 
@@ -212,18 +211,12 @@ class Lab:
         modules = f"{dom0_kernel.vmlinuz} console=hvc0 panic=-1,{dom0_initrd}"
         append = (f"console=com1 com1=115200,8n1 altp2m=1 loglvl=info guest_loglvl=info noreboot "
                   f"dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M dom0_max_vcpus=1")
-        # QEMU's threads must not wait for a processor (see qemu.emulator_fault): no more of them than
-        # this machine has, and Xen shares them out, to dom0 first.  Two at least: views are switched
-        # on one while another runs.
-        cpus = max(2, min(vcpus + 1, os.cpu_count() or 2))
+        # A physical CPU for each of the guest's, and one for dom0.
         machine = Machine(["-cpu", QEMU_CPU, "-kernel", xen, "-append", append, "-initrd", modules],
-                          work / "console.log", memory=MEMORY, cpus=cpus)
+                          work / "console.log", memory=MEMORY, cpus=vcpus + 1)
         lab = cls(machine)
         try:
             lab.dom0.wait_ready(timeout)
-            rc, out = lab.dom0.run("xl sched-credit2 -d Domain-0 -w 2048")
-            if rc:
-                raise LabError(f"dom0 cannot be given its share: {out}")
         except BaseException:
             lab.close()
             raise
