@@ -88,6 +88,23 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show a bundle in figures, or write them as a page with pictures
+    #[command(after_help = "Examples:\n  \
+        hardener report bundle\n  \
+        hardener report bundle --html report.html\n  \
+        hardener report bundle --json | jq .targets\n\n\
+        The page is one file that fetches nothing: where slots may go before and after, the text with its slots,\n\
+        what thunks cost.")]
+    Report {
+        /// The bundle
+        bundle: PathBuf,
+        /// Write a page to this file, in place of the figures on the terminal
+        #[arg(long, value_name = "FILE", conflicts_with = "json")]
+        html: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Show what stands at an address or in a function in each variant, and why
     #[command(after_help = "Examples:\n  \
         hardener explain vfs_read --bundle bundle\n  \
@@ -146,6 +163,7 @@ pub fn main() -> ExitCode {
             json,
         } => return check_bundle(&bundle, &image, &modules, json),
         Command::Inspect { bundle, json } => inspect_bundle(&bundle, json),
+        Command::Report { bundle, html, json } => report_bundle(&bundle, html.as_deref(), json),
         Command::Explain { what, bundle, json } => explain_place(&bundle, &what, json),
         Command::Diff { a, b, json } => match diff_bundles(&a, &b, json) {
             Ok((text, same)) => {
@@ -224,6 +242,19 @@ fn inspect_bundle(dir: &Path, json: bool) -> Result<String, Error> {
     } else {
         summary.text()
     })
+}
+
+fn report_bundle(dir: &Path, html: Option<&Path>, json: bool) -> Result<String, Error> {
+    let bundle = Bundle::read_dir(dir)?;
+    let report = report::report(&bundle)?;
+    let Some(path) = html else {
+        return Ok(if json { report.json() } else { report.text() });
+    };
+    std::fs::write(path, report.html()).map_err(|source| Error::Page {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(format!("wrote {}\n", path.display()))
 }
 
 fn explain_place(dir: &Path, what: &str, json: bool) -> Result<String, Error> {

@@ -15,23 +15,38 @@ pub const CANNOT: u8 = 2;
 
 /// Everything that the commands can fail with.
 #[derive(Debug, thiserror::Error)]
-#[error(transparent)]
 pub enum Error {
     /// `emit`.
+    #[error(transparent)]
     Emit(#[from] EmitError),
     /// `check`: nothing can be said about the bundle.
+    #[error(transparent)]
     Check(#[from] CheckError),
-    /// `inspect`, `explain`, `diff`.
+    /// `inspect`, `explain`, `diff`, `report`.
+    #[error(transparent)]
     Bundle(#[from] ReadError),
-    /// `explain`, `diff`.
+    /// `explain`, `diff`, `report`.
+    #[error(transparent)]
     Explain(#[from] ExplainError),
+    /// `report`: the page cannot be written.
+    #[error("{path}: {source}")]
+    Page {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
 }
 
 impl Error {
     /// The exit code. A violation is not an error here: the check ran and said no.
     pub fn code(&self) -> u8 {
         match self {
-            Error::Emit(_) | Error::Check(_) | Error::Bundle(_) | Error::Explain(_) => CANNOT,
+            Error::Emit(_)
+            | Error::Check(_)
+            | Error::Bundle(_)
+            | Error::Explain(_)
+            | Error::Page { .. } => CANNOT,
         }
     }
 }

@@ -268,6 +268,9 @@ pub struct PassSummary {
     pub left: BTreeMap<String, u64>,
     /// Its parameters, as the recipe set them or by default: `on-violation` to `kill`.
     pub parameters: BTreeMap<String, String>,
+    /// What it measured on this kernel, sizes of sets mostly.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub figures: BTreeMap<String, u64>,
 }
 
 /// A speculation mitigation that a variant can leave out.

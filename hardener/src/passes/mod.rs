@@ -131,6 +131,7 @@ pub fn run(
             edited: edits.len() as u64,
             left,
             parameters: parameters(*pass, context.recipe),
+            figures: BTreeMap::new(),
         });
         made.drops.extend(pass.drops());
         made.edits.0.extend(edits);

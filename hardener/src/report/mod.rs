@@ -1,8 +1,10 @@
-//! What people and programs are told: progress, what is in a bundle, what stands at an address and why, how two bundles differ.
+//! What people and programs are told: progress, what is in a bundle, what stands at an address and why, how two bundles differ,
+//! and a bundle in figures and pictures.
 
 mod cave;
 mod diff;
 mod explain;
+mod figures;
 mod listing;
 mod place;
 mod progress;
@@ -10,6 +12,7 @@ mod summary;
 
 pub use diff::{Difference, diff};
 pub use explain::{ExplainError, Explanation, explain};
+pub use figures::{Report, report};
 pub use progress::Progress;
 pub use summary::Summary;
 

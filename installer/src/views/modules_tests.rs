@@ -105,6 +105,7 @@ fn bundle() -> Bundle {
             edited: 1,
             left: BTreeMap::new(),
             parameters: BTreeMap::new(),
+            figures: BTreeMap::new(),
         });
     }
     bundle.modules = vec![module()];
