@@ -2,7 +2,8 @@
 
 use crate::exit::{self, Error};
 use crate::report::{self, Progress, Summary};
-use crate::{check, emit, recipe::Recipe};
+use crate::{check, emit, presets, recipe::Recipe};
+use clap::builder::PossibleValuesParser;
 use clap::{CommandFactory, Parser, Subcommand};
 use penumbra_bundle::{Bundle, WriteError};
 use std::io::Write as _;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 #[derive(Parser)]
 #[command(
     version,
-    after_help = "Recipes: `hardener emit --recipe FILE` says in TOML what the passes do; `hardener emit --help` shows one.\n\
+    after_help = "Recipes: `hardener emit --recipe FILE` says in TOML what the passes do; `hardener recipe list` names those that come along.\n\
                   Exit codes: 0 done, proved or the same; 1 the check found violations or the bundles differ; 2 wrong usage, bad\n\
                   input or cannot be done.\n\
                   No command needs root, Xen or the network."
@@ -49,6 +50,9 @@ enum Command {
         /// What the passes do, in TOML; without it, their defaults
         #[arg(long, value_name = "FILE")]
         recipe: Option<PathBuf>,
+        /// What the passes do, by a recipe that comes with the hardener (see `hardener recipe`)
+        #[arg(long, value_name = "NAME", conflicts_with = "recipe", value_parser = preset_names())]
+        preset: Option<String>,
         /// A module (.ko, .ko.gz, .ko.xz, .ko.zst) or a folder of them, whose text gets views too; again for more
         #[arg(long = "module", value_name = "FILE")]
         modules: Vec<PathBuf>,
@@ -138,10 +142,30 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print the recipes that come with the hardener
+    #[command(after_help = "Example:\n  \
+        hardener recipe show hardened > my.toml\n  \
+        hardener emit vmlinuz -o bundle --recipe my.toml")]
+    Recipe {
+        #[command(subcommand)]
+        command: RecipeCommand,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell
         shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Subcommand)]
+enum RecipeCommand {
+    /// Name them, and what they are for
+    List,
+    /// Print one as TOML
+    Show {
+        /// Its name
+        #[arg(value_parser = preset_names())]
+        name: String,
     },
 }
 
@@ -152,10 +176,14 @@ pub fn main() -> ExitCode {
             image,
             output,
             recipe,
+            preset,
             modules,
             force,
             json,
-        } => emit_bundle(&image, &output, recipe.as_deref(), &modules, force, json),
+        } => {
+            let recipe = chosen(recipe.as_deref(), preset.as_deref());
+            recipe.and_then(|recipe| emit_bundle(&image, &output, &recipe, &modules, force, json))
+        }
         Command::Check {
             bundle,
             image,
@@ -172,6 +200,7 @@ pub fn main() -> ExitCode {
             }
             Err(error) => Err(error),
         },
+        Command::Recipe { command } => Ok(recipes(&command)),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "hardener", &mut script);
@@ -197,10 +226,37 @@ fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
+/// The recipe in a file or the preset of a name, else the passes' defaults.
+fn chosen(file: Option<&Path>, preset: Option<&str>) -> Result<Recipe, Error> {
+    let recipe = match (file, preset.and_then(presets::find)) {
+        (Some(file), _) => Recipe::open(file),
+        (None, Some(preset)) => preset.recipe(),
+        (None, None) => Ok(Recipe::default()),
+    };
+    Ok(recipe.map_err(emit::EmitError::from)?)
+}
+
+fn preset_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(presets::ALL.map(|preset| preset.name))
+}
+
+fn recipes(command: &RecipeCommand) -> String {
+    match command {
+        RecipeCommand::List => {
+            let lines =
+                presets::ALL.map(|preset| format!("{:<9} {}\n", preset.name, preset.about()));
+            lines.concat()
+        }
+        RecipeCommand::Show { name } => {
+            presets::find(name).map_or(String::new(), |preset| preset.text.to_owned())
+        }
+    }
+}
+
 fn emit_bundle(
     image: &Path,
     output: &Path,
-    recipe: Option<&Path>,
+    recipe: &Recipe,
     modules: &[PathBuf],
     force: bool,
     json: bool,
@@ -209,10 +265,8 @@ fn emit_bundle(
     if output.exists() && !force {
         return Err(emit::EmitError::from(WriteError::Exists(output.to_owned())).into());
     }
-    let recipe = recipe.map(Recipe::open).transpose();
-    let recipe = recipe.map_err(emit::EmitError::from)?.unwrap_or_default();
     let progress = Progress::start();
-    let emitted = emit::emit_with(image, &recipe, modules, &mut |stage| {
+    let emitted = emit::emit_with(image, recipe, modules, &mut |stage| {
         progress.stage(stage.label())
     })?;
     let mut bundle = emitted.bundle;

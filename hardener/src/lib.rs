@@ -2,7 +2,7 @@
 //!
 //! Data flows one way: [`image`] (unpacked, its tables read) to [`text`] (swept, slots and caves found) to [`passes`] (slot
 //! edits) with [`thunks`] (what the edits call) to a bundle ([`emit`]), which [`report`] prints and [`check`] verifies afresh.
-//! A [`recipe`] says what the passes do.
+//! A [`recipe`] says what the passes do; some come as [`presets`].
 #![forbid(unsafe_code)]
 
 pub mod check;
@@ -12,6 +12,7 @@ pub mod exit;
 pub mod image;
 pub mod modules;
 pub mod passes;
+pub mod presets;
 pub mod recipe;
 pub mod report;
 pub mod text;

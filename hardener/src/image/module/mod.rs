@@ -3,17 +3,15 @@
 //!
 //! The nominal addresses never leave the hardener: what depends on them is a relocation, kept by what it points to.
 
+mod relocs;
+
 use super::elf::Section;
 use super::{Btf, BuildId, Fault, Image, KernelSymbol, Relocs, Segment, notes};
 use goblin::elf::header::{EM_X86_64, ET_REL};
-use goblin::elf::section_header::{
-    SHF_ALLOC, SHF_EXECINSTR, SHF_WRITE, SHN_ABS, SHN_COMMON, SHN_LORESERVE, SHN_UNDEF, SHT_NOBITS,
-    SHT_RELA,
-};
-use goblin::elf::{Elf, reloc, sym};
-use penumbra_bundle::{
-    Export, LinkVa, ModuleReloc, ModuleRelocKind, ModuleSection, Place, Target, TextOff, VaRange,
-};
+use goblin::elf::section_header::{SHF_ALLOC, SHF_EXECINSTR, SHF_WRITE, SHT_NOBITS};
+use goblin::elf::{Elf, sym};
+use penumbra_bundle::{Export, LinkVa, ModuleReloc, ModuleSection, Place, Target, VaRange};
+use relocs::moved;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
@@ -22,9 +20,6 @@ use std::rc::Rc;
 pub const CORE: u64 = 0xffff_ffff_c000_0000;
 const INIT: u64 = 0xffff_ffff_d000_0000;
 const PERCPU: u64 = 0x0100_0000;
-/// Other modules' exports, apart from one another.
-const EXPORTS: u64 = 0xffff_ffff_e000_0000;
-const EXPORT_STEP: u64 = 64;
 /// No module comes near; Debian's largest has 5 MB.
 const MAX_MODULE: u64 = 64 << 20;
 /// A flag of the loader itself (include/linux/module.h, `SHF_RO_AFTER_INIT`).
@@ -143,14 +138,6 @@ struct Loader<'a> {
     init: Vec<u8>,
     targets: Vec<Target>,
     known: HashMap<Target, u32>,
-}
-
-/// The relocations of all allocated sections, applied at nominal addresses.
-#[derive(Default)]
-struct Applied {
-    text: Vec<ModuleReloc>,
-    narrow: Vec<LinkVa>,
-    wide: Vec<LinkVa>,
 }
 
 impl Loader<'_> {
@@ -312,141 +299,6 @@ impl Loader<'_> {
         Ok(())
     }
 
-    /// `apply_relocations`, for every section that is allocated.
-    fn relocate(&mut self, text_size: u32) -> Result<Applied, Fault> {
-        let mut applied = Applied::default();
-        for (index, list) in &self.elf.shdr_relocs {
-            let header = &self.elf.section_headers[*index];
-            let section = header.sh_info as usize;
-            let Some(place) = self.places.get(section).copied().flatten() else {
-                continue;
-            };
-            if header.sh_type != SHT_RELA {
-                return Err(self.damaged(*index, "has relocations without addends"));
-            }
-            let len = self.elf.section_headers[section].sh_size;
-            for one in list.iter() {
-                let kind = match one.r_type {
-                    reloc::R_X86_64_NONE => continue,
-                    reloc::R_X86_64_64 => ModuleRelocKind::Abs64,
-                    reloc::R_X86_64_32 => ModuleRelocKind::Abs32,
-                    reloc::R_X86_64_32S => ModuleRelocKind::Abs32Signed,
-                    reloc::R_X86_64_PC32 | reloc::R_X86_64_PLT32 => ModuleRelocKind::Relative32,
-                    reloc::R_X86_64_PC64 => ModuleRelocKind::Relative64,
-                    other => {
-                        let what = format!("has a relocation of type {other}");
-                        return Err(self.damaged(section, what));
-                    }
-                };
-                let width = kind.width() as u64;
-                if one.r_offset.checked_add(width).is_none_or(|end| end > len) {
-                    let what = format!("the relocation at {:#x} leaves it", one.r_offset);
-                    return Err(self.damaged(section, what));
-                }
-                let target = self.target(one.r_sym, section)?;
-                let nominal = self.nominal(&target);
-                let addend = one.r_addend.unwrap_or(0);
-                let (memory, base, start) = match place {
-                    Place::Core(at) => (&mut self.core, CORE, at),
-                    Place::Init(at) => (&mut self.init, INIT, at),
-                    Place::PerCpu(_) => continue,
-                };
-                let at = start + one.r_offset as u32;
-                let va = LinkVa(base + u64::from(at));
-                let field = &mut memory[at as usize..at as usize + kind.width()];
-                let value = kind.value(nominal, addend, va.0);
-                let Some(value) = value.filter(|_| field.iter().all(|byte| *byte == 0)) else {
-                    let what = format!(
-                        "the relocation at {:#x} does not fit or has a value already",
-                        one.r_offset
-                    );
-                    return Err(self.damaged(section, what));
-                };
-                field.copy_from_slice(&value[..kind.width()]);
-                match kind.width() {
-                    4 => applied.narrow.push(va),
-                    _ if kind == ModuleRelocKind::Abs64 => applied.wide.push(va),
-                    _ => {}
-                }
-                if matches!(place, Place::Core(_)) && at < text_size {
-                    let target = self.index(target);
-                    applied.text.push(ModuleReloc {
-                        at: TextOff(at),
-                        kind,
-                        target,
-                        addend,
-                    });
-                }
-            }
-        }
-        applied.text.sort_by_key(|reloc| reloc.at);
-        applied.narrow.sort_unstable();
-        applied.wide.sort_unstable();
-        Ok(applied)
-    }
-
-    fn index(&mut self, target: Target) -> u32 {
-        if let Some(known) = self.known.get(&target) {
-            return *known;
-        }
-        let index = self.targets.len() as u32;
-        self.targets.push(target.clone());
-        self.known.insert(target, index);
-        index
-    }
-
-    /// `simplify_symbols`.
-    fn target(&self, symbol: usize, section: usize) -> Result<Target, Fault> {
-        let symbol = self
-            .elf
-            .syms
-            .get(symbol)
-            .ok_or_else(|| self.damaged(section, "a relocation names no symbol"))?;
-        let name = self.elf.strtab.get_at(symbol.st_name).unwrap_or("");
-        let index = symbol.st_shndx;
-        let unsupported = |what: &str| {
-            Fault::unsupported(
-                format!("symbol {}", name.escape_default()),
-                format!("{what}; such a module stays on stock text"),
-            )
-        };
-        if index == SHN_UNDEF as usize {
-            return Ok(match self.host.exports.get(name) {
-                Some(va) if va.0 >= super::START_KERNEL_MAP => Target::Kernel(*va),
-                Some(va) => Target::Fixed(va.0),
-                None if symbol.st_bind() == sym::STB_WEAK => Target::Fixed(0),
-                None => Target::Export(name.to_owned()),
-            });
-        }
-        if index == SHN_ABS as usize {
-            return Ok(Target::Fixed(symbol.st_value));
-        }
-        if index == SHN_COMMON as usize || index >= SHN_LORESERVE as usize {
-            return Err(unsupported("is common or for live patching"));
-        }
-        let offset = u32::try_from(symbol.st_value).ok();
-        let place = self.places.get(index).copied().flatten();
-        match place.and_then(|place| moved(place, offset?)) {
-            Some(place) => Ok(Target::Own(place)),
-            None => Err(unsupported("lies in a section that the loader drops")),
-        }
-    }
-
-    fn nominal(&self, target: &Target) -> u64 {
-        match target {
-            Target::Own(place) => nominal(*place).0,
-            Target::Kernel(va) => va.0,
-            Target::Fixed(value) => *value,
-            // Apart from all else, and from one another as far as it matters here.
-            Target::Export(name) => {
-                let sum = name.bytes().fold(0u64, |sum, byte| {
-                    sum.wrapping_mul(31).wrapping_add(u64::from(byte))
-                });
-                EXPORTS + sum % (1 << 16) * EXPORT_STEP
-            }
-        }
-    }
-
     fn info(&self) -> BTreeMap<String, String> {
         let text = String::from_utf8_lossy(self.named(".modinfo").unwrap_or_default());
         let pairs = text.split('\0').filter_map(|pair| pair.split_once('='));
@@ -603,13 +455,4 @@ fn nominal(place: Place) -> LinkVa {
         Place::Init(at) => LinkVa(INIT + u64::from(at)),
         Place::PerCpu(at) => LinkVa(PERCPU + u64::from(at)),
     }
-}
-
-/// So many bytes further.
-fn moved(place: Place, by: u32) -> Option<Place> {
-    Some(match place {
-        Place::Core(at) => Place::Core(at.checked_add(by)?),
-        Place::Init(at) => Place::Init(at.checked_add(by)?),
-        Place::PerCpu(at) => Place::PerCpu(at.checked_add(by)?),
-    })
 }
