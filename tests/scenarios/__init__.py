@@ -10,11 +10,10 @@ Unmarked names are helpers.  A scenario fails by an exception, `expect` is the u
 """
 
 MODULES = ["lab_itself", "command_lines", "stock_guest", "live_guest", "address_spaces",
-           "retpolines_off", "unpatched_xen", "modules", "whole_chain"]
+           "violations", "retpolines_off", "unpatched_xen", "modules", "whole_chain"]
 
 # Run only by name (`tests/run --only text_writers`).
-ON_REQUEST = ["failure", "lifecycle", "address_spaces_pti", "text_writers", "violations", "view_storm",
-              "xen_interface"]
+ON_REQUEST = ["failure", "lifecycle", "address_spaces_pti", "text_writers", "view_storm", "xen_interface"]
 
 # Worlds that need no emulator.
 WITHOUT_QEMU = {"lab_itself", "command_lines"}
