@@ -164,3 +164,33 @@ fn a_vmlinux_without_relocations_is_refused_with_the_remedy() {
         "{said}"
     );
 }
+
+#[test]
+fn all_that_a_kernel_lacks_is_said_at_once() {
+    let mut whole = unpacked(fs::read(common::cloud()).unwrap()).unwrap();
+    let header = goblin::elf::Elf::parse(&whole).unwrap().header;
+    let end =
+        header.e_shoff as usize + usize::from(header.e_shnum) * usize::from(header.e_shentsize);
+    whole.truncate(end);
+    // Built without BTF and without return thunks: no sections of these names.
+    for name in ["\0.BTF\0", "\0.return_sites\0"] {
+        let name = name.as_bytes();
+        let at = whole
+            .windows(name.len())
+            .rposition(|bytes| bytes == name)
+            .unwrap();
+        whole[at + 1] = b'_';
+    }
+    let fault = Image::parse(whole).err().expect("a kernel that lacks much");
+    let said = fault.to_string();
+    let lines: Vec<&str> = said.lines().map(str::trim).collect();
+    assert_eq!(lines[0], "the kernel: lacks 3 things:");
+    for (line, start, why) in [
+        (lines[1], "relocations: ", "give the vmlinuz"),
+        (lines[2], ".BTF: ", "CONFIG_DEBUG_INFO_BTF"),
+        (lines[3], ".return_sites: ", "return-cfi and no-rethunk"),
+    ] {
+        assert!(line.starts_with(start) && line.contains(why), "{said}");
+    }
+    assert_eq!(lines.len(), 4, "{said}");
+}

@@ -104,7 +104,8 @@ impl Image {
             .collect();
         let (bytes, packing) = unpack_file(file)?;
         let elf = elf::read(&bytes)?;
-        let relocs = relocs::read(&bytes, elf.end)?;
+        let mut lacks = Lacks::default();
+        let relocs = lacks.note(relocs::read(&bytes, elf.end))?;
         let mut image = Image {
             sha256,
             packing,
@@ -118,7 +119,8 @@ impl Image {
             bytes,
         };
         if image.symbols.is_empty() {
-            image.symbols = kallsyms::read(image.section_bytes(".rodata").unwrap_or_default())?;
+            let rodata = image.section_bytes(".rodata").unwrap_or_default();
+            image.symbols = lacks.note(kallsyms::read(rodata))?;
         }
         image
             .symbols
@@ -127,8 +129,14 @@ impl Image {
         for symbol in image.symbols.iter().rev() {
             image.by_name.insert(symbol.name.clone(), symbol.va);
         }
-        image.btf = Rc::new(Btf::parse(image.need_section(".BTF")?)?);
-        image.build_id = notes::build_id(image.need_section(".notes")?)?;
+        let btf = image.need_section(".BTF").and_then(Btf::parse);
+        image.btf = Rc::new(lacks.note(btf)?);
+        let build_id = image.need_section(".notes").and_then(notes::build_id);
+        image.build_id = lacks.note(build_id)?;
+        for (name, why) in tables::SLOT_TABLES {
+            lacks.note(image.need_table(name, why).map(drop))?;
+        }
+        lacks.none()?;
         Ok(image)
     }
 
@@ -230,6 +238,36 @@ impl Image {
         bytes
             .map(|banner| banner.trim_end().to_owned())
             .ok_or_else(|| Fault::damaged("linux_banner", "does not start with `Linux version `"))
+    }
+}
+
+/// What a kernel does not have: all of it is said at once.
+#[derive(Default)]
+struct Lacks(Vec<Fault>);
+
+impl Lacks {
+    /// Goes on with nothing where something is not there, and fails where something is wrong.
+    fn note<T: Default>(&mut self, found: Result<T, Fault>) -> Result<T, Fault> {
+        found.or_else(|fault| match fault.kind {
+            FaultKind::Unsupported => {
+                self.0.push(fault);
+                Ok(T::default())
+            }
+            _ => Err(fault),
+        })
+    }
+
+    /// Fails when anything is not there.
+    fn none(mut self) -> Result<(), Fault> {
+        match self.0.len() {
+            0 => Ok(()),
+            1 => Err(self.0.remove(0)),
+            count => {
+                let each = self.0.iter().map(|fault| format!("\n  {fault}"));
+                let detail = format!("lacks {count} things:{}", each.collect::<String>());
+                Err(Fault::unsupported("the kernel", detail))
+            }
+        }
     }
 }
 

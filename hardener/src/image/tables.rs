@@ -4,6 +4,19 @@
 use super::{Fault, Image};
 use penumbra_bundle::{LinkVa, VaRange};
 
+/// The tables of indirect branches and of returns, and what a kernel is built with that has them: without them there is
+/// nothing to edit.
+pub(super) const SLOT_TABLES: [(&str, &str); 2] = [
+    (
+        ".retpoline_sites",
+        "CONFIG_RETPOLINE (forward-cfi and no-retpoline edit what it lists)",
+    ),
+    (
+        ".return_sites",
+        "CONFIG_RETHUNK (return-cfi and no-rethunk edit what it lists)",
+    ),
+];
+
 /// One entry of `.altinstructions`.
 #[derive(Clone, Copy, Debug)]
 pub struct AltEntry {
@@ -84,7 +97,7 @@ pub struct Tables {
 }
 
 /// The bytes of a table and where they are linked.
-struct Table<'a> {
+pub(super) struct Table<'a> {
     name: &'static str,
     start: LinkVa,
     bytes: &'a [u8],
@@ -144,6 +157,13 @@ impl Image {
         })
     }
 
+    /// The table in the section `name`, which a kernel has that is built with `why`.
+    pub(super) fn need_table(&self, name: &'static str, why: &str) -> Result<Table<'_>, Fault> {
+        self.in_section(name).ok_or_else(|| {
+            Fault::unsupported(name, format!("the section is missing; Penumbra needs a kernel built with {why}, as Debian's are"))
+        })
+    }
+
     fn in_symbols(&self, name: &'static str, start: &str, end: &str) -> Result<Table<'_>, Fault> {
         let range = self.between(start, end)?;
         let bytes = self.at(range.start, range.len() as usize);
@@ -200,14 +220,11 @@ impl Image {
 
     /// Reads all tables.
     pub fn tables(&self) -> Result<Tables, Fault> {
-        let need = |name: &'static str, why: &str| {
-            self.in_section(name).ok_or_else(|| {
-                Fault::unsupported(name, format!("the section is missing; Penumbra needs a kernel built with {why}, as Debian's are"))
-            })
-        };
+        let need = |name, why| self.need_table(name, why);
+        let [retpolines, returns] = SLOT_TABLES;
         let mut tables = Tables {
-            retpolines: self.all_code(&need(".retpoline_sites", "CONFIG_RETPOLINE")?)?,
-            returns: self.all_code(&need(".return_sites", "CONFIG_RETHUNK")?)?,
+            retpolines: self.all_code(&need(retpolines.0, retpolines.1)?)?,
+            returns: self.all_code(&need(returns.0, returns.1)?)?,
             ..Tables::default()
         };
         if let Some(table) = self.in_section(".ibt_endbr_seal") {
