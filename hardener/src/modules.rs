@@ -91,6 +91,12 @@ impl Modules {
             path: PathBuf::from("kernel"),
             source: source.into(),
         };
+        // From Linux 6.4 on, so distances between a module's code and its data are not known beforehand.
+        if image.btf.size_of("module_layout").is_none() {
+            let what = "this kernel keeps a module's code and data apart (struct module_memory), which cannot be laid out yet; \
+                        leave --module out, its modules then stay on stock text";
+            return Err(whole(Fault::unsupported("modules", what)));
+        }
         let exports = image.exports().map_err(whole)?;
         let banner = image.banner().map_err(whole)?;
         let release = banner.split(' ').nth(2).unwrap_or_default();

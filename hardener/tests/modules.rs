@@ -235,3 +235,14 @@ fn damaged_modules_never_panic() {
     }
     assert!(refused > 150, "{refused}");
 }
+
+#[test]
+fn a_kernel_that_keeps_code_and_data_of_modules_apart_takes_none_and_says_so() {
+    let (kernel, module) = (common::cloud_backports(), file("af_key.ko"));
+    let result = emit_with(kernel, &Recipe::default(), &[module], &mut |_| {});
+    let said = result.err().expect("a refusal").to_string();
+    assert!(
+        said.contains("struct module_memory") && said.contains("leave --module out"),
+        "{said}"
+    );
+}
