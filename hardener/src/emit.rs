@@ -6,6 +6,7 @@ use crate::passes::{self, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
 use crate::text::{self, REGISTERS, Text, TextError};
 use crate::thunks::{self, CaveContents, KernelThunks};
+use crate::types;
 use penumbra_bundle::{
     Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, Module, ModuleName, ModuleSet, SCHEMA, Symbol,
     Symbols, VaRange, Variant, WriteError,
@@ -257,12 +258,18 @@ fn bundle(
     }
     let mut modules = Modules::read(image, &kernel, modules).map_err(Failure::Module)?;
     progress(Stage::Thunks);
-    let cave = thunks::build(&text, &modules.slots(), &kernel, recipe)?;
+    let forward = match passes::is_typed(recipe) {
+        true => Some(types::analyse(image, &tables, &text)?),
+        false => None,
+    };
+    let forward = forward.as_ref();
+    let cave = thunks::build(&text, &modules.slots(), &kernel, recipe, forward)?;
     progress(Stage::Passes);
     let context = Context {
         text: &text,
         cave: &cave,
         recipe,
+        forward,
     };
     let (mut variants, mut edits) = (Vec::new(), Vec::new());
     for (name, passes) in passes::VARIANTS {
@@ -279,6 +286,7 @@ fn bundle(
     let refused = std::mem::take(&mut modules.refused);
     let modules = modules.finish(&cave).map_err(Failure::Pass)?;
     let mut manifest = manifest(image, &text, &cave, variants)?;
+    manifest.forward = forward.map(|_| file_ref("forward.postcard"));
     manifest.modules = module_set(&modules);
     let symbols = symbols(image, &text);
     let bundle = Bundle {
@@ -288,6 +296,7 @@ fn bundle(
         symbols,
         cave: cave.elf,
         edits,
+        forward: forward.map(|forward| forward.claims()),
         modules,
     };
     Ok(Emitted { bundle, refused })
@@ -369,6 +378,7 @@ fn manifest(
             traps: cave.traps.clone(),
         },
         variants,
+        forward: None,
         modules: None,
         layout: layout(image)?,
         data: data(image)?,

@@ -17,3 +17,4 @@ pub mod recipe;
 pub mod report;
 pub mod text;
 pub mod thunks;
+pub mod types;

@@ -8,6 +8,7 @@
 //!
 //! [pass.forward-cfi]
 //! on-violation = "panic"
+//! policy = "typed"         # address-taken (the default) or typed
 //! ```
 //!
 //! All errors of a file are found at once, each with its place.
@@ -32,16 +33,26 @@ const SCHEMA: &str = "1";
 const MAX_RECIPE: u64 = 1 << 20;
 /// Nobody reads more of what is wrong with one file.
 const MAX_FAULTS: usize = 50;
-const ACTIONS: [ViolationAction; 3] = [
-    ViolationAction::Kill,
-    ViolationAction::Log,
-    ViolationAction::Panic,
-];
+/// The parameter of a pass that reports what it stops.
+pub const VIOLATION: Parameter = Parameter {
+    name: ON_VIOLATION,
+    values: &["kill", "log", "panic"],
+};
+
+/// What a recipe may set of a pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Parameter {
+    /// Its key.
+    pub name: &'static str,
+    /// What it may be; the first is the default.
+    pub values: &'static [&'static str],
+}
 
 /// What the passes do.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Recipe {
-    on_violation: BTreeMap<&'static str, ViolationAction>,
+    /// By pass and parameter.
+    set: BTreeMap<(&'static str, &'static str), &'static str>,
 }
 
 /// Why a recipe is refused.
@@ -177,8 +188,18 @@ impl Recipe {
     }
 
     /// What the thunks of `pass` do about a value that they do not accept.
-    pub fn on_violation(&self, pass: &str) -> ViolationAction {
-        self.on_violation.get(pass).copied().unwrap_or_default()
+    pub fn on_violation(&self, pass: &'static str) -> ViolationAction {
+        match self.value(pass, &VIOLATION) {
+            "log" => ViolationAction::Log,
+            "panic" => ViolationAction::Panic,
+            _ => ViolationAction::Kill,
+        }
+    }
+
+    /// What `parameter` of `pass` is.
+    pub fn value(&self, pass: &'static str, parameter: &Parameter) -> &'static str {
+        let set = self.set.get(&(pass, parameter.name));
+        set.copied().unwrap_or(parameter.values[0])
     }
 }
 
@@ -236,32 +257,33 @@ impl Reader<'_> {
         for (name, pass) in known {
             let value = table.get(name);
             if let Some(fields) = value.and_then(|value| self.table(value)) {
-                self.only(fields, "parameter", pass.parameters());
-                if pass.parameters().contains(&ON_VIOLATION)
-                    && let Some(value) = fields.get(ON_VIOLATION)
-                    && let Some(action) = self.action(value)
-                {
-                    recipe.on_violation.insert(name, action);
+                let parameters = pass.parameters();
+                let names: Vec<&str> = parameters.iter().map(|one| one.name).collect();
+                self.only(fields, "parameter", &names);
+                for parameter in parameters {
+                    let value = fields.get(parameter.name);
+                    if let Some(value) = value.and_then(|value| self.choice(value, parameter)) {
+                        recipe.set.insert((name, parameter.name), value);
+                    }
                 }
             }
         }
     }
 
-    fn action(&mut self, value: &Value<'_>) -> Option<ViolationAction> {
+    fn choice(&mut self, value: &Value<'_>, parameter: &Parameter) -> Option<&'static str> {
         let Some(name) = value.get_ref().as_str() else {
             self.wrong_type(value, "a string");
             return None;
         };
-        let action = ACTIONS.into_iter().find(|action| action.name() == name);
-        if action.is_none() {
-            self.unknown(
-                value.span(),
-                "action",
-                name,
-                &ACTIONS.map(ViolationAction::name),
-            );
+        let choice = parameter.values.iter().find(|known| **known == name);
+        if choice.is_none() {
+            let what = match parameter.name {
+                ON_VIOLATION => "action",
+                other => other,
+            };
+            self.unknown(value.span(), what, name, parameter.values);
         }
-        action
+        choice.copied()
     }
 
     fn table<'t, 'i>(&mut self, value: &'t Value<'i>) -> Option<&'t DeTable<'i>> {
@@ -307,8 +329,12 @@ impl Reader<'_> {
 impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "schema = {SCHEMA}")?;
-        for (pass, action) in &self.on_violation {
-            writeln!(f, "\n[pass.{pass}]\n{ON_VIOLATION} = \"{}\"", action.name())?;
+        let mut last = None;
+        for ((pass, parameter), value) in &self.set {
+            if last.replace(pass) != Some(pass) {
+                writeln!(f, "\n[pass.{pass}]")?;
+            }
+            writeln!(f, "{parameter} = \"{value}\"")?;
         }
         Ok(())
     }
@@ -379,11 +405,15 @@ mod tests {
             (
                 "schema = 1\n[pass.return-cfi]\non-violation = 1\n[pass.forward-cfi]\nwhen = 1\n",
                 "r.toml:3:16: expected a string, found an integer\n\
-                 r.toml:5:1: unknown parameter `when`; there are: on-violation",
+                 r.toml:5:1: unknown parameter `when`; there are: on-violation, policy",
             ),
             (
                 "schema = 1\n[pass.no-rethunk]\non-violation = \"log\"\n",
                 "r.toml:3:1: unknown parameter `on-violation`; there is none",
+            ),
+            (
+                "schema = 1\n[pass.forward-cfi]\npolicy = \"type\"\n",
+                "r.toml:3:10: unknown policy `type`; did you mean `typed`?",
             ),
             (
                 "schema = 1\npass = 1\n",

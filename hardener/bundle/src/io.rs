@@ -2,7 +2,8 @@
 
 use crate::manifest::SCHEMA;
 use crate::{
-    Edits, FileRef, Manifest, Module, Offending, RunTimeModel, SlotKind, Symbols, TextOff, VaRange,
+    Edits, FileRef, ForwardSets, Manifest, Module, Offending, RunTimeModel, SlotKind, Symbols,
+    TextOff, VaRange,
 };
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -97,6 +98,8 @@ pub struct Bundle {
     pub cave: Vec<u8>,
     /// Each variant's edits, in the manifest's order.
     pub edits: Vec<Edits>,
+    /// `forward.postcard`, when the manifest names it.
+    pub forward: Option<ForwardSets>,
     /// `modules.postcard`: modules by name; empty when the bundle has none.
     pub modules: Vec<Module>,
 }
@@ -145,6 +148,10 @@ impl Bundle {
             symbols: decode(&manifest.symbols.name, get(&manifest.symbols.name)?)?,
             cave: get(&manifest.cave.file.name)?.clone(),
             edits,
+            forward: match &manifest.forward {
+                Some(file) => Some(decode(&file.name, get(&file.name)?)?),
+                None => None,
+            },
             modules: match &manifest.modules {
                 Some(set) => decode(&set.file.name, get(&set.file.name)?)?,
                 None => Vec::new(),
@@ -220,6 +227,9 @@ impl Bundle {
             variant.edit_count = edits.0.len() as u64;
             put(&mut variant.edits, encode(edits));
         }
+        if let (Some(file), Some(sets)) = (&mut self.manifest.forward, &self.forward) {
+            put(file, encode(sets));
+        }
         if let Some(set) = &mut self.manifest.modules {
             put(&mut set.file, encode(&self.modules));
         }
@@ -275,6 +285,12 @@ impl Bundle {
                 &manifest.text.file.name,
                 format!("{text_len} bytes, the text range has {}", text.len()),
             );
+        }
+        if let (Some(file), Some(sets)) = (&manifest.forward, &self.forward)
+            && !sets.is_sound(text_len)
+        {
+            let detail = "its lists are unsorted or leave the text".to_owned();
+            return fail(&file.name, detail);
         }
         let mut ranges: Vec<(&str, VaRange)> = vec![("cave", manifest.cave.range)];
         ranges.extend(
@@ -426,6 +442,7 @@ fn file_refs(manifest: &Manifest) -> impl Iterator<Item = &FileRef> {
     ]
     .into_iter()
     .chain(manifest.variants.iter().map(|variant| &variant.edits))
+    .chain(&manifest.forward)
     .chain(manifest.modules.iter().map(|set| &set.file))
 }
 

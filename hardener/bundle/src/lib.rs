@@ -10,6 +10,7 @@
 //! | `symbols.postcard` | [`Symbols`]: text symbols by address |
 //! | `cave.elf` | thunks and tables at their link addresses; read it with `objdump -d` |
 //! | `VARIANT.edits` | [`Edits`]: the slots that a variant replaces |
+//! | `forward.postcard` | [`ForwardSets`], when a variant checks indirect branches by class |
 //! | `modules.postcard` | a list of [`Module`], when the bundle has modules |
 //! | `statement.dsse.json` | the signer's envelope; not part of what it signs |
 //!
@@ -21,6 +22,7 @@
 
 mod addr;
 mod edits;
+mod forward;
 mod io;
 mod manifest;
 mod model;
@@ -28,6 +30,7 @@ mod module;
 
 pub use addr::{LinkVa, TextOff, VaRange};
 pub use edits::{Edit, Edits, SlotKind};
+pub use forward::{ForwardClass, ForwardSets, ForwardSite};
 pub use io::{Bundle, ENVELOPE, MANIFEST, ReadError, WriteError};
 pub use manifest::{
     Cave, FileRef, Kernel, Manifest, Mitigation, ModuleName, ModuleSet, Offending, PassSummary,

@@ -27,6 +27,9 @@ pub struct Manifest {
     pub cave: Cave,
     /// The variants; `stock` first, which edits no return and no indirect branch.
     pub variants: Vec<Variant>,
+    /// What indirect branches may reach, when they are checked by class: the [`crate::ForwardSets`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forward: Option<FileRef>,
     /// Modules whose text has views too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<ModuleSet>,

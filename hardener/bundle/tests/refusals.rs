@@ -65,6 +65,7 @@ fn small() -> Bundle {
                 traps: vec![],
             },
             variants: vec![variant("stock"), variant("hardened")],
+            forward: None,
             modules: None,
             layout: BTreeMap::from([("task_struct.mm".to_owned(), 0x8b0)]),
             data: BTreeMap::from([("init_task".to_owned(), LinkVa(START))]),
@@ -84,6 +85,7 @@ fn small() -> Bundle {
             name: "_stext".to_owned(),
         }]),
         cave: b"\x7fELF".to_vec(),
+        forward: None,
         modules: Vec::new(),
         edits: vec![
             Edits::default(),

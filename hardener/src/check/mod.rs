@@ -13,9 +13,11 @@
 //! | thunk-contract | `violations.rs` | what they stop is reported as the manifest says, with all that the slot had in place |
 //! | exact-sets | `tables.rs`, `sets.rs` | the tables hold exactly the legal addresses |
 //! | modules | `module/` | the same for modules: text, tables and edits, each loaded afresh at two places |
+//! | exact-sets | `classes.rs` | branches that are checked by class let exactly that through |
 //! | true-to-image | `image.rs` | text, relocations, layouts, names and counts are the image's |
 
 mod cave;
+mod classes;
 mod exec;
 mod image;
 mod kernel;

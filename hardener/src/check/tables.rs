@@ -2,6 +2,7 @@
 
 use super::Subject;
 use super::cave::CaveImage;
+use super::classes;
 use super::kernel::KernelError;
 use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
@@ -102,9 +103,11 @@ pub fn check(subject: &Subject<'_>, roles: &Roles) -> Result<RuleReport, KernelE
         }
     }
     let mut used = BTreeSet::new();
+    let entries = sets::entries(kernel)?;
+    classes::check(subject, roles, &entries, &mut findings);
     for (sets, what, legal) in [
         (&roles.returns, "return sites", sets::return_sites(kernel)?),
-        (&roles.entries, "entries", sets::entries(kernel)?),
+        (&roles.entries, "entries", entries),
     ] {
         for tables in sets {
             used.extend(tables.iter().copied());

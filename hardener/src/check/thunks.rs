@@ -32,6 +32,8 @@ pub struct Roles {
     pub returns: BTreeSet<Vec<usize>>,
     /// The same for indirect branches.
     pub entries: BTreeSet<Vec<usize>>,
+    /// What thunks that read no table let through of the text, by thunk. Sorted.
+    pub classes: BTreeMap<LinkVa, Vec<LinkVa>>,
 }
 
 /// Slots that owe and are owed the same.
@@ -287,7 +289,16 @@ fn fields(subject: &Subject<'_>, image: &CaveImage, findings: &mut Findings<'_>)
 /// A thunk and what its slots ask of it.
 type Key = (LinkVa, Contract);
 /// The tables that a thunk reads and what it reports, or where it fails and how.
-type Verdict = Result<(Vec<usize>, Reports), (LinkVa, String)>;
+type Verdict = Result<(Passes, Reports), (LinkVa, String)>;
+
+/// Who passes a thunk.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Passes {
+    /// The members of these tables, by index in the manifest.
+    Tables(Vec<usize>),
+    /// These entries, and all that lies outside the text.
+    Entries(Vec<LinkVa>),
+}
 
 fn prove(
     subject: &Subject<'_>,
@@ -331,10 +342,21 @@ fn prove(
                 report: *report,
                 contract: *contract,
             }));
-            match contract.target {
-                None => roles.returns.insert(seen.clone()),
-                Some(_) => roles.entries.insert(seen.clone()),
-            };
+            match (contract.target, seen) {
+                (None, Passes::Tables(seen)) => {
+                    roles.returns.insert(seen.clone());
+                }
+                (Some(_), Passes::Tables(seen)) => {
+                    roles.entries.insert(seen.clone());
+                }
+                (_, Passes::Entries(entries)) => {
+                    let other = roles.classes.insert(*thunk, entries.clone());
+                    if other.is_some_and(|other| other != *entries) {
+                        let what = "decides otherwise when the kernel is moved".to_owned();
+                        findings.broken(Some(group.variant), Some(*thunk), what);
+                    }
+                }
+            }
         }
         contracts += 1;
         slots += group.slots;
@@ -412,6 +434,14 @@ fn prove_at(
             let at = down(at);
             (at, format!("fails at {}, which {what}", image.describe(at)))
         })?;
+        // What compares only is proved by that.
+        let text = subject.bundle.manifest.text.range();
+        let span = (up(text.start), up(text.end) - 1);
+        let compared = tree.compared().filter(|_| contract.target.is_some());
+        if let Some(members) = compared.and_then(|compared| compared.members(span.0, span.1)) {
+            let members = members.into_iter().map(down).collect();
+            return Ok((Passes::Entries(members), home(reports)));
+        }
         // Thunks that decide alike are proved once.
         let known = decisions.iter().position(|(other, _)| *other == tree);
         let index = known.unwrap_or_else(|| {
@@ -421,7 +451,10 @@ fn prove_at(
             decisions.len() - 1
         });
         match &decisions[index].1 {
-            Ok(seen) => Ok((seen.iter().copied().collect(), home(reports))),
+            Ok(seen) => Ok((
+                Passes::Tables(seen.iter().copied().collect()),
+                home(reports),
+            )),
             Err(wrong) => Err((*thunk, explain(subject, *wrong, slide))),
         }
     };

@@ -10,6 +10,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// The parameter in which a pass's summary says what its thunks do.
 const ON_VIOLATION: &str = "on-violation";
+/// The parameter in which `forward-cfi` says which entries its slots may reach; what they may is proved by rule 5.
+const POLICY: &str = "policy";
+const FORWARD_CFI: &str = "forward-cfi";
 /// More is no message that a panic's line holds (kernel/panic.c, `buf`).
 const MAX_MESSAGE: u64 = 200;
 
@@ -45,7 +48,7 @@ pub fn check(
         };
         reached.insert(*at);
         let (pass, offending) = match contract.target {
-            Some(register) => ("forward-cfi", Offending::Register(register)),
+            Some(register) => (FORWARD_CFI, Offending::Register(register)),
             None => ("return-cfi", Offending::Stack(0)),
         };
         let mut wrong = Vec::new();
@@ -135,11 +138,17 @@ fn parameters(subject: &Subject<'_>, findings: &mut Findings<'_>) {
 
 fn said(pass: &PassSummary, actions: &BTreeSet<ViolationAction>) -> Option<String> {
     let name = &pass.name;
-    if let Some(other) = pass.parameters.keys().find(|key| *key != ON_VIOLATION) {
+    let proved = |key: &&String| *key == ON_VIOLATION || name == FORWARD_CFI && *key == POLICY;
+    if let Some(other) = pass.parameters.keys().find(|key| !proved(key)) {
         return Some(format!("pass {name} says `{other}`, which no rule proves"));
     }
     let found: Vec<&str> = actions.iter().map(|action| action.name()).collect();
-    let said: Vec<&str> = pass.parameters.values().map(String::as_str).collect();
+    let said: Vec<&str> = pass
+        .parameters
+        .get(ON_VIOLATION)
+        .into_iter()
+        .map(String::as_str)
+        .collect();
     (found != said).then(|| {
         let (said, found) = (said.join(", "), found.join(", "));
         format!("pass {name} says {ON_VIOLATION} `{said}`, its thunks do `{found}`")

@@ -78,6 +78,8 @@ pub struct Tables {
     pub fixups: Vec<LinkVa>,
     /// `__bug_table`.
     pub bugs: Vec<LinkVa>,
+    /// Those of `__bug_table` that are gone on behind: warnings.
+    pub warnings: Vec<LinkVa>,
     /// `__mcount_loc`: calls of `__fentry__`.
     pub fentry: Vec<LinkVa>,
     /// `__jump_table`.
@@ -246,10 +248,15 @@ impl Image {
         if let Some(table) = self.in_section("__bug_table") {
             let size = self.need_size("bug_entry")?;
             let at = self.need_member("bug_entry", "bug_addr_disp", 4)?;
-            tables.bugs = table
-                .entries(size)?
-                .map(|entry| table.relative(entry + at))
-                .collect();
+            let flags = self.need_member("bug_entry", "flags", 2)?;
+            for entry in table.entries(size)? {
+                let bug = table.relative(entry + at);
+                tables.bugs.push(bug);
+                // BUGFLAG_WARNING (include/asm-generic/bug.h)
+                if table.array::<2>(entry + flags)[0] & 1 == 1 {
+                    tables.warnings.push(bug);
+                }
+            }
         }
         for name in ["__ksymtab", "__ksymtab_gpl"] {
             if let Some(table) = self.in_section(name) {

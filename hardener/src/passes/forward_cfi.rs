@@ -1,14 +1,27 @@
-//! `forward-cfi`: every indirect call and jump checks that its target is an entry whose address is taken.
+//! `forward-cfi`: every indirect call and jump checks that its target is an entry whose address is taken; with the policy
+//! `typed`, where the target's prototype is known, an entry of that prototype. All let targets outside the kernel's text
+//! through.
 
 use super::{CALL, CS, Context, JMP, Pass, PassError, thunk};
-use crate::recipe::ON_VIOLATION;
+use crate::recipe::{Parameter, Recipe, VIOLATION};
 use crate::text::Slots;
-use crate::thunks::{CaveContents, forward_cfi};
+use crate::thunks::{CaveContents, forward_cfi, forward_class};
 use penumbra_bundle::{Edit, ModuleEdit, Put, SlotKind};
 use std::collections::BTreeMap;
 
 /// The pass's name.
 pub const NAME: &str = "forward-cfi";
+
+/// Which entries a branch may reach: all whose addresses are taken, or those of its own class.
+const POLICY: Parameter = Parameter {
+    name: "policy",
+    values: &["address-taken", "typed"],
+};
+
+/// Whether `recipe` asks for types.
+pub fn is_typed(recipe: &Recipe) -> bool {
+    recipe.value(NAME, &POLICY) == "typed"
+}
 
 /// See the module.
 pub struct ForwardCfi;
@@ -26,8 +39,13 @@ impl Pass for ForwardCfi {
         "goes on only to an entry that an indirect branch may reach"
     }
 
-    fn parameters(&self) -> &'static [&'static str] {
-        &[ON_VIOLATION]
+    fn parameters(&self) -> &'static [Parameter] {
+        &[VIOLATION, POLICY]
+    }
+
+    fn figures(&self, context: &Context<'_>) -> BTreeMap<String, u64> {
+        let forward = context.forward;
+        forward.map(|forward| forward.figures()).unwrap_or_default()
     }
 
     fn module(&self, slots: &Slots, cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
@@ -46,7 +64,10 @@ impl Pass for ForwardCfi {
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {
         let edits = context.indirect().map(|slot| {
-            let name = forward_cfi::name(slot.register, slot.scratch_free);
+            let own = context
+                .forward
+                .and_then(|forward| forward_class::name(forward, slot));
+            let name = own.unwrap_or_else(|| forward_cfi::name(slot.register, slot.scratch_free));
             let thunk = context.thunk(self.name(), &name)?;
             let opcode = if slot.jump { JMP } else { CALL };
             // The prefix stays: the return address does too.

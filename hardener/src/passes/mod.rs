@@ -6,12 +6,13 @@ mod no_rethunk;
 mod no_retpoline;
 mod return_cfi;
 
-pub use forward_cfi::NAME as FORWARD_CFI;
+pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
 pub use return_cfi::NAME as RETURN_CFI;
 
-use crate::recipe::{ON_VIOLATION, Recipe};
+use crate::recipe::{Parameter, Recipe};
 use crate::text::{Indirect, Return, Slots, Text};
 use crate::thunks::CaveContents;
+use crate::types::Forward;
 use penumbra_bundle::{
     Edit, Edits, LinkVa, Mitigation, ModuleEdit, PassSummary, SlotKind, TextOff,
 };
@@ -26,6 +27,8 @@ pub struct Context<'a> {
     pub cave: &'a CaveContents,
     /// What the passes' parameters are.
     pub recipe: &'a Recipe,
+    /// What indirect branches may reach, when a pass asks for that.
+    pub forward: Option<&'a Forward>,
 }
 
 /// A pass: edits slots of one kind.
@@ -45,8 +48,13 @@ pub trait Pass: Sync {
     }
 
     /// The parameters that a recipe may set.
-    fn parameters(&self) -> &'static [&'static str] {
+    fn parameters(&self) -> &'static [Parameter] {
         &[]
+    }
+
+    /// What it measured on this kernel.
+    fn figures(&self, _context: &Context<'_>) -> BTreeMap<String, u64> {
+        BTreeMap::new()
     }
 
     /// Its edits in a module with these slots.
@@ -131,7 +139,7 @@ pub fn run(
             edited: edits.len() as u64,
             left,
             parameters: parameters(*pass, context.recipe),
-            figures: BTreeMap::new(),
+            figures: pass.figures(context),
         });
         made.drops.extend(pass.drops());
         made.edits.0.extend(edits);
@@ -163,13 +171,11 @@ pub fn known() -> BTreeMap<&'static str, &'static dyn Pass> {
 
 /// The values of a pass's parameters, for the manifest.
 fn parameters(pass: &dyn Pass, recipe: &Recipe) -> BTreeMap<String, String> {
-    let value = |parameter: &&'static str| match *parameter {
-        ON_VIOLATION => recipe.on_violation(pass.name()).name().to_owned(),
-        other => unreachable!("no pass has a parameter {other}"),
+    let value = |parameter: &Parameter| {
+        let value = recipe.value(pass.name(), parameter);
+        (parameter.name.to_owned(), value.to_owned())
     };
-    let all = pass.parameters().iter();
-    all.map(|parameter| ((*parameter).to_owned(), value(parameter)))
-        .collect()
+    pass.parameters().iter().map(value).collect()
 }
 
 /// Stays in release builds: edits are whole instructions, apart from one another (design, invariant 1).

@@ -1,7 +1,7 @@
 //! `return-cfi`: every return checks that its address follows a call.
 
 use super::{Context, JMP, Pass, PassError, thunk};
-use crate::recipe::ON_VIOLATION;
+use crate::recipe::{Parameter, VIOLATION};
 use crate::text::Slots;
 use crate::thunks::{CaveContents, return_cfi};
 use penumbra_bundle::{Edit, ModuleEdit, Put, SlotKind};
@@ -26,8 +26,8 @@ impl Pass for ReturnCfi {
         "goes back only to where a call returns to"
     }
 
-    fn parameters(&self) -> &'static [&'static str] {
-        &[ON_VIOLATION]
+    fn parameters(&self) -> &'static [Parameter] {
+        &[VIOLATION]
     }
 
     fn module(&self, slots: &Slots, cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {

@@ -1,5 +1,6 @@
 //! What is in a bundle, as tables and as JSON.
 
+use crate::passes::FORWARD_CFI;
 use comfy_table::{CellAlignment, Table as Grid, presets};
 use penumbra_bundle::{Bundle, Cave, Kernel, Mitigation, SiteKind, Text, Variant, ViolationAction};
 use serde::Serialize;
@@ -24,9 +25,50 @@ struct Json<'a> {
     functions: usize,
     symbols: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
+    forward: Option<Forward>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     modules: Option<Modules>,
     layout: &'a BTreeMap<String, u32>,
     data: &'a BTreeMap<String, penumbra_bundle::LinkVa>,
+}
+
+/// How many entries indirect branches may reach, when they are checked by class.
+#[derive(Serialize)]
+struct Forward {
+    /// Branches that are checked.
+    sites: u64,
+    /// The share of them that may reach functions of one prototype, or of a list that is narrower.
+    unique_share: f64,
+    /// Entries that a branch may reach.
+    median: u64,
+    mean: f64,
+    /// Branches by what decides their class.
+    by: BTreeMap<String, u64>,
+}
+
+impl Forward {
+    fn of(variants: &[Variant]) -> Option<Forward> {
+        let mut passes = variants.iter().flat_map(|variant| &variant.passes);
+        let pass = passes.find(|pass| pass.name == FORWARD_CFI && !pass.figures.is_empty())?;
+        let with = |prefix: &'static str| {
+            let figures = pass.figures.iter();
+            figures.filter_map(move |(key, value)| Some((key.strip_prefix(prefix)?, *value)))
+        };
+        let by: BTreeMap<String, u64> = with("by.").map(|(key, n)| (key.to_owned(), n)).collect();
+        let sites: u64 = by.values().sum();
+        let entries = with("set-size.").filter_map(|(size, n)| Some(size.parse::<u64>().ok()? * n));
+        let unique = ["prototype", "functions"]
+            .iter()
+            .filter_map(|key| by.get(*key));
+        let share = |part: u64| part as f64 / sites.max(1) as f64;
+        Some(Forward {
+            sites,
+            unique_share: share(unique.sum()),
+            median: pass.figures.get("median").copied().unwrap_or(0),
+            mean: share(entries.sum()),
+            by,
+        })
+    }
 }
 
 /// The modules of a bundle, counted.
@@ -108,6 +150,7 @@ impl<'a> Summary<'a> {
             poke_sites: &self.sites,
             functions: self.bundle.model.functions.len(),
             symbols: self.bundle.symbols.0.len(),
+            forward: Forward::of(&manifest.variants),
             modules: Modules::of(self.bundle),
             layout: &manifest.layout,
             data: &manifest.data,

@@ -3,7 +3,7 @@
 use super::assembler::{Section, Thunk, imm32};
 use super::tables::ENTRY_GRANULE;
 use super::{KernelThunks, Targets, Violation, lookup};
-use crate::text::{REGISTERS, Slots};
+use crate::text::{Indirect, REGISTERS};
 use iced_x86::IcedError;
 use iced_x86::code_asm::registers::*;
 use iced_x86::code_asm::*;
@@ -21,12 +21,11 @@ pub fn emit(
     section: &mut Section,
     targets: &Targets,
     kernel: &KernelThunks,
-    slots: &[&Slots],
+    slots: &[&Indirect],
     violation: &Violation,
 ) {
     let mut needed: Vec<(u8, bool)> = slots
         .iter()
-        .flat_map(|slots| &slots.indirect)
         .map(|slot| (slot.register, slot.scratch_free))
         .collect();
     needed.sort_unstable();
@@ -48,6 +47,36 @@ pub fn emit(
     }
 }
 
+/// What a thunk for a target in some register works with.
+pub struct Scratch {
+    /// The register that holds what is computed.
+    pub register: AsmRegister64,
+    /// Its low halves.
+    halves: (AsmRegister32, AsmRegister8),
+    /// The target's register.
+    pub target: AsmRegister64,
+    /// Whether `register` must be saved.
+    pub save: bool,
+}
+
+/// r11 is never an argument nor the static chain, which is r10 (System V ABI, 3.2.3); a target in r11 is looked at through
+/// r10, saved.
+pub fn scratch(register: u8, scratch_free: bool) -> Scratch {
+    let target = [
+        rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15,
+    ][usize::from(register)];
+    let (own, halves) = match register {
+        11 => (r10, (r10d, r10b)),
+        _ => (r11, (r11d, r11b)),
+    };
+    Scratch {
+        register: own,
+        halves,
+        target,
+        save: !scratch_free || register == 11,
+    }
+}
+
 fn one(
     thunk: &mut Thunk,
     register: u8,
@@ -56,17 +85,12 @@ fn one(
     retpoline: LinkVa,
     violation: &Violation,
 ) -> Result<(), IcedError> {
-    // r11 is never an argument nor the static chain, which is r10 (System V ABI, 3.2.3); a target in r11 is looked at
-    // through r10, saved.
-    let (scratch, scratch32, scratch8) = if register == 11 {
-        (r10, r10d, r10b)
-    } else {
-        (r11, r11d, r11b)
-    };
-    let save_scratch = !scratch_free || register == 11;
-    let target = [
-        rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15,
-    ][usize::from(register)];
+    let Scratch {
+        register: scratch,
+        halves: (scratch32, scratch8),
+        target,
+        save: save_scratch,
+    } = scratch(register, scratch_free);
     let a = &mut thunk.asm;
     let (mut ok, mut sparse, mut sorted) = (a.create_label(), a.create_label(), a.create_label());
     let mut bad = a.create_label();

@@ -4,6 +4,7 @@
 mod assembler;
 mod elf;
 pub mod forward_cfi;
+pub mod forward_class;
 mod lookup;
 pub mod module_free;
 pub mod return_cfi;
@@ -12,7 +13,8 @@ mod violation;
 
 use crate::passes::{FORWARD_CFI, RETURN_CFI};
 use crate::recipe::Recipe;
-use crate::text::{PAGE, Slots, Text, TextError};
+use crate::text::{Indirect, PAGE, Slots, Text, TextError};
+use crate::types::Forward;
 use assembler::Section;
 use penumbra_bundle::{LinkVa, Reloc, Table, Trap, VaRange, ViolationAction};
 use std::collections::BTreeMap;
@@ -87,8 +89,9 @@ pub fn build(
     modules: &[&Slots],
     kernel: &KernelThunks,
     recipe: &Recipe,
+    forward: Option<&Forward>,
 ) -> Result<CaveContents, TextError> {
-    let with = |returns| build_with(text, modules, kernel, recipe, returns);
+    let with = |returns| build_with(text, modules, kernel, recipe, forward, returns);
     match with(Dense::Bitmap(1)) {
         Err(TextError::Cave { .. }) => with(Dense::Dictionary),
         done => done,
@@ -100,6 +103,7 @@ fn build_with(
     modules: &[&Slots],
     kernel: &KernelThunks,
     recipe: &Recipe,
+    forward: Option<&Forward>,
     returns: Dense,
 ) -> Result<CaveContents, TextError> {
     let start = text.cave.pages.start;
@@ -137,11 +141,18 @@ fn build_with(
     let mut code = Section::new(code_start);
     let (return_targets, call_targets) = (returns.targets(text.range), entries.targets(text.range));
     return_cfi::emit(&mut code, &return_targets, kernel.return_thunk, &on_return);
-    let slots: Vec<&Slots> = [&text.slots]
-        .into_iter()
-        .chain(modules.iter().copied())
-        .collect();
+    // A slot of a class of its own has a thunk of its own.
+    let own = |slot: &&Indirect| {
+        forward.is_some_and(|forward| forward_class::name(forward, slot).is_some())
+    };
+    let slots = text.slots.indirect.iter().filter(|slot| !own(slot));
+    let slots = slots.chain(modules.iter().flat_map(|slots| &slots.indirect));
+    let slots: Vec<&Indirect> = slots.collect();
     forward_cfi::emit(&mut code, &call_targets, kernel, &slots, &on_call);
+    if let Some(forward) = forward {
+        let slots = &text.slots.indirect;
+        forward_class::emit(&mut code, forward, text.range, kernel, slots, &on_call);
+    }
     if let Some(cleanup) = kernel.module_cleanup {
         module_free::emit(&mut code, cleanup, &on_return);
     }

@@ -255,6 +255,7 @@ fn make_bundle() -> Bundle {
                 variant("fast", vec![Mitigation::Retpoline]),
                 variant("hardened", Vec::new()),
             ],
+            forward: None,
             modules: None,
             layout: LAYOUT
                 .iter()
@@ -278,6 +279,7 @@ fn make_bundle() -> Bundle {
             },
         ]),
         cave: elf(LINK + 0x2010, &cave),
+        forward: None,
         modules: Vec::new(),
         edits: vec![
             Edits::default(),

@@ -7,6 +7,8 @@ use std::collections::{BTreeSet, HashMap};
 
 /// More subjects than any table speaks about.
 const MAX_SUBJECTS: u64 = 1 << 28;
+/// Entries that follow each other byte by byte.
+const MAX_RUN: u64 = 16;
 /// Subjects evaluated at a time.
 const LANES: u64 = 4096;
 
@@ -54,6 +56,38 @@ pub struct Tree {
     ops: Vec<Op>,
     nodes: Vec<Node>,
     root: NodeId,
+}
+
+/// What comparisons alone decide.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Compared {
+    /// Who passes: intervals, both ends inside.
+    pub passed: Vec<(u64, u64)>,
+    /// Who is stopped.
+    pub stopped: Vec<(u64, u64)>,
+}
+
+impl Compared {
+    /// The subjects from `low` to `high`, both inside, that pass; none when somebody outside is stopped, or when whole
+    /// stretches pass as no list of entries has them.
+    pub fn members(&self, low: u64, high: u64) -> Option<Vec<u64>> {
+        let inside = |at: &(u64, u64)| low <= at.0 && at.1 <= high;
+        if self.stopped.is_empty() || !self.stopped.iter().all(inside) {
+            return None;
+        }
+        let mut members = Vec::new();
+        for (from, to) in &self.passed {
+            let (from, to) = (*from.max(&low), *to.min(&high));
+            if from <= to {
+                // Two entries side by side are one instruction of a byte apart.
+                if to - from > MAX_RUN {
+                    return None;
+                }
+                members.extend(from..=to);
+            }
+        }
+        Some(members)
+    }
 }
 
 /// A table as decoded: where it lies, and which subjects it holds.
@@ -184,6 +218,34 @@ impl Tree {
                 (_, pass) => return Err(Wrong::Passes(*pass.expect("one of the two is there"))),
             }
         }
+    }
+
+    /// For a thunk that compares its subject with constants only: who passes and who is stopped, as sorted intervals.
+    pub fn compared(&self) -> Option<Compared> {
+        let mut ends: Vec<(u64, u64, bool)> = Vec::new();
+        for node in &self.nodes {
+            match node {
+                Node::Branch { .. } => {}
+                Node::Leaf(Leaf::Pass, set) => {
+                    ends.extend(set.spans().iter().map(|(low, high)| (*low, *high, true)));
+                }
+                Node::Leaf(Leaf::Trap, set) => {
+                    ends.extend(set.spans().iter().map(|(low, high)| (*low, *high, false)));
+                }
+                Node::Touch { .. } => return None,
+            }
+        }
+        ends.sort_unstable();
+        // Where a condition is no comparison, both ways have the same subjects.
+        let apart = ends.windows(2).all(|pair| pair[0].1 < pair[1].0);
+        let of = |passes: bool| {
+            let all = ends.iter().filter(move |end| end.2 == passes);
+            all.map(|(low, high, _)| (*low, *high)).collect()
+        };
+        apart.then(|| Compared {
+            passed: of(true),
+            stopped: of(false),
+        })
     }
 
     fn is_fixed(&self, load: Term) -> bool {

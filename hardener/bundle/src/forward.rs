@@ -1,0 +1,54 @@
+//! What the manifest claims about indirect branches: which entries each may reach.
+
+use crate::TextOff;
+use serde::{Deserialize, Serialize};
+
+/// All indirect branches that a variant checks against a class.
+///
+/// Code outside the kernel's text (modules, BPF programs, trampolines) is not spoken of: every class lets it through.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ForwardSets {
+    /// The classes.
+    pub classes: Vec<ForwardClass>,
+    /// The branches, by address.
+    pub sites: Vec<ForwardSite>,
+}
+
+/// What some indirect branches may reach in the kernel's text.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ForwardClass {
+    /// What decides it: `prototype` (of one prototype), `prototypes` (of several), `functions` (by address) or
+    /// `address-taken` (all).
+    pub by: String,
+    /// The entries. Sorted.
+    pub entries: Vec<TextOff>,
+}
+
+/// An indirect branch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ForwardSite {
+    /// Where it stands.
+    pub at: TextOff,
+    /// Its class: an index into [`ForwardSets::classes`].
+    pub class: u32,
+}
+
+impl ForwardSets {
+    /// Whether indices are in range, and addresses sorted and inside a text of `len` bytes.
+    pub(crate) fn is_sound(&self, len: usize) -> bool {
+        let inside = |at: &TextOff| (at.0 as usize) < len;
+        let classes = self.classes.iter().all(|class| {
+            class.entries.is_sorted_by(|a, b| a < b) && class.entries.last().is_none_or(inside)
+        });
+        let sites = self.sites.is_sorted_by(|a, b| a.at < b.at)
+            && self.sites.last().is_none_or(|site| inside(&site.at));
+        let mut indices = self.sites.iter().map(|site| site.class as usize);
+        classes && sites && indices.all(|class| class < self.classes.len())
+    }
+
+    /// The class of the branch at `at`.
+    pub fn class_at(&self, at: TextOff) -> Option<&ForwardClass> {
+        let index = self.sites.binary_search_by_key(&at, |site| site.at).ok()?;
+        Some(&self.classes[self.sites[index].class as usize])
+    }
+}

@@ -1,0 +1,107 @@
+//! Rule 5 for indirect branches that are checked by class: each branch lets through exactly what the manifest claims of it, and
+//! no claim goes beyond the entries whose addresses are taken.
+//!
+//! Which class a branch ought to be in is not proved: that is the emitter's analysis of types, and a class too narrow shows
+//! as a violation when the kernel runs, one too wide in the figures of the manifest.
+
+use super::Subject;
+use super::report::Findings;
+use super::sets::Legal;
+use super::slots::{Replacement, replacement};
+use super::thunks::Roles;
+use penumbra_bundle::{LinkVa, SlotKind};
+use std::collections::BTreeSet;
+
+/// The pass that classes are about, and its parameter.
+const PASS: &str = "forward-cfi";
+const POLICY: &str = "policy";
+const TYPED: &str = "typed";
+/// The class of all entries.
+const ALL: &str = "address-taken";
+
+/// Proves it; `entries` are all entries that an indirect branch may reach.
+pub fn check(subject: &Subject<'_>, roles: &Roles, entries: &Legal, findings: &mut Findings<'_>) {
+    let bundle = subject.bundle;
+    let passes = bundle
+        .manifest
+        .variants
+        .iter()
+        .flat_map(|variant| &variant.passes);
+    let typed = passes.filter(|pass| pass.name == PASS).any(|pass| {
+        pass.parameters
+            .get(POLICY)
+            .is_some_and(|policy| policy == TYPED)
+    });
+    let Some(claims) = &bundle.forward else {
+        if typed {
+            let what =
+                format!("pass {PASS} says {POLICY} `{TYPED}`, the manifest claims no classes");
+            findings.broken(None, None, what);
+        }
+        for thunk in roles.classes.keys() {
+            let what = "the thunk lets a class through that the manifest does not claim".to_owned();
+            findings.broken(None, Some(*thunk), what);
+        }
+        return;
+    };
+    if !typed {
+        let what =
+            format!("the manifest claims classes, pass {PASS} does not say {POLICY} `{TYPED}`");
+        findings.broken(None, None, what);
+    }
+    let text = bundle.manifest.text.start.0;
+    let classes: Vec<BTreeSet<LinkVa>> = claims
+        .classes
+        .iter()
+        .map(|class| {
+            let entries = class.entries.iter();
+            entries.map(|at| LinkVa(text + u64::from(at.0))).collect()
+        })
+        .collect();
+    for (number, (class, said)) in classes.iter().zip(&claims.classes).enumerate() {
+        let stray = class.difference(&entries.required);
+        if let Some(stray) = stray.into_iter().find(|at| !entries.optional.contains(at)) {
+            let what = format!("class {number} claims an entry whose address is never taken");
+            findings.broken(None, Some(*stray), what);
+        }
+        if said.by == ALL && !class.is_superset(&entries.required) {
+            let what = format!(
+                "class {number} is `{ALL}` but claims {} of {} entries",
+                class.len(),
+                entries.required.len()
+            );
+            findings.broken(None, None, what);
+        }
+    }
+    let mut proved = 0;
+    for (variant, edit) in subject.edits() {
+        let at = subject.place(edit);
+        let (SlotKind::Indirect, Some(Replacement::Call(to) | Replacement::Jump(to))) =
+            (edit.slot, replacement(&edit.bytes, at))
+        else {
+            continue;
+        };
+        let index = claims.sites.binary_search_by_key(&edit.at, |site| site.at);
+        let Ok(index) = index else {
+            let what = "is checked, but the manifest claims no class for it".to_owned();
+            findings.broken(Some(variant), Some(at), what);
+            continue;
+        };
+        let number = claims.sites[index].class as usize;
+        let right = match roles.classes.get(&to) {
+            Some(members) => members.iter().eq(&classes[number]),
+            // What reads the table of entries, or what is broken and named by rule 4.
+            None => claims.classes[number].by == ALL,
+        };
+        if right {
+            proved += 1;
+        } else {
+            let what = format!(
+                "lets through something other than class {number}, which the manifest claims"
+            );
+            findings.broken(Some(variant), Some(at), what);
+        }
+    }
+    findings.proved("branches that let exactly their class through", proved);
+    findings.proved("classes", classes.len() as u64);
+}

@@ -1,0 +1,116 @@
+//! What one function says about data and about the functions that it calls.
+
+use super::btf::Type;
+use super::flow::Flow;
+use super::functions::Function;
+use super::layout::Ptr;
+use super::resolve::{Known, Resolver};
+use super::values::{Op, Value};
+use rustc_hash::FxHashSet;
+
+/// What was found.
+#[derive(Default)]
+pub struct Facts {
+    /// A thing of a type starts at an address.
+    pub objects: Vec<(u64, u32)>,
+    /// The word at an address holds such a pointer.
+    pub words: Vec<(u64, Ptr)>,
+    /// A word of a structure is used as such a pointer.
+    pub fields: Vec<(Ptr, Ptr)>,
+    /// A function is put there.
+    pub functions: Vec<Ptr>,
+    /// What a function is given in an argument register: its start, the register.
+    pub passed: Vec<((u32, u8), Known)>,
+}
+
+/// What a function's calls and stores say about data.
+pub fn of(
+    resolver: &Resolver<'_>,
+    function: &Function,
+    flow: &Flow,
+    taken: &FxHashSet<u32>,
+    facts: &mut Facts,
+) {
+    let votes = resolver.votes(flow);
+    let known = resolver.all(flow, function, &votes);
+    let of = |value: Value| &known[value.0 as usize];
+    for (value, ptrs) in &votes {
+        for ptr in ptrs {
+            match flow.values.op(*value) {
+                Op::Const(at) => {
+                    let at = at.wrapping_add_signed(i64::from(ptr.delta).wrapping_neg());
+                    facts.objects.push((at, ptr.ty));
+                }
+                Op::Load(base, offset, 8) => {
+                    if let Op::Const(at) = flow.values.op(base) {
+                        let at = at.wrapping_add_signed(i64::from(offset));
+                        facts.words.push((at, *ptr));
+                    } else if let Known::Pointers(all) = of(base)
+                        && let [only] = all[..]
+                        && let Some(delta) = only.delta.checked_add(offset)
+                    {
+                        let place = Ptr { ty: only.ty, delta };
+                        let field = resolver.layout.field(place);
+                        if field.anything || !field.loose.is_empty() || field.to.is_empty() {
+                            facts.fields.push((place, *ptr));
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    for store in &flow.stores {
+        let value = flow.values.op(store.value);
+        if let Op::Const(at) = flow.values.op(store.base) {
+            // A variable: what is stored has its type.
+            let at = at.wrapping_add_signed(i64::from(store.offset));
+            if resolver.globals.is_data(at)
+                && let Known::Pointers(all) = of(store.value)
+            {
+                facts.words.extend(all.iter().map(|ptr| (at, *ptr)));
+            }
+            continue;
+        }
+        let Known::Pointers(all) = of(store.base) else {
+            continue;
+        };
+        let function = match of(store.value) {
+            Known::Pointers(all) => all
+                .iter()
+                .any(|ptr| matches!(resolver.btf.at(ptr.ty), Type::Prototype { .. })),
+            _ => matches!(value, Op::Const(at) if resolver.globals.text(at).is_some()),
+        };
+        if function {
+            for ptr in all {
+                if let Some(delta) = ptr.delta.checked_add(store.offset) {
+                    let place = Ptr { ty: ptr.ty, delta };
+                    facts.functions.push(resolver.layout.innermost(place));
+                }
+            }
+        }
+        if let (Op::Const(at), [only]) = (value, &all[..])
+            && resolver.globals.is_data(at)
+            && let Some(delta) = only.delta.checked_add(store.offset)
+        {
+            // A member: what it points to has the declared type.
+            let field = resolver.layout.field(Ptr { ty: only.ty, delta });
+            if let ([to], false, true) = (&field.to[..], field.anything, field.loose.is_empty()) {
+                facts.objects.push((at, *to));
+            }
+        }
+    }
+    for call in &flow.calls {
+        if taken.contains(&call.to) {
+            continue;
+        }
+        let Some(callee) = resolver.functions.at(call.to) else {
+            continue;
+        };
+        for (number, value) in (0u8..).zip(call.arguments) {
+            if resolver.says_too_little(callee, number) {
+                facts.passed.push(((call.to, number), of(value).clone()));
+            }
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! The functions of the text: where each lies, its prototypes, and what it is given in registers.
+
+use super::btf::{Btf, Type, VOID};
+use crate::image::{Image, Tables};
+use rustc_hash::{FxHashMap, FxHashSet};
+
+/// Code in the image: the text, and what runs at boot only. Offsets are from the text's start.
+pub struct Places<'a> {
+    /// The text's link address.
+    pub start: u64,
+    parts: Vec<(u32, &'a [u8])>,
+}
+
+impl<'a> Places<'a> {
+    /// All sections with code that start at or behind `start` and within reach of 32 bits.
+    pub fn of(image: &'a Image, start: u64) -> Places<'a> {
+        let mut parts: Vec<(u32, &[u8])> = Vec::new();
+        for name in [".text", ".init.text"] {
+            let Some(section) = image.section(name) else {
+                continue;
+            };
+            let at = section.range.start.0.checked_sub(start);
+            let at = at.and_then(|at| u32::try_from(at).ok());
+            let bytes = image.section_bytes(name).unwrap_or_default();
+            let fits = at.and_then(|at| at.checked_add(u32::try_from(bytes.len()).ok()?));
+            if let (Some(at), Some(_)) = (at, fits) {
+                parts.push((at, bytes));
+            }
+        }
+        Places { start, parts }
+    }
+
+    /// The offset of an address in code.
+    pub fn offset(&self, va: u64) -> Option<u32> {
+        let at = u32::try_from(va.checked_sub(self.start)?).ok()?;
+        self.part(at).map(|_| at)
+    }
+
+    /// The bytes from one offset to another in the same section.
+    pub fn bytes(&self, from: u32, to: u32) -> &'a [u8] {
+        let inside = self.part(from).and_then(|(start, bytes)| {
+            bytes.get((from - start) as usize..((to - start) as usize).min(bytes.len()))
+        });
+        inside.unwrap_or_default()
+    }
+
+    /// The first offset behind the section around `at`.
+    fn end(&self, at: u32) -> u32 {
+        self.part(at)
+            .map_or(at, |(start, bytes)| start + bytes.len() as u32)
+    }
+
+    fn part(&self, at: u32) -> Option<(u32, &'a [u8])> {
+        let mut parts = self.parts.iter().copied();
+        parts.find(|(start, bytes)| at >= *start && ((at - start) as usize) < bytes.len())
+    }
+}
+
+/// One function.
+#[derive(Debug, Default)]
+pub struct Function {
+    /// Its parts, entry first: offsets in the text, and the first offsets behind.
+    pub ranges: Vec<(u32, u32)>,
+    /// BTF ids of the prototypes that its name has; several when static functions share the name.
+    pub prototypes: Vec<u32>,
+    /// Its first name.
+    pub name: String,
+    /// Whether all its names are a compiler's clones (`.isra.0`), whose parameters differ from the declared ones.
+    pub clone: bool,
+    /// It is a cold part of another function.
+    pub cold: bool,
+}
+
+impl Function {
+    /// Where it is entered.
+    pub fn start(&self) -> u32 {
+        self.ranges[0].0
+    }
+}
+
+/// All functions, by where they start.
+#[derive(Default)]
+pub struct FunctionIndex {
+    /// The functions, ascending.
+    pub all: Vec<Function>,
+    by_start: FxHashMap<u32, u32>,
+}
+
+/// `__traceiter_X(void *, ...)` is what the tracepoint calls; its own callees return nothing
+/// (include/linux/tracepoint.h, `__DECLARE_TRACE`).
+pub const TRACE_ITERATOR: &str = "__traceiter_";
+
+impl FunctionIndex {
+    /// Finds all functions.
+    pub fn find(image: &Image, tables: &Tables, places: &Places<'_>, btf: &Btf) -> FunctionIndex {
+        let mut starts: FxHashMap<u32, Vec<&str>> = FxHashMap::default();
+        for symbol in image.symbols.iter().filter(|symbol| symbol.is_code()) {
+            if let Some(at) = places.offset(symbol.va.0) {
+                starts.entry(at).or_default().push(&symbol.name);
+            }
+        }
+        let four = if tables.sealed_endbr.is_empty() { 0 } else { 4 };
+        for va in &tables.fentry {
+            if let Some(at) = places.offset(va.0)
+                && !starts.contains_key(&at)
+                && !starts.contains_key(&at.wrapping_sub(four))
+            {
+                starts.entry(at - four.min(at)).or_default();
+            }
+        }
+        let mut entries: Vec<(u32, Vec<&str>)> = starts.into_iter().collect();
+        entries.sort_unstable();
+        let next = entries
+            .iter()
+            .skip(1)
+            .map(|entry| entry.0)
+            .chain([u32::MAX]);
+        let ends = entries.iter().zip(next);
+        let ends: Vec<u32> = ends
+            .map(|((at, _), next)| next.min(places.end(*at)))
+            .collect();
+        let mut index = FunctionIndex::default();
+        let mut cold: Vec<(String, (u32, u32))> = Vec::new();
+        let mut by_name: FxHashMap<String, Vec<u32>> = FxHashMap::default();
+        for ((start, names), end) in entries.into_iter().zip(ends) {
+            let number = index.all.len() as u32;
+            index.by_start.insert(start, number);
+            let mut prototypes = Vec::new();
+            let mut clone = !names.is_empty();
+            for name in &names {
+                clone &= name.contains('.');
+                // Only the clone whose parameters are as declared may have the name's prototype.
+                prototypes.extend(btf.functions.get(*name).into_iter().flatten().copied());
+                by_name.entry((*name).to_owned()).or_default().push(number);
+            }
+            prototypes.sort_unstable();
+            prototypes.dedup();
+            let part = names.iter().find_map(|name| cold_parent(name));
+            if let Some(parent) = part {
+                cold.push((parent.to_owned(), (start, end)));
+            }
+            index.all.push(Function {
+                ranges: vec![(start, end)],
+                prototypes,
+                name: names.first().copied().unwrap_or_default().to_owned(),
+                clone,
+                cold: part.is_some(),
+            });
+        }
+        for (parent, range) in cold {
+            // Statics share names: the part belongs to the one that branches there, and following both is harmless.
+            for number in by_name.get(&parent).into_iter().flatten() {
+                index.all[*number as usize].ranges.push(range);
+            }
+        }
+        index
+    }
+
+    /// The function that starts at `at`.
+    pub fn at(&self, at: u32) -> Option<&Function> {
+        self.by_start
+            .get(&at)
+            .map(|number| &self.all[*number as usize])
+    }
+
+    /// The same, as its number.
+    pub fn number(&self, at: u32) -> Option<u32> {
+        self.by_start.get(&at).copied()
+    }
+
+    /// Callees that do not return to their callers (tools/objtool/check.c has such a list too).
+    pub fn no_return(&self) -> FxHashSet<u32> {
+        const NAMES: [&str; 22] = [
+            "__stack_chk_fail",
+            "__module_put_and_kthread_exit",
+            "__reiserfs_panic",
+            "cpu_bringup_and_idle",
+            "cpu_startup_entry",
+            "do_exit",
+            "do_group_exit",
+            "do_task_dead",
+            "ex_handler_msr_mce",
+            "fortify_panic",
+            "kthread_complete_and_exit",
+            "kthread_exit",
+            "kunit_try_catch_throw",
+            "machine_real_restart",
+            "make_task_dead",
+            "panic",
+            "rewind_stack_and_make_dead",
+            "stop_this_cpu",
+            "usercopy_abort",
+            "xen_start_kernel",
+            "nmi_panic_self_stop",
+            "rest_init",
+        ];
+        let all = self.all.iter();
+        all.filter(|function| NAMES.contains(&function.name.as_str()))
+            .map(Function::start)
+            .collect()
+    }
+
+    /// Functions without a prototype that are no clones: assembly, which has its own rules about registers.
+    pub fn assembly(&self) -> FxHashSet<u32> {
+        let all = self.all.iter();
+        all.filter(|function| function.prototypes.is_empty() && !function.clone)
+            .map(Function::start)
+            .collect()
+    }
+}
+
+/// The function whose cold part is called `name`.
+fn cold_parent(name: &str) -> Option<&str> {
+    let (parent, number) = name.split_once(".cold")?;
+    (number.is_empty() || number.starts_with('.')).then_some(parent)
+}
+
+/// What a prototype has in each argument register: the parameter's type, or none for what is no single parameter.
+pub fn registers(btf: &Btf, prototype: u32) -> [Option<u32>; 6] {
+    let mut out = [None; 6];
+    let Some((_, parameters, _)) = btf.prototype(prototype) else {
+        return out;
+    };
+    let mut next = 0;
+    for parameter in parameters {
+        let plain = btf.plain(*parameter);
+        let takes = match btf.at(plain) {
+            // In memory (System V psABI, 3.2.3).
+            Type::Composite { size, .. } if size > 16 => 0,
+            Type::Composite { size, .. } if size > 8 => 2,
+            _ => 1,
+        };
+        if takes == 1
+            && let Some(place) = out.get_mut(next)
+        {
+            *place = Some(plain);
+        }
+        next += takes;
+    }
+    out
+}
+
+/// How many argument registers a prototype fills.
+pub fn arity(btf: &Btf, prototype: u32) -> u8 {
+    let Some((_, parameters, _)) = btf.prototype(prototype) else {
+        return 6;
+    };
+    let takes = |parameter: &u32| match btf.at(btf.plain(*parameter)) {
+        Type::Composite { size, .. } if size > 16 => 0,
+        Type::Composite { size, .. } if size > 8 => 2u32,
+        _ => 1,
+    };
+    parameters.iter().map(takes).sum::<u32>().min(6) as u8
+}
+
+/// What a pointer type points to, when something is to be gained from knowing it.
+pub fn pointee(btf: &Btf, ty: u32) -> Option<u32> {
+    let Type::Pointer(to) = btf.at(btf.plain(ty)) else {
+        return None;
+    };
+    let to = btf.plain(to);
+    match btf.at(to) {
+        Type::Void | Type::Scalar(_) | Type::Forward | Type::Tag => None,
+        _ if to == VOID => None,
+        _ => Some(to),
+    }
+}

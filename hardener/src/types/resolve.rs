@@ -1,0 +1,382 @@
+//! The types of values: from parameters through members to where they are called.
+
+use super::btf::{Btf, Type};
+use super::flow::Flow;
+use super::functions::{Function, FunctionIndex, pointee, registers};
+use super::globals::Globals;
+use super::layout::{Layout, Ptr};
+use super::values::{Op, UNKNOWN, Value};
+use rustc_hash::FxHashMap;
+
+/// What is known about a value.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Known {
+    /// No way gives it one yet: NULL, or a loop without a start.
+    Nothing,
+    /// It points to one of these.
+    Pointers(Vec<Ptr>),
+    /// It may be anything.
+    Anything,
+}
+
+/// More candidates than this are as good as none.
+const MAX_POINTERS: usize = 64;
+/// Rounds until types settle; loops settle in two or three.
+const MAX_ROUNDS: usize = 12;
+/// Error pointers are no addresses (include/linux/err.h, `MAX_ERRNO`); neither is the first page.
+const NO_ADDRESS: std::ops::RangeInclusive<i64> = -4096..=4095;
+
+/// What a function's own uses say about its values: passed on or stored where a type is declared.
+pub type Votes = FxHashMap<Value, Vec<Ptr>>;
+
+/// Resolves the values of one function.
+pub struct Resolver<'a> {
+    /// The types.
+    pub btf: &'a Btf,
+    /// Members.
+    pub layout: &'a Layout<'a>,
+    /// The functions.
+    pub functions: &'a FunctionIndex,
+    /// What is known about data.
+    pub globals: &'a Globals,
+    /// By argument register: what all callers give a function whose declaration says too little.
+    pub given: &'a FxHashMap<(u32, u8), Vec<Ptr>>,
+}
+
+/// What is either.
+pub fn unite(into: &mut Known, other: &Known) {
+    match (&mut *into, other) {
+        (Known::Anything, _) | (_, Known::Nothing) => {}
+        (_, Known::Anything) => *into = Known::Anything,
+        (Known::Nothing, Known::Pointers(_)) => *into = other.clone(),
+        (Known::Pointers(all), Known::Pointers(more)) => {
+            all.extend(more);
+            all.sort_unstable();
+            all.dedup();
+            if all.len() > MAX_POINTERS {
+                *into = Known::Anything;
+            }
+        }
+    }
+}
+
+fn pointers(mut all: Vec<Ptr>) -> Known {
+    all.sort_unstable();
+    all.dedup();
+    match all.len() {
+        0 => Known::Anything,
+        len if len > MAX_POINTERS => Known::Anything,
+        _ => Known::Pointers(all),
+    }
+}
+
+impl Resolver<'_> {
+    /// What a function's calls say about the values that it passes.
+    pub fn votes(&self, flow: &Flow) -> Votes {
+        let mut votes = Votes::default();
+        let mut vote = |value: Value, to: u32| {
+            if value == UNKNOWN {
+                return;
+            }
+            let (base, offset) = flow.values.split(value);
+            let Ok(delta) = i32::try_from(-offset) else {
+                return;
+            };
+            let all = votes.entry(base).or_default();
+            let ptr = Ptr { ty: to, delta };
+            if !all.contains(&ptr) {
+                all.push(ptr);
+            }
+        };
+        for call in &flow.calls {
+            let Some(callee) = self.functions.at(call.to) else {
+                continue;
+            };
+            // Statics of one name: which it is is not known.
+            let [prototype] = callee.prototypes[..] else {
+                continue;
+            };
+            for (value, parameter) in call.arguments.iter().zip(registers(self.btf, prototype)) {
+                if let Some(to) = parameter.and_then(|ty| pointee(self.btf, ty)) {
+                    vote(*value, to);
+                }
+            }
+        }
+        votes
+    }
+
+    /// What each value of a function is.
+    pub fn all(&self, flow: &Flow, function: &Function, votes: &Votes) -> Vec<Known> {
+        let mut known = vec![Known::Nothing; flow.values.count()];
+        let mut slots: Vec<(i32, Ptr)> = Vec::new();
+        for (value, ptrs) in votes {
+            if let Op::Stack(at) = flow.values.op(*value) {
+                slots.extend(ptrs.iter().map(|ptr| (at, *ptr)));
+            }
+        }
+        slots.sort_unstable();
+        let rounds = match flow.values.phis.is_empty() {
+            true => 1,
+            false => MAX_ROUNDS,
+        };
+        for round in 0..rounds {
+            let mut changed = false;
+            for index in 0..known.len() {
+                let value = Value(index as u32);
+                let mut now = self.own(flow, function, &slots, value, &known);
+                if now == Known::Anything
+                    && let Some(votes) = votes.get(&value)
+                {
+                    now = pointers(votes.clone());
+                }
+                if round + 1 == rounds && rounds > 1 && now != known[index] {
+                    // It does not settle.
+                    now = Known::Anything;
+                }
+                if known[index] != now {
+                    known[index] = now;
+                    changed = true;
+                }
+            }
+            if !changed {
+                break;
+            }
+        }
+        known
+    }
+
+    fn own(
+        &self,
+        flow: &Flow,
+        function: &Function,
+        slots: &[(i32, Ptr)],
+        value: Value,
+        known: &[Known],
+    ) -> Known {
+        let of = |value: &Value| &known[value.0 as usize];
+        match flow.values.op(value) {
+            Op::Unknown | Op::Stack(_) | Op::PerCpu => Known::Anything,
+            Op::Arg(number) => self.argument(function, number),
+            Op::Const(at) if NO_ADDRESS.contains(&(at as i64)) => Known::Nothing,
+            Op::Const(at) => self.constant(at),
+            Op::Load(_, _, bytes) if bytes != 8 => Known::Anything,
+            Op::Load(base, offset, _) => match flow.values.op(base) {
+                Op::PerCpu => self.globals.per_cpu(self, i64::from(offset)),
+                Op::Stack(at) => self.slot(slots, at.saturating_add(offset)),
+                Op::Const(at) => {
+                    let at = at.wrapping_add_signed(i64::from(offset));
+                    match self.globals.word(self, at) {
+                        Known::Anything => self.member(of(&base), offset),
+                        known => known,
+                    }
+                }
+                Op::Sum(a, b) => {
+                    let table = [a, b]
+                        .into_iter()
+                        .find_map(|one| flow.values.as_constant(one));
+                    match self.member(of(&base), offset) {
+                        Known::Anything => table.map_or(Known::Anything, |at| {
+                            self.globals
+                                .table(at.wrapping_add_signed(i64::from(offset)))
+                        }),
+                        known => known,
+                    }
+                }
+                _ => self.member(of(&base), offset),
+            },
+            Op::Add(base, by) => match of(&base) {
+                Known::Pointers(all) => {
+                    let moved = all.iter().map(|ptr| {
+                        let delta = i64::from(ptr.delta) + by;
+                        let delta = i32::try_from(delta).ok()?;
+                        let size = self.btf.size(ptr.ty) as i32;
+                        // The next element, in a loop over an array.
+                        let around = matches!(flow.values.op(base), Op::Phi(_))
+                            && size > 0
+                            && delta % size == 0;
+                        Some(Ptr {
+                            ty: ptr.ty,
+                            delta: if around { 0 } else { delta },
+                        })
+                    });
+                    moved
+                        .collect::<Option<Vec<_>>>()
+                        .map_or(Known::Anything, pointers)
+                }
+                other => other.clone(),
+            },
+            Op::Sum(a, b) => {
+                let side = |one: Value| match flow.values.op(one) {
+                    Op::Const(at) => self
+                        .globals
+                        .per_cpu_address(at)
+                        .map_or_else(|| self.constant(at), |ptr| Known::Pointers(vec![ptr])),
+                    _ => of(&one).clone(),
+                };
+                match (side(a), side(b)) {
+                    (Known::Pointers(one), Known::Anything | Known::Nothing)
+                    | (Known::Anything | Known::Nothing, Known::Pointers(one)) => {
+                        Known::Pointers(one)
+                    }
+                    (Known::Nothing, Known::Nothing) => Known::Nothing,
+                    _ => Known::Anything,
+                }
+            }
+            Op::Phi(index) => {
+                let mut all = Known::Nothing;
+                for operand in &flow.values.phis[index as usize] {
+                    unite(&mut all, of(operand));
+                }
+                all
+            }
+            Op::Result(callee) => match self.functions.at(callee) {
+                Some(callee) => self.returned(&callee.prototypes),
+                None => Known::Anything,
+            },
+            Op::IndirectResult(target) => match of(&target) {
+                Known::Pointers(all) => {
+                    let prototypes: Vec<u32> = all.iter().map(|ptr| ptr.ty).collect();
+                    self.returned(&prototypes)
+                }
+                other => other.clone(),
+            },
+        }
+    }
+
+    /// A word of a thing on the stack whose address was passed on as a pointer to it.
+    fn slot(&self, slots: &[(i32, Ptr)], at: i32) -> Known {
+        for (start, ptr) in slots.iter().rev() {
+            let delta = at - start + ptr.delta;
+            if delta >= 0 && delta + 8 <= self.btf.size(ptr.ty) as i32 {
+                let base = Known::Pointers(vec![Ptr { ty: ptr.ty, delta }]);
+                return self.member(&base, 0);
+            }
+        }
+        Known::Anything
+    }
+
+    /// Whether the declaration of an argument does not say what it points to.
+    pub fn says_too_little(&self, function: &Function, number: u8) -> bool {
+        let [prototype] = function.prototypes[..] else {
+            return true;
+        };
+        if function.clone {
+            return true;
+        }
+        match registers(self.btf, prototype)[usize::from(number)] {
+            Some(ty) => {
+                matches!(self.btf.at(ty), Type::Pointer(_)) && pointee(self.btf, ty).is_none()
+                    || self.btf.size(ty) == 8 && matches!(self.btf.at(ty), Type::Scalar(_))
+            }
+            None => false,
+        }
+    }
+
+    fn argument(&self, function: &Function, number: u8) -> Known {
+        if !function.clone {
+            let mut all = Vec::new();
+            for prototype in &function.prototypes {
+                let register = registers(self.btf, *prototype)[usize::from(number)];
+                match register.and_then(|ty| pointee(self.btf, ty)) {
+                    Some(ty) => all.push(Ptr { ty, delta: 0 }),
+                    None => {
+                        all.clear();
+                        break;
+                    }
+                }
+            }
+            if !all.is_empty() {
+                return pointers(all);
+            }
+        }
+        match self.given.get(&(function.start(), number)) {
+            Some(given) => pointers(given.clone()),
+            None => Known::Anything,
+        }
+    }
+
+    fn returned(&self, prototypes: &[u32]) -> Known {
+        let mut all = Vec::new();
+        for prototype in prototypes {
+            let Some((returns, ..)) = self.btf.prototype(*prototype) else {
+                return Known::Anything;
+            };
+            match pointee(self.btf, returns) {
+                Some(ty) => all.push(Ptr { ty, delta: 0 }),
+                None => return Known::Anything,
+            }
+        }
+        pointers(all)
+    }
+
+    fn constant(&self, at: u64) -> Known {
+        if let Some(function) = self.globals.text(at).and_then(|at| self.functions.at(at)) {
+            return pointers(
+                function
+                    .prototypes
+                    .iter()
+                    .map(|ty| Ptr { ty: *ty, delta: 0 })
+                    .collect(),
+            );
+        }
+        self.globals.object(self.btf, at)
+    }
+
+    /// The word at `offset` from a pointer.
+    fn member(&self, base: &Known, offset: i32) -> Known {
+        let all = match base {
+            Known::Pointers(all) => all,
+            other => return other.clone(),
+        };
+        let mut found = Vec::new();
+        for ptr in all {
+            let Some(delta) = ptr.delta.checked_add(offset) else {
+                return Known::Anything;
+            };
+            let place = Ptr { ty: ptr.ty, delta };
+            let field = self.layout.field(place);
+            if field.anything || !field.loose.is_empty() || field.to.is_empty() {
+                // Declared as a pointer to anything, or as an integer: what it is used as everywhere.
+                match (&all[..], self.globals.field(place)) {
+                    ([_], Some(used)) => found.push(used),
+                    _ if field.anything || !field.loose.is_empty() => return Known::Anything,
+                    _ => {}
+                }
+                continue;
+            }
+            found.extend(field.to.iter().map(|ty| Ptr { ty: *ty, delta: 0 }));
+        }
+        pointers(found)
+    }
+
+    /// The prototypes that the called `value` may have; none when nothing is known.
+    pub fn prototypes(&self, flow: &Flow, known: &[Known], value: Value) -> Option<Vec<u32>> {
+        let mut found = Vec::new();
+        let prototype = |ty: &u32| matches!(self.btf.at(*ty), Type::Prototype { .. });
+        match &known[value.0 as usize] {
+            Known::Pointers(all) => {
+                let called = all.iter().filter(|ptr| ptr.delta == 0);
+                found.extend(called.map(|ptr| ptr.ty).filter(prototype));
+            }
+            Known::Nothing => {}
+            Known::Anything => {
+                // A structure around a known one is meant, and in some of them a pointer to anything stands there. It is none
+                // that is called, unless somebody has put a function there.
+                if let Op::Load(base, offset, 8) = flow.values.op(value)
+                    && let Known::Pointers(all) = &known[base.0 as usize]
+                {
+                    for ptr in all {
+                        let delta = ptr.delta.checked_add(offset)?;
+                        let field = self.layout.field(Ptr { ty: ptr.ty, delta });
+                        let called = |place| self.globals.holds_functions(place);
+                        if field.anything || field.loose.iter().any(called) {
+                            return None;
+                        }
+                        found.extend(field.to.iter().copied().filter(prototype));
+                    }
+                }
+            }
+        }
+        (!found.is_empty()).then_some(found)
+    }
+}

@@ -1,0 +1,222 @@
+//! Each indirect branch and the entries that it may reach.
+
+use super::functions::FunctionIndex;
+use super::prototypes::{ProtoId, Prototypes};
+use crate::text::Indirect;
+use penumbra_bundle::{ForwardClass, ForwardSets, ForwardSite, TextOff};
+use rustc_hash::FxHashMap;
+use std::collections::BTreeMap;
+
+/// What an indirect branch may reach in the kernel's text. Modules' functions and other code outside it are not spoken of.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Reach {
+    /// These functions only: their addresses are all that the target is ever made from. Sorted.
+    Functions(Vec<TextOff>),
+    /// Functions of one of these prototypes. Sorted.
+    Prototypes(Vec<ProtoId>),
+    /// Every function whose address is taken.
+    Any,
+}
+
+impl Reach {
+    /// These functions only.
+    pub fn functions(mut all: Vec<TextOff>) -> Reach {
+        all.sort_unstable();
+        all.dedup();
+        Reach::Functions(all)
+    }
+
+    /// Functions of these prototypes.
+    pub fn prototypes(mut all: Vec<ProtoId>) -> Reach {
+        all.sort_unstable();
+        all.dedup();
+        Reach::Prototypes(all)
+    }
+
+    /// How it is called in manifests.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Reach::Functions(_) => "functions",
+            Reach::Prototypes(all) if all.len() <= 1 => "prototype",
+            Reach::Prototypes(_) => "prototypes",
+            Reach::Any => "address-taken",
+        }
+    }
+}
+
+/// An indirect branch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Site {
+    /// Where it stands.
+    pub at: TextOff,
+    /// Its class: an index into [`Forward::classes`].
+    pub class: u32,
+}
+
+/// What some indirect branches may reach.
+#[derive(Clone, Debug)]
+pub struct Class {
+    /// As found.
+    pub reach: Reach,
+    /// The entries, sorted.
+    pub entries: Vec<TextOff>,
+}
+
+/// The entries with their prototypes.
+pub struct Entries {
+    all: Vec<TextOff>,
+    by_prototype: FxHashMap<ProtoId, Vec<TextOff>>,
+}
+
+impl Entries {
+    /// Of `entries`, which are sorted.
+    ///
+    /// What has no prototype is assembly, whose entries C calls directly or the processor does: it is reached by what is not
+    /// typed only.
+    pub fn of(entries: &[TextOff], index: &FunctionIndex, prototypes: &Prototypes) -> Entries {
+        let mut all = Entries {
+            all: entries.to_vec(),
+            by_prototype: FxHashMap::default(),
+        };
+        for at in entries {
+            let declared = index.at(at.0).map_or(&[][..], |one| &one.prototypes);
+            let mut classes: Vec<ProtoId> = declared
+                .iter()
+                .filter_map(|ty| prototypes.class(*ty))
+                .collect();
+            classes.sort_unstable();
+            classes.dedup();
+            for id in classes {
+                all.by_prototype.entry(id).or_default().push(*at);
+            }
+        }
+        all
+    }
+
+    /// What `reach` comes to.
+    fn reached(&self, reach: &Reach) -> Vec<TextOff> {
+        match reach {
+            Reach::Functions(all) => {
+                let taken = |at: &&TextOff| self.all.binary_search(at).is_ok();
+                all.iter().filter(taken).copied().collect()
+            }
+            Reach::Prototypes(all) => {
+                let lists = all.iter().filter_map(|id| self.by_prototype.get(id));
+                let mut found: Vec<TextOff> = lists.flatten().copied().collect();
+                found.sort_unstable();
+                found.dedup();
+                found
+            }
+            Reach::Any => self.all.clone(),
+        }
+    }
+}
+
+/// All indirect branches through retpolines, and what they may reach.
+#[derive(Clone, Debug)]
+pub struct Forward {
+    /// The branches, by address.
+    pub sites: Vec<Site>,
+    /// The classes that they are in. The first is [`Reach::Any`].
+    pub classes: Vec<Class>,
+    known: FxHashMap<Reach, u32>,
+}
+
+impl Forward {
+    /// No branches yet.
+    pub fn new(entries: &Entries) -> Forward {
+        let mut forward = Forward {
+            sites: Vec::new(),
+            classes: Vec::new(),
+            known: FxHashMap::default(),
+        };
+        forward.class(Reach::Any, entries);
+        forward
+    }
+
+    fn class(&mut self, reach: Reach, entries: &Entries) -> u32 {
+        if let Some(known) = self.known.get(&reach) {
+            return *known;
+        }
+        let number = self.classes.len() as u32;
+        self.classes.push(Class {
+            entries: entries.reached(&reach),
+            reach: reach.clone(),
+        });
+        self.known.insert(reach, number);
+        number
+    }
+
+    /// Adds a branch.
+    pub fn add(&mut self, at: TextOff, reach: Reach, entries: &Entries) {
+        let class = self.class(reach, entries);
+        self.sites.push(Site { at, class });
+    }
+
+    /// Keeps the branches that are `slots`, and adds those that were not reached.
+    pub fn finish(&mut self, slots: &[Indirect]) {
+        // Of a branch that two functions share, as a cold part may be, the wider class.
+        let mut by_place: BTreeMap<TextOff, u32> = BTreeMap::new();
+        for site in &self.sites {
+            let class = by_place.entry(site.at).or_insert(site.class);
+            if *class != site.class {
+                *class = 0;
+            }
+        }
+        let sites = slots.iter().map(|slot| Site {
+            at: slot.at,
+            class: by_place.get(&slot.at).copied().unwrap_or(0),
+        });
+        self.sites = sites.collect();
+    }
+
+    /// The number of the class of the branch at `at`.
+    pub fn class_number(&self, at: TextOff) -> Option<u32> {
+        let index = self.sites.binary_search_by_key(&at, |site| site.at).ok()?;
+        Some(self.sites[index].class)
+    }
+
+    /// The same for a manifest.
+    pub fn claims(&self) -> ForwardSets {
+        let classes = self.classes.iter().map(|class| ForwardClass {
+            by: class.reach.kind().to_owned(),
+            entries: class.entries.clone(),
+        });
+        let sites = self.sites.iter().map(|site| ForwardSite {
+            at: site.at,
+            class: site.class,
+        });
+        ForwardSets {
+            classes: classes.collect(),
+            sites: sites.collect(),
+        }
+    }
+
+    /// The class of the branch at `at`.
+    pub fn class_at(&self, at: TextOff) -> Option<&Class> {
+        let index = self.sites.binary_search_by_key(&at, |site| site.at).ok()?;
+        Some(&self.classes[self.sites[index].class as usize])
+    }
+
+    /// What manifests say: branches by what decides their class, by the size of their class, and sums.
+    pub fn figures(&self) -> BTreeMap<String, u64> {
+        let mut figures = BTreeMap::new();
+        let mut sizes: Vec<u64> = Vec::with_capacity(self.sites.len());
+        for site in &self.sites {
+            let class = &self.classes[site.class as usize];
+            let size = class.entries.len() as u64;
+            *figures
+                .entry(format!("by.{}", class.reach.kind()))
+                .or_default() += 1;
+            *figures.entry(format!("set-size.{size}")).or_default() += 1;
+            sizes.push(size);
+        }
+        sizes.sort_unstable();
+        let median = sizes.get(sizes.len() / 2).copied().unwrap_or(0);
+        let sum: u64 = sizes.iter().sum();
+        figures.insert("median".to_owned(), median);
+        figures.insert("mean".to_owned(), sum / (sizes.len() as u64).max(1));
+        figures.insert("classes".to_owned(), self.classes.len() as u64);
+        figures
+    }
+}
