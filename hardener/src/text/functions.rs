@@ -43,7 +43,14 @@ impl Functions {
                 }
             })
             .collect();
-        let unnamed = sites.into_iter().map(|at| Start {
+        // The site behind a named function's ENDBR64 starts no other function.
+        starts.sort_unstable();
+        let own = |site: &TextOff| {
+            let start = site.0.checked_sub(4).map(TextOff);
+            start.is_some_and(|at| starts.binary_search_by_key(&at, |start| start.at).is_ok())
+        };
+        let unnamed: Vec<TextOff> = sites.into_iter().filter(|site| !own(site)).collect();
+        let unnamed = unnamed.into_iter().map(|at| Start {
             at,
             named: false,
             traced: true,
