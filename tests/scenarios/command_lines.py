@@ -100,7 +100,7 @@ def check_refuses_another_kernel(w):
 
 @scenario
 def check_finds_damage_in_every_file(w):
-    """One flipped bit in the middle of any file of a bundle is found by the checker or the reader."""
+    """One flipped bit in the middle of any file of a bundle is found: by the reader (exit 2) or the checker (1)."""
     files = sorted(p.relative_to(w.bundle) for p in w.bundle.rglob("*")
                    if p.is_file() and p.name != "statement.dsse.json")
     for file in files:
@@ -108,7 +108,7 @@ def check_finds_damage_in_every_file(w):
         content = bytearray((damaged / file).read_bytes())
         content[len(content) // 2] ^= 1
         (damaged / file).write_bytes(content)
-        refused([HARDENER, "check", damaged, "--image", w.vmlinuz], (2,))
+        refused([HARDENER, "check", damaged, "--image", w.vmlinuz], (1, 2))
 
 
 @scenario
