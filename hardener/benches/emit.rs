@@ -53,12 +53,13 @@ fn phases(criterion: &mut Criterion, name: &str, path: &Path) {
     let recipe = Recipe::default();
     let kernel = kernel_thunks(&image).expect("has thunks");
     group.bench_function("7 thunks and tables", |bench| {
-        bench.iter(|| thunks::build(&text, &[], &kernel, &recipe, None).expect("fits"))
+        bench.iter(|| thunks::build(&text, &[], &kernel, &recipe, None, None).expect("fits"))
     });
-    let cave = thunks::build(&text, &[], &kernel, &recipe, None).expect("fits");
+    let cave = thunks::build(&text, &[], &kernel, &recipe, None, None).expect("fits");
     let context = Context {
         recipe: &recipe,
         forward: None,
+        return_sets: None,
         text: &text,
         cave: &cave,
     };

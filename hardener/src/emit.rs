@@ -4,6 +4,7 @@ use crate::image::{Fault, Image, ImageError};
 use crate::modules::{Modules, Refused};
 use crate::passes::{self, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
+use crate::text::return_sets::ReturnSets;
 use crate::text::{self, REGISTERS, Text, TextError};
 use crate::thunks::{self, CaveContents, KernelThunks};
 use crate::types;
@@ -263,13 +264,18 @@ fn bundle(
         false => None,
     };
     let forward = forward.as_ref();
-    let cave = thunks::build(&text, &modules.slots(), &kernel, recipe, forward)?;
+    let return_sets =
+        passes::is_per_function(recipe).then(|| ReturnSets::find(image, &tables, &text));
+    let return_sets = return_sets.as_ref();
+    let slots = modules.slots();
+    let cave = thunks::build(&text, &slots, &kernel, recipe, forward, return_sets)?;
     progress(Stage::Passes);
     let context = Context {
         text: &text,
         cave: &cave,
         recipe,
         forward,
+        return_sets,
     };
     let (mut variants, mut edits) = (Vec::new(), Vec::new());
     for (name, passes) in passes::VARIANTS {

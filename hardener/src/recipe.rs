@@ -5,6 +5,7 @@
 //!
 //! [pass.return-cfi]
 //! on-violation = "log"     # kill (the default), log or panic
+//! policy = "function"      # return-sites (the default) or function
 //!
 //! [pass.forward-cfi]
 //! on-violation = "panic"
@@ -414,6 +415,10 @@ mod tests {
             (
                 "schema = 1\n[pass.forward-cfi]\npolicy = \"type\"\n",
                 "r.toml:3:10: unknown policy `type`; did you mean `typed`?",
+            ),
+            (
+                "schema = 1\n[pass.return-cfi]\npolicy = \"functions\"\n",
+                "r.toml:3:10: unknown policy `functions`; did you mean `function`?",
             ),
             (
                 "schema = 1\npass = 1\n",

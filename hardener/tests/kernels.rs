@@ -246,8 +246,9 @@ fn members(bundle: &Bundle, names: [&str; 2]) -> BTreeSet<LinkVa> {
                     found.extend(bits.map(|bit| LinkVa(table.covers.start.0 + group * 16 + bit)));
                 }
             }
-            TableKind::SortedOffsets => {
-                for word in bytes.chunks_exact(4).take(table.count as usize) {
+            TableKind::HashedOffsets | TableKind::SortedOffsets => {
+                let words = bytes.chunks_exact(4);
+                for word in words.filter(|word| **word != [0xff; 4]) {
                     let offset = u32::from_le_bytes(word.try_into().unwrap());
                     found.insert(LinkVa(table.covers.start.0 + u64::from(offset)));
                 }

@@ -241,6 +241,8 @@ pub enum TableKind {
     /// 256 little-endian 16-bit masks, then one byte for each 16 bytes of address space, which says whose mask it is: bit `n`
     /// of the mask of byte `i` stands for `covers.start + i * 16 + n`.
     Dictionary,
+    /// Little-endian 32-bit offsets from `covers.start`, each at one of the places that its hashes give; 0xffffffff elsewhere.
+    HashedOffsets,
 }
 
 /// One variant of the text.

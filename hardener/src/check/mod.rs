@@ -12,10 +12,12 @@
 //! | thunk-contract | `thunks.rs`, `exec/` | thunks keep what they must and pass exactly the members of their tables |
 //! | thunk-contract | `violations.rs` | what they stop is reported as the manifest says, with all that the slot had in place |
 //! | exact-sets | `tables.rs`, `sets.rs` | the tables hold exactly the legal addresses |
+//! | exact-sets | `returns.rs`, `callers.rs` | returns by function go back to that function's callers |
 //! | modules | `module/` | the same for modules: text, tables and edits, each loaded afresh at two places |
 //! | exact-sets | `classes.rs` | branches that are checked by class let exactly that through |
 //! | true-to-image | `image.rs` | text, relocations, layouts, names and counts are the image's |
 
+mod callers;
 mod cave;
 mod classes;
 mod exec;
@@ -23,6 +25,7 @@ mod image;
 mod kernel;
 mod module;
 mod report;
+mod returns;
 mod sets;
 mod slots;
 mod tables;

@@ -60,9 +60,13 @@ pub fn return_sites(kernel: &Kernel) -> Result<Legal, KernelError> {
             }
         }
     }
-    let pushed = PUSHED.iter().filter_map(|name| kernel.symbols.find(name));
-    legal.required.extend(pushed);
+    legal.required.extend(pushed(kernel));
     Ok(legal)
+}
+
+/// Where code stands that is put on stacks as a return address.
+pub fn pushed(kernel: &Kernel) -> impl Iterator<Item = LinkVa> {
+    PUSHED.iter().filter_map(|name| kernel.symbols.find(name))
 }
 
 /// Where calls in a replacement return to once it is copied over the site, and whether they only stuff the return stack

@@ -6,6 +6,7 @@ use super::classes;
 use super::kernel::KernelError;
 use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
+use super::returns;
 use super::sets::{self, Legal};
 use super::thunks::Roles;
 use penumbra_bundle::{Bundle, LinkVa, TableKind};
@@ -45,7 +46,7 @@ pub fn decoded_tables(bundle: &Bundle, image: &CaveImage) -> Vec<Vec<u64>> {
                 });
                 of.collect()
             }
-            TableKind::SortedOffsets => bytes
+            TableKind::SortedOffsets | TableKind::HashedOffsets => bytes
                 .chunks_exact(4)
                 .map(|word| u64::from(u32::from_le_bytes(word.try_into().expect("4 bytes"))))
                 .collect(),
@@ -56,6 +57,11 @@ pub fn decoded_tables(bundle: &Bundle, image: &CaveImage) -> Vec<Vec<u64>> {
                 .pop_if(|member| *member == u64::from(u32::MAX))
                 .is_some()
             {}
+        }
+        if table.kind == TableKind::HashedOffsets {
+            // Where none stands, in any order; that each is found is what the thunks are proved to do.
+            members.retain(|member| *member != u64::from(u32::MAX));
+            members.sort_unstable();
         }
         for member in &mut members {
             *member = member.wrapping_add(table.covers.start.0);
@@ -102,11 +108,12 @@ pub fn check(subject: &Subject<'_>, roles: &Roles) -> Result<RuleReport, KernelE
             findings.broken(None, Some(LinkVa(*stray)), what);
         }
     }
-    let mut used = BTreeSet::new();
-    let entries = sets::entries(kernel)?;
+    let mut used = roles.hashed.clone();
+    let (return_sites, entries) = (sets::return_sites(kernel)?, sets::entries(kernel)?);
+    returns::check(subject, roles, &return_sites, &mut findings)?;
     classes::check(subject, roles, &entries, &mut findings);
     for (sets, what, legal) in [
-        (&roles.returns, "return sites", sets::return_sites(kernel)?),
+        (&roles.returns, "return sites", return_sites),
         (&roles.entries, "entries", entries),
     ] {
         for tables in sets {

@@ -1,10 +1,11 @@
 //! Rule 4: every thunk that an edit reaches keeps what its slots must keep and lets through exactly what its tables hold.
 
 use super::cave::CaveImage;
+use super::exec::calls::{Decides, Named};
 use super::exec::exits::Reports;
 use super::exec::machine::{Code, Contract, Exit, Fault, Machine};
 use super::exec::memo::{Basis, Decided};
-use super::exec::tree::{Lookup, Tree, Wrong};
+use super::exec::tree::{Leaf, Lookup, Node, Tree, Wrong};
 use super::kernel::Kernel;
 use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
@@ -13,7 +14,7 @@ use super::violations::{self, Reported};
 use super::{Subject, decoded_tables, module};
 use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, Mnemonic};
 use penumbra_bundle::{LinkVa, Reloc, RelocKind};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet, btree_map};
 
 /// KASLR moves the kernel by multiples of 2 MiB inside its 1 GiB mapping (`CONFIG_PHYSICAL_ALIGN`). Each thunk is proved
 /// where it was linked and at this slide; relocations are linear, and rule 4 also proves that none is missing or too many.
@@ -34,6 +35,12 @@ pub struct Roles {
     pub entries: BTreeSet<Vec<usize>>,
     /// What thunks that read no table let through of the text, by thunk. Sorted.
     pub classes: BTreeMap<LinkVa, Vec<LinkVa>>,
+    /// Return thunks that pass the members of tables.
+    pub by_table: BTreeSet<LinkVa>,
+    /// Return thunks that look at the call, and what they decide.
+    pub followed: BTreeMap<LinkVa, Decides>,
+    /// Tables that these read.
+    pub hashed: BTreeSet<usize>,
 }
 
 /// Slots that owe and are owed the same.
@@ -300,6 +307,14 @@ enum Passes {
     Entries(Vec<LinkVa>),
 }
 
+/// What is proved of all thunks at one slide.
+struct Proofs {
+    /// The slots' thunks, then those to which these hand over.
+    verdicts: Vec<(Key, Verdict)>,
+    followed: BTreeMap<LinkVa, Decides>,
+    decisions: u64,
+}
+
 fn prove(
     subject: &Subject<'_>,
     image: &CaveImage,
@@ -311,7 +326,7 @@ fn prove(
     let keys: Vec<Key> = groups.keys().copied().collect();
     let (keys, tables) = (&keys, &tables);
     // Evaluating a decision for every address takes longest by far, so each slide has its own thread.
-    let proofs: Vec<(Vec<Verdict>, u64)> = std::thread::scope(|scope| {
+    let mut proofs: Vec<Proofs> = std::thread::scope(|scope| {
         let threads =
             SLIDES.map(|slide| scope.spawn(move || prove_at(subject, image, keys, tables, slide)));
         let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
@@ -322,47 +337,65 @@ fn prove(
         threads.into_iter().map(join).collect()
     });
     let (mut contracts, mut slots, mut kinds) = (0, 0, BTreeSet::new());
-    let mut reported = Vec::new();
-    for (index, (key, group)) in groups.iter().enumerate() {
-        let (thunk, contract) = key;
-        let verdicts = proofs.iter().map(|(verdicts, _)| &verdicts[index]);
-        if let Some(Err((at, what))) = verdicts.clone().find(|verdict| verdict.is_err()) {
-            let what = format!(
-                "{} {what}; {} slots use it, the first is {}",
-                image.describe(*thunk),
-                group.slots,
-                hex(group.first)
-            );
-            findings.broken(Some(group.variant), Some(*at), what);
-            continue;
-        }
-        for (seen, reports) in verdicts.flatten() {
-            reported.extend(reports.iter().map(|(at, report)| Reported {
-                at: LinkVa(*at),
-                report: *report,
-                contract: *contract,
-            }));
-            match (contract.target, seen) {
-                (None, Passes::Tables(seen)) => {
-                    roles.returns.insert(seen.clone());
+    let (mut reported, mut failed) = (Vec::new(), BTreeSet::new());
+    for ((thunk, contract), verdict) in proofs.iter().flat_map(|proofs| &proofs.verdicts) {
+        let group = groups.get(&(*thunk, *contract));
+        let (seen, reports) = match verdict {
+            Ok(proved) => proved,
+            Err((at, what)) => {
+                if failed.insert((*thunk, *contract)) {
+                    let users = group.map_or("other thunks use it".to_owned(), |group| {
+                        let (slots, first) = (group.slots, hex(group.first));
+                        format!("{slots} slots use it, the first is {first}")
+                    });
+                    let what = format!("{} {what}; {users}", image.describe(*thunk));
+                    findings.broken(group.map(|group| group.variant), Some(*at), what);
                 }
-                (Some(_), Passes::Tables(seen)) => {
-                    roles.entries.insert(seen.clone());
-                }
-                (_, Passes::Entries(entries)) => {
-                    let other = roles.classes.insert(*thunk, entries.clone());
-                    if other.is_some_and(|other| other != *entries) {
-                        let what = "decides otherwise when the kernel is moved".to_owned();
-                        findings.broken(Some(group.variant), Some(*thunk), what);
-                    }
+                continue;
+            }
+        };
+        reported.extend(reports.iter().map(|(at, report)| Reported {
+            at: LinkVa(*at),
+            report: *report,
+            contract: *contract,
+        }));
+        match (contract.target, seen) {
+            (Some(_), Passes::Tables(seen)) => {
+                roles.entries.insert(seen.clone());
+            }
+            (None, Passes::Tables(seen)) if proofs[0].followed.contains_key(thunk) => {
+                roles.hashed.extend(seen);
+            }
+            (None, Passes::Tables(seen)) => {
+                roles.returns.insert(seen.clone());
+                roles.by_table.insert(*thunk);
+            }
+            (_, Passes::Entries(entries)) => {
+                let other = roles.classes.insert(*thunk, entries.clone());
+                if other.is_some_and(|other| other != *entries) {
+                    let what = "decides otherwise when the kernel is moved".to_owned();
+                    findings.broken(group.map(|group| group.variant), Some(*thunk), what);
                 }
             }
         }
+    }
+    for (key, group) in groups.iter().filter(|(key, _)| !failed.contains(key)) {
         contracts += 1;
         slots += group.slots;
-        kinds.insert((contract.target, contract.flags));
+        kinds.insert((key.1.target, key.1.flags));
     }
-    let decisions = proofs.iter().map(|(_, decisions)| *decisions).max();
+    let decisions = proofs.iter().map(|proofs| proofs.decisions).max();
+    roles.followed = std::mem::take(&mut proofs[0].followed);
+    for (thunk, decides) in proofs[1..].iter().flat_map(|proofs| &proofs.followed) {
+        if roles
+            .followed
+            .get(thunk)
+            .is_some_and(|other| other != decides)
+        {
+            let what = "decides otherwise when the kernel is moved".to_owned();
+            findings.broken(None, Some(*thunk), what);
+        }
+    }
     findings.proved(
         "decisions evaluated for every address",
         decisions.unwrap_or(0),
@@ -371,24 +404,30 @@ fn prove(
     findings.proved("thunk contracts", contracts);
     findings.proved("slots behind them", slots);
     // A thunk that fails is not followed to its reports.
-    if contracts == groups.len() as u64 {
+    if failed.is_empty() {
         violations::check(subject, image, &reported, findings);
     }
 }
 
-/// The verdict on each thunk with the kernel at `slide`, and how many different decisions there were.
+/// The verdict on each thunk with the kernel at `slide`.
 fn prove_at(
     subject: &Subject<'_>,
     image: &CaveImage,
     keys: &[Key],
     tables: &[Vec<u64>],
     slide: u64,
-) -> (Vec<Verdict>, u64) {
+) -> Proofs {
     let cave = &subject.bundle.manifest.cave;
     let bytes = image.relocated(cave, slide);
+    let text = subject.kernel.text;
     let up = |va: LinkVa| va.0.wrapping_add(slide);
     let down = |at: u64| LinkVa(at.wrapping_sub(slide));
     let code = Code {
+        // What names a callee is relative to its own place and the same at every slide.
+        text: (
+            up(text.start),
+            subject.kernel.bytes(text).unwrap_or_default(),
+        ),
         start: up(cave.range.start),
         bytes: &bytes,
         executable: (up(image.thunks.start), up(image.thunks.end)),
@@ -407,6 +446,8 @@ fn prove_at(
             members,
         })
         .collect();
+    let entries = image.symbols.iter().map(|(at, _)| *at);
+    let entries: HashSet<LinkVa> = entries.filter(|at| image.thunks.contains(*at)).collect();
     let exit = |at: u64| {
         let at = down(at);
         if cave.return_tails.binary_search(&at).is_ok() {
@@ -414,6 +455,9 @@ fn prove_at(
         }
         if at == subject.thunks.panic {
             return Some(Exit::Panic);
+        }
+        if entries.contains(&at) {
+            return Some(Exit::Thunk);
         }
         let register = subject.thunks.indirect.get(&at)?;
         Some(Exit::Indirect(*register))
@@ -425,41 +469,88 @@ fn prove_at(
         });
         homes.collect()
     };
+    // Those that hand over bring those to which they do.
+    let mut keys = keys.to_vec();
+    let mut known: HashSet<Key> = keys.iter().copied().collect();
+    let mut runs = Vec::new();
+    while let Some((thunk, contract)) = keys.get(runs.len()).copied() {
+        let run = Machine::run(&code, &exit, contract, up(thunk));
+        if let Ok((tree, _)) = &run {
+            for node in &tree.nodes {
+                if let Node::Leaf(Leaf::HandOver(to), _) = node {
+                    let key = (down(*to), contract);
+                    if known.insert(key) {
+                        keys.push(key);
+                    }
+                }
+            }
+        }
+        runs.push(run);
+    }
+    let followed = runs
+        .iter()
+        .flatten()
+        .filter(|(tree, _)| tree.follows_calls());
+    let names = followed.flat_map(|(tree, _)| tree.names());
+    let names = names.map(|name| name.wrapping_sub(code.text.0 as u32));
+    let names: BTreeSet<u32> = names.collect();
+    let named = match names.is_empty() {
+        true => Named::default(),
+        false => Named::find(code.text.1, &names.into_iter().collect::<Vec<_>>()),
+    };
+    let span = subject.bundle.manifest.text.range();
+    let span = (up(span.start), up(span.end) - 1);
     let basis = Basis::of(&code, &lookups);
     let mut decisions: Vec<(Tree, Decided)> = Vec::new();
-    let verdict = |(thunk, contract): &Key| {
-        let run = Machine::run(&code, &exit, *contract, up(*thunk));
-        let (tree, reports) = run.map_err(|fault| {
-            let Fault { at, what } = fault;
-            let at = down(at);
-            (at, format!("fails at {}, which {what}", image.describe(at)))
-        })?;
-        // What compares only is proved by that.
-        let text = subject.bundle.manifest.text.range();
-        let span = (up(text.start), up(text.end) - 1);
-        let compared = tree.compared().filter(|_| contract.target.is_some());
-        if let Some(members) = compared.and_then(|compared| compared.members(span.0, span.1)) {
-            let members = members.into_iter().map(down).collect();
-            return Ok((Passes::Entries(members), home(reports)));
-        }
-        // Thunks that decide alike are proved once.
-        let known = decisions.iter().position(|(other, _)| *other == tree);
-        let index = known.unwrap_or_else(|| {
-            let prove = || tree.prove(&code, &lookups);
-            let verdict = subject.memo.decide(basis, &tree, prove);
-            decisions.push((tree, verdict));
-            decisions.len() - 1
-        });
-        match &decisions[index].1 {
-            Ok(seen) => Ok((
-                Passes::Tables(seen.iter().copied().collect()),
-                home(reports),
-            )),
-            Err(wrong) => Err((*thunk, explain(subject, *wrong, slide))),
-        }
+    let mut proofs = Proofs {
+        verdicts: Vec::new(),
+        followed: BTreeMap::new(),
+        decisions: 0,
     };
-    let verdicts = keys.iter().map(verdict).collect();
-    (verdicts, decisions.len() as u64)
+    for ((thunk, contract), run) in keys.into_iter().zip(runs) {
+        let verdict = || -> Verdict {
+            let (tree, reports) = run.map_err(|fault| {
+                let Fault { at, what } = fault;
+                let at = down(at);
+                (at, format!("fails at {}, which {what}", image.describe(at)))
+            })?;
+            let wrong = |wrong| (thunk, explain(subject, wrong, slide));
+            if contract.target.is_none() && tree.follows_calls() {
+                let mut seen = BTreeSet::new();
+                if let btree_map::Entry::Vacant(place) = proofs.followed.entry(thunk) {
+                    let decides = tree.follow(&code, &lookups, &named, &mut seen);
+                    place.insert(decides.map_err(wrong)?.moved(slide));
+                }
+                let seen = seen.into_iter().collect();
+                return Ok((Passes::Tables(seen), home(reports)));
+            }
+            // What compares only is proved by that.
+            let compared = tree.compared().filter(|_| contract.target.is_some());
+            if let Some(members) = compared.and_then(|compared| compared.members(span.0, span.1)) {
+                let members = members.into_iter().map(down).collect();
+                return Ok((Passes::Entries(members), home(reports)));
+            }
+            // Thunks that decide alike are proved once.
+            let alike = decisions.iter().position(|(other, _)| *other == tree);
+            let index = alike.unwrap_or_else(|| {
+                let prove = || tree.prove(&code, &lookups);
+                let verdict = subject.memo.decide(basis, &tree, prove);
+                decisions.push((tree, verdict));
+                decisions.len() - 1
+            });
+            match &decisions[index].1 {
+                Ok(seen) => {
+                    let seen = seen.iter().copied().collect();
+                    Ok((Passes::Tables(seen), home(reports)))
+                }
+                Err(cause) => Err(wrong(*cause)),
+            }
+        };
+        let verdict = verdict();
+        proofs.verdicts.push(((thunk, contract), verdict));
+    }
+    proofs.decisions = decisions.len() as u64;
+    proofs
 }
 
 fn explain(subject: &Subject<'_>, wrong: Wrong, slide: u64) -> String {
@@ -476,6 +567,9 @@ fn explain(subject: &Subject<'_>, wrong: Wrong, slide: u64) -> String {
             "reads its table or traps for addresses that it has not compared with the table's range, from {}",
             name(first)
         ),
+        Wrong::HandsOver(first) => {
+            format!("leaves {} to another thunk", name(first))
+        }
         Wrong::NoTable => "lets addresses through without looking in a table".to_owned(),
         Wrong::Outside(first) => {
             format!(

@@ -10,8 +10,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// The parameter in which a pass's summary says what its thunks do.
 const ON_VIOLATION: &str = "on-violation";
-/// The parameter in which `forward-cfi` says which entries its slots may reach; what they may is proved by rule 5.
+/// The parameter in which a pass says which targets its slots may reach, and the passes that have one; rule 5 proves what they
+/// may.
 const POLICY: &str = "policy";
+const RETURN_CFI: &str = "return-cfi";
 const FORWARD_CFI: &str = "forward-cfi";
 /// More is no message that a panic's line holds (kernel/panic.c, `buf`).
 const MAX_MESSAGE: u64 = 200;
@@ -49,7 +51,7 @@ pub fn check(
         reached.insert(*at);
         let (pass, offending) = match contract.target {
             Some(register) => (FORWARD_CFI, Offending::Register(register)),
-            None => ("return-cfi", Offending::Stack(0)),
+            None => (RETURN_CFI, Offending::Stack(0)),
         };
         let mut wrong = Vec::new();
         if trap.pass != pass {
@@ -138,17 +140,14 @@ fn parameters(subject: &Subject<'_>, findings: &mut Findings<'_>) {
 
 fn said(pass: &PassSummary, actions: &BTreeSet<ViolationAction>) -> Option<String> {
     let name = &pass.name;
-    let proved = |key: &&String| *key == ON_VIOLATION || name == FORWARD_CFI && *key == POLICY;
+    let cfi = [RETURN_CFI, FORWARD_CFI].contains(&name.as_str());
+    let proved = |key: &&String| *key == ON_VIOLATION || cfi && *key == POLICY;
     if let Some(other) = pass.parameters.keys().find(|key| !proved(key)) {
         return Some(format!("pass {name} says `{other}`, which no rule proves"));
     }
     let found: Vec<&str> = actions.iter().map(|action| action.name()).collect();
-    let said: Vec<&str> = pass
-        .parameters
-        .get(ON_VIOLATION)
-        .into_iter()
-        .map(String::as_str)
-        .collect();
+    let said = pass.parameters.get(ON_VIOLATION);
+    let said: Vec<&str> = said.map(String::as_str).into_iter().collect();
     (found != said).then(|| {
         let (said, found) = (said.join(", "), found.join(", "));
         format!("pass {name} says {ON_VIOLATION} `{said}`, its thunks do `{found}`")

@@ -2,7 +2,7 @@
 
 use super::Fault;
 use super::read::Reader;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 const MAGIC: u16 = 0xeb9f;
 const KIND_INT: u32 = 1;
@@ -10,6 +10,7 @@ const KIND_ARRAY: u32 = 3;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
 const KIND_ENUM: u32 = 6;
+const KIND_FUNC: u32 = 12;
 const KIND_FUNC_PROTO: u32 = 13;
 const KIND_VAR: u32 = 14;
 const KIND_DATASEC: u32 = 15;
@@ -48,6 +49,7 @@ pub struct Btf {
     strings: Vec<u8>,
     composites: HashMap<u32, Composite>,
     by_name: HashMap<String, u32>,
+    functions: HashSet<String>,
 }
 
 impl Btf {
@@ -83,7 +85,7 @@ impl Btf {
             ..Btf::default()
         };
         let mut reader = Reader::new(&btf.types, 0);
-        let mut composites = Vec::new();
+        let (mut composites, mut functions) = (Vec::new(), Vec::new());
         let mut id = 1;
         while reader.position() < btf.types.len() {
             let at = reader.position();
@@ -92,11 +94,15 @@ impl Btf {
                     "type {id} at {at:#x} leaves the section or is of an unknown kind"
                 ))
             })?;
-            if let Some((name, composite)) = one {
-                composites.push((id, name, composite));
+            match one {
+                Some((name, Kept::Composite(composite))) => composites.push((id, name, composite)),
+                Some((name, Kept::Function)) => functions.push(name),
+                None => {}
             }
             id += 1;
         }
+        let functions = functions.into_iter().filter_map(|name| btf.string(name));
+        btf.functions = functions.map(str::to_owned).collect();
         for (id, name, composite) in composites {
             btf.composites.insert(id, composite);
             // Structures come before forward declarations and never twice under one name in a kernel; the first wins.
@@ -115,6 +121,11 @@ impl Btf {
         let bytes = self.strings.get(offset as usize..)?;
         let len = bytes.iter().position(|byte| *byte == 0)?;
         std::str::from_utf8(&bytes[..len]).ok()
+    }
+
+    /// Whether a function of this name was compiled: assembly has no types.
+    pub fn is_function(&self, name: &str) -> bool {
+        self.functions.contains(name)
     }
 
     /// The size in bytes of the structure called `name`.
@@ -153,8 +164,14 @@ impl Btf {
     }
 }
 
-/// Skips one type; a structure or union comes back with its name's offset.
-fn read_type(reader: &mut Reader<'_>) -> Option<Option<(u32, Composite)>> {
+/// What is kept of a type.
+enum Kept {
+    Composite(Composite),
+    Function,
+}
+
+/// Skips one type; a structure, union or function comes back with its name's offset.
+fn read_type(reader: &mut Reader<'_>) -> Option<Option<(u32, Kept)>> {
     let (name, info, size) = (reader.u32()?, reader.u32()?, reader.u32()?);
     let (count, kind) = (info & 0xffff, info >> 24 & 0x1f);
     let members = reader.position() as u32;
@@ -174,7 +191,11 @@ fn read_type(reader: &mut Reader<'_>) -> Option<Option<(u32, Composite)>> {
         count,
         bitfields: info >> 31 == 1,
     };
-    Some(matches!(kind, KIND_STRUCT | KIND_UNION).then_some((name, composite)))
+    Some(match kind {
+        KIND_STRUCT | KIND_UNION => Some((name, Kept::Composite(composite))),
+        KIND_FUNC => Some((name, Kept::Function)),
+        _ => None,
+    })
 }
 
 #[cfg(test)]

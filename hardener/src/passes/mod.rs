@@ -7,9 +7,10 @@ mod no_retpoline;
 mod return_cfi;
 
 pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
-pub use return_cfi::NAME as RETURN_CFI;
+pub use return_cfi::{NAME as RETURN_CFI, is_per_function};
 
 use crate::recipe::{Parameter, Recipe};
+use crate::text::return_sets::ReturnSets;
 use crate::text::{Indirect, Return, Slots, Text};
 use crate::thunks::CaveContents;
 use crate::types::Forward;
@@ -29,6 +30,8 @@ pub struct Context<'a> {
     pub recipe: &'a Recipe,
     /// What indirect branches may reach, when a pass asks for that.
     pub forward: Option<&'a Forward>,
+    /// Which calls reach which function, when a pass asks for that.
+    pub return_sets: Option<&'a ReturnSets>,
 }
 
 /// A pass: edits slots of one kind.

@@ -100,7 +100,9 @@ impl<'a> CaveView<'a> {
                     u16::from_le_bytes([mask[0], mask[1]]) >> (at % 16) & 1 == 1
                 })
             }
-            TableKind::SortedOffsets => words(bytes).any(|word| u64::from(word) == at),
+            TableKind::SortedOffsets | TableKind::HashedOffsets => {
+                words(bytes).any(|word| u64::from(word) == at)
+            }
         })
     }
 
@@ -135,6 +137,11 @@ impl<'a> CaveView<'a> {
                 .take(table.count as usize)
                 .map(|word| from(u64::from(word)))
                 .collect(),
+            TableKind::HashedOffsets => {
+                let mut held: Vec<u32> = words(bytes).filter(|word| *word != u32::MAX).collect();
+                held.sort_unstable();
+                held.into_iter().map(|word| from(word.into())).collect()
+            }
         }
     }
 }

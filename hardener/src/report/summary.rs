@@ -30,6 +30,9 @@ struct Json<'a> {
     modules: Option<Modules>,
     layout: &'a BTreeMap<String, u32>,
     data: &'a BTreeMap<String, penumbra_bundle::LinkVa>,
+    /// What `return-cfi` measured, where it looks at functions.
+    #[serde(rename = "return", skip_serializing_if = "Option::is_none")]
+    returns: Option<&'a BTreeMap<String, u64>>,
 }
 
 /// How many entries indirect branches may reach, when they are checked by class.
@@ -154,8 +157,17 @@ impl<'a> Summary<'a> {
             modules: Modules::of(self.bundle),
             layout: &manifest.layout,
             data: &manifest.data,
+            returns: self.figures("return-cfi"),
         };
         super::json(&json)
+    }
+
+    /// What a pass measured in the first variant that has it.
+    fn figures(&self, pass: &str) -> Option<&'a BTreeMap<String, u64>> {
+        let passes = self.bundle.manifest.variants.iter();
+        let mut passes = passes.flat_map(|variant| &variant.passes);
+        let figures = &passes.find(|one| one.name == pass)?.figures;
+        (!figures.is_empty()).then_some(figures)
     }
 
     /// For people.

@@ -86,6 +86,32 @@ impl Functions {
         found.is_ok_and(|index| self.starts[index].named)
     }
 
+    /// How many starts there are.
+    pub fn count(&self) -> usize {
+        self.starts.len()
+    }
+
+    /// Where the function of this number starts, by address.
+    pub fn start(&self, number: usize) -> TextOff {
+        self.starts[number].at
+    }
+
+    /// Where the function behind the one of this number starts.
+    pub fn starts_after(&self, number: usize) -> Option<TextOff> {
+        self.starts.get(number + 1).map(|start| start.at)
+    }
+
+    /// Whether the function of this number has an `__fentry__` site.
+    pub fn calls_fentry(&self, number: usize) -> bool {
+        self.starts[number].traced
+    }
+
+    /// The number of the function around `at`; none before the first.
+    pub fn number(&self, at: TextOff) -> Option<usize> {
+        let after = self.starts.partition_point(|start| start.at <= at);
+        after.checked_sub(1)
+    }
+
     /// The function around `at`: its first offset, and the next function's.
     pub fn around(&self, at: TextOff) -> std::ops::Range<TextOff> {
         let after = self.starts.partition_point(|start| start.at <= at);

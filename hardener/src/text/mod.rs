@@ -1,6 +1,7 @@
 //! The kernel's text: swept, its slots, caves and legal targets found, and how it may differ at run time.
 
 mod bitmap;
+mod callgraph;
 mod caves;
 mod entries;
 mod error;
@@ -8,6 +9,7 @@ mod functions;
 pub mod model;
 pub mod module;
 mod regions;
+pub mod return_sets;
 mod returns;
 mod slots;
 mod sweep;
@@ -46,6 +48,8 @@ pub struct Text {
     pub slots: Slots,
     /// Every address that a return may reach. Sorted.
     pub return_targets: Vec<TextOff>,
+    /// Those of them that no call precedes: code that is put on stacks as a return address. Sorted.
+    pub return_specials: Vec<TextOff>,
     /// Every address in the text that an indirect branch may reach. Sorted.
     pub entries: Vec<TextOff>,
     /// Those of them that nothing in the image refers to, but an unsealed ENDBR64 names. Sorted.
@@ -102,6 +106,7 @@ impl Text {
             return_targets,
             entries: entries.all,
             landings: entries.landings,
+            return_specials: returns::specials(span, image),
         })
     }
 

@@ -13,6 +13,7 @@ pub struct Regions {
     pub entry: VaRange,
     /// `__SCT__` trampolines.
     pub static_calls: VaRange,
+    return_thunk: Option<LinkVa>,
     list: Vec<(&'static str, VaRange)>,
     faulting: Bitmap,
 }
@@ -76,6 +77,7 @@ impl Regions {
         Ok(Regions {
             entry,
             static_calls,
+            return_thunk: image.symbol("__x86_return_thunk"),
             list,
             faulting,
         })
@@ -111,6 +113,7 @@ impl Regions {
         Regions {
             entry: nowhere,
             static_calls: nowhere,
+            return_thunk: None,
             list,
             faulting,
         }
@@ -133,6 +136,11 @@ impl Regions {
         self.list
             .iter()
             .any(|(name, range)| *name == X86_THUNK && range.contains(va))
+    }
+
+    /// Whether a jump to `va` is a return.
+    pub fn is_return_thunk(&self, va: LinkVa) -> bool {
+        self.return_thunk == Some(va)
     }
 
     /// Whether no indirect branch may reach `va`: entry code, thunks and static-call trampolines are entered by

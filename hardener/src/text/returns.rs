@@ -18,6 +18,20 @@ const SPECIAL: [&str; 6] = [
     "return_to_handler",
 ];
 
+/// Where that code is; sorted.
+pub fn specials(span: Span, image: &Image) -> Vec<TextOff> {
+    let special = image
+        .symbols
+        .iter()
+        .filter(|symbol| SPECIAL.contains(&symbol.name.as_str()));
+    let mut found: Vec<TextOff> = special
+        .filter_map(|symbol| span.offset(symbol.va))
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
 /// Collects the addresses; sorted.
 pub fn find(
     span: Span,
@@ -70,11 +84,7 @@ pub fn find(
                 .map(|end| TextOff(at.0 + u32::from(end))),
         );
     }
-    let special = image
-        .symbols
-        .iter()
-        .filter(|symbol| SPECIAL.contains(&symbol.name.as_str()));
-    found.extend(special.filter_map(|symbol| span.offset(symbol.va)));
+    found.extend(specials(span, image));
     found.retain(|at| span.offset(span.va(*at)).is_some());
     found.sort_unstable();
     found.dedup();

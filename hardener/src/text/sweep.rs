@@ -13,6 +13,17 @@ pub struct Call {
     pub at: TextOff,
     /// The return address.
     pub end: TextOff,
+    /// Where a direct one goes.
+    pub to: Option<LinkVa>,
+}
+
+/// A jump, conditional or not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Jump {
+    /// Where it starts.
+    pub at: TextOff,
+    /// Where a direct one goes.
+    pub to: Option<LinkVa>,
 }
 
 /// What the sweep found.
@@ -21,6 +32,8 @@ pub struct Sweep {
     pub boundaries: Bitmap,
     /// Every call, direct or not, by address.
     pub calls: Vec<Call>,
+    /// Every jump, direct or not, by address.
+    pub jumps: Vec<Jump>,
     /// Addresses that a `lea` relative to the instruction pointer takes.
     pub taken: Vec<LinkVa>,
     /// Where ENDBR64 stands.
@@ -37,6 +50,7 @@ impl Sweep {
         let mut sweep = Sweep {
             boundaries: Bitmap::new(code.len() + 1),
             calls: Vec::with_capacity(code.len() / 50),
+            jumps: Vec::with_capacity(code.len() / 25),
             taken: Vec::new(),
             endbr: Vec::new(),
             instructions: 0,
@@ -59,8 +73,15 @@ impl Sweep {
                     sweep.calls.push(Call {
                         at: TextOff(at),
                         end: TextOff(at + instruction.len() as u32),
+                        to: direct(&instruction),
                     });
                 }
+                FlowControl::UnconditionalBranch
+                | FlowControl::ConditionalBranch
+                | FlowControl::IndirectBranch => sweep.jumps.push(Jump {
+                    at: TextOff(at),
+                    to: direct(&instruction),
+                }),
                 _ => {}
             }
             if instruction.code() == Code::Endbr64 {
@@ -86,6 +107,12 @@ fn is_call(instruction: &Instruction) -> bool {
     )
 }
 
+/// Where a direct branch goes.
+fn direct(instruction: &Instruction) -> Option<LinkVa> {
+    let direct = instruction.op0_kind() == OpKind::NearBranch64;
+    direct.then(|| LinkVa(instruction.near_branch_target()))
+}
+
 /// The address that a RIP-relative `lea` takes.
 fn taken(instruction: &Instruction) -> Option<LinkVa> {
     let lea = matches!(instruction.code(), Code::Lea_r64_m | Code::Lea_r32_m)
@@ -101,6 +128,40 @@ pub fn taken_in(code: &[u8], start: LinkVa) -> Vec<LinkVa> {
         .into_iter()
         .filter_map(|instruction| taken(&instruction))
         .collect()
+}
+
+/// A branch in a replacement.
+pub struct Branch {
+    /// Whether it is a call.
+    pub call: bool,
+    /// Whether it may go on behind itself.
+    pub conditional: bool,
+    /// Its end, from the replacement's start.
+    pub end: u8,
+    /// Where a direct one goes once it stands at the site. The kernel adjusts the displacement of a replacement's first
+    /// instruction, Linux 6.10 and later that of all (arch/x86/kernel/alternative.c): either way it goes where it goes here.
+    pub to: Option<LinkVa>,
+}
+
+/// The branches of the replacement `code`, which stands at `start`.
+pub fn branches(code: &[u8], start: LinkVa) -> Vec<Branch> {
+    let decoder = Decoder::with_ip(64, code, start.0, DecoderOptions::NONE);
+    let branches = decoder.into_iter().filter_map(|instruction| {
+        let call = is_call(&instruction);
+        let jump = matches!(
+            instruction.flow_control(),
+            FlowControl::UnconditionalBranch
+                | FlowControl::ConditionalBranch
+                | FlowControl::IndirectBranch
+        );
+        (call || jump).then(|| Branch {
+            call,
+            conditional: instruction.flow_control() == FlowControl::ConditionalBranch,
+            end: (instruction.next_ip() - start.0) as u8,
+            to: direct(&instruction),
+        })
+    });
+    branches.collect()
 }
 
 /// Where the calls of a replacement return to, as offsets from its start.

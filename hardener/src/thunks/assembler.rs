@@ -76,7 +76,30 @@ impl Section {
         violation: &Violation,
         write: impl FnOnce(&mut Thunk) -> Result<(), IcedError>,
     ) -> LinkVa {
-        let at = (self.start.0 + self.bytes.len() as u64).next_multiple_of(ALIGN);
+        self.aligned(ALIGN, name, violation, write)
+    }
+
+    /// Like [`Section::thunk`], without space before it: for thunks of which there are thousands.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn packed(
+        &mut self,
+        name: &str,
+        violation: &Violation,
+        write: impl FnOnce(&mut Thunk) -> Result<(), IcedError>,
+    ) -> LinkVa {
+        self.aligned(1, name, violation, write)
+    }
+
+    fn aligned(
+        &mut self,
+        align: u64,
+        name: &str,
+        violation: &Violation,
+        write: impl FnOnce(&mut Thunk) -> Result<(), IcedError>,
+    ) -> LinkVa {
+        let at = (self.start.0 + self.bytes.len() as u64).next_multiple_of(align);
         self.bytes.resize((at - self.start.0) as usize, FILLER);
         let mut thunk = Thunk {
             asm: CodeAssembler::new(64).expect("64 is a bitness"),

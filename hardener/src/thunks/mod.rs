@@ -5,20 +5,24 @@ mod assembler;
 mod elf;
 pub mod forward_cfi;
 pub mod forward_class;
+mod hashed;
 mod lookup;
 pub mod module_free;
 pub mod return_cfi;
+pub mod return_function;
 mod tables;
 mod violation;
 
 use crate::passes::{FORWARD_CFI, RETURN_CFI};
 use crate::recipe::Recipe;
+use crate::text::return_sets::ReturnSets;
 use crate::text::{Indirect, PAGE, Slots, Text, TextError};
 use crate::types::Forward;
 use assembler::Section;
 use penumbra_bundle::{LinkVa, Reloc, Table, Trap, VaRange, ViolationAction};
 use std::collections::BTreeMap;
 
+pub use hashed::{Hashed, HashedTable};
 pub use tables::{Dense, TargetTables, Targets};
 pub use violation::Violation;
 
@@ -90,8 +94,13 @@ pub fn build(
     kernel: &KernelThunks,
     recipe: &Recipe,
     forward: Option<&Forward>,
+    return_sets: Option<&ReturnSets>,
 ) -> Result<CaveContents, TextError> {
-    let with = |returns| build_with(text, modules, kernel, recipe, forward, returns);
+    let with = |returns| build_with(text, modules, kernel, recipe, forward, return_sets, returns);
+    // Beside the thunks of all functions there is hardly room for a bit for each byte; and few returns get that far.
+    if return_sets.is_some() {
+        return with(Dense::Dictionary);
+    }
     match with(Dense::Bitmap(1)) {
         Err(TextError::Cave { .. }) => with(Dense::Dictionary),
         done => done,
@@ -104,6 +113,7 @@ fn build_with(
     kernel: &KernelThunks,
     recipe: &Recipe,
     forward: Option<&Forward>,
+    return_sets: Option<&ReturnSets>,
     returns: Dense,
 ) -> Result<CaveContents, TextError> {
     let start = text.cave.pages.start;
@@ -117,6 +127,11 @@ fn build_with(
     let returns = place("return_targets", &text.return_targets, returns);
     let entries = Dense::Bitmap(tables::ENTRY_GRANULE);
     let entries = place("entries", &text.entries, entries);
+    let indirect = return_sets.map(|sets| {
+        let table = HashedTable::build("indirect_return_sites", &sets.indirect, text.range, at);
+        at = table.end();
+        table
+    });
     let messages_start = at;
     let mut messages = Vec::new();
     let mut violation = |pass| {
@@ -140,7 +155,18 @@ fn build_with(
 
     let mut code = Section::new(code_start);
     let (return_targets, call_targets) = (returns.targets(text.range), entries.targets(text.range));
-    return_cfi::emit(&mut code, &return_targets, kernel.return_thunk, &on_return);
+    let any = return_cfi::emit(&mut code, &return_targets, kernel.return_thunk, &on_return);
+    if let (Some(sets), Some(indirect)) = (return_sets, &indirect) {
+        let needs = return_function::Needs {
+            sets,
+            slots: &text.slots,
+            sites: return_targets,
+            indirect: indirect.hashed(),
+            special: &text.return_specials,
+            return_thunk: kernel.return_thunk,
+        };
+        return_function::emit(&mut code, &needs, any, &on_return);
+    }
     // A slot of a class of its own has a thunk of its own.
     let own = |slot: &&Indirect| {
         forward.is_some_and(|forward| forward_class::name(forward, slot).is_some())
@@ -171,6 +197,9 @@ fn build_with(
     let mut names = Vec::new();
     let mut tables = Vec::new();
     for part in [returns, entries] {
+        part.append(start, &mut table_bytes, &mut names, &mut tables);
+    }
+    if let Some(part) = indirect {
         part.append(start, &mut table_bytes, &mut names, &mut tables);
     }
     if !messages.is_empty() {

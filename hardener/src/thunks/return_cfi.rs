@@ -12,13 +12,18 @@ pub const PLAIN: &str = "return_cfi";
 /// For all other functions: everything is kept.
 pub const SAVING: &str = "return_cfi_saving";
 
-/// Assembles both.
-pub fn emit(section: &mut Section, targets: &Targets, return_thunk: LinkVa, violation: &Violation) {
-    for (name, saving) in [(PLAIN, false), (SAVING, true)] {
+/// Assembles both; where they are.
+pub fn emit(
+    section: &mut Section,
+    targets: &Targets,
+    return_thunk: LinkVa,
+    violation: &Violation,
+) -> [LinkVa; 2] {
+    [(PLAIN, false), (SAVING, true)].map(|(name, saving)| {
         section.thunk(name, violation, |thunk| {
             one(thunk, saving, targets, return_thunk, violation)
-        });
-    }
+        })
+    })
 }
 
 fn one(
@@ -58,7 +63,8 @@ fn one(
     Ok(())
 }
 
-fn restore(thunk: &mut Thunk) -> Result<(), IcedError> {
+/// Takes back what a saving thunk has saved.
+pub fn restore(thunk: &mut Thunk) -> Result<(), IcedError> {
     let a = &mut thunk.asm;
     a.popfq()?;
     a.pop(r11)?;

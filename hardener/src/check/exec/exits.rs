@@ -89,6 +89,7 @@ impl Machine<'_> {
                 Exit::Return => "a return".to_owned(),
                 Exit::Indirect(register) => format!("a jump to *%{}", register_name(register)),
                 Exit::Panic => "panic".to_owned(),
+                Exit::Thunk => "another thunk".to_owned(),
             };
             let (exit, wanted) = (name(exit), name(wanted));
             let what = format!("ends a thunk by {exit}; its slots do {wanted}");
@@ -125,6 +126,11 @@ impl Machine<'_> {
             return Err(fault(made.at, "is followed by one thing or by another"));
         }
         Ok(Leaf::Trap)
+    }
+
+    /// Whether the state is what a thunk finds that a slot jumps to.
+    pub(super) fn is_entry(&self, state: &State) -> bool {
+        state.report.is_none() && self.restored(state, state.ip).is_ok()
     }
 
     /// The state must be the slot's own again.

@@ -3,7 +3,7 @@
 use super::exits::{Made, Reports};
 use super::interval::Set;
 use super::term::{Arena, Bin, Op, Term};
-use super::tree::{Node, NodeId, Tree};
+use super::tree::{Leaf, Node, NodeId, Tree};
 use iced_x86::{ConditionCode, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::collections::BTreeMap;
 
@@ -32,6 +32,8 @@ pub fn register_number(name: &str) -> Option<u8> {
 
 /// The cave as it is once installed at some slide.
 pub struct Code<'a> {
+    /// The kernel's text at that slide, and where it stands.
+    pub text: (u64, &'a [u8]),
     /// Where `bytes` stand.
     pub start: u64,
     /// The whole cave: sections over filler.
@@ -43,8 +45,16 @@ pub struct Code<'a> {
 impl Code<'_> {
     /// `len` bytes at `at`, zero-extended, when all are in the cave.
     pub fn load(&self, at: u64, len: u8) -> Option<u64> {
-        let from = at.wrapping_sub(self.start) as usize;
-        let rest = self.bytes.get(from..)?;
+        Code::load_from((self.start, self.bytes), at, len)
+    }
+
+    /// The same of the text.
+    pub fn load_text(&self, at: u64, len: u8) -> Option<u64> {
+        Code::load_from(self.text, at, len)
+    }
+
+    fn load_from((start, bytes): (u64, &[u8]), at: u64, len: u8) -> Option<u64> {
+        let rest = bytes.get(at.wrapping_sub(start) as usize..)?;
         // Loads are evaluated for every address in the text, so each width has its own short way.
         Some(match len {
             1 => u64::from(*rest.first()?),
@@ -64,6 +74,8 @@ pub enum Exit {
     Indirect(u8),
     /// To the kernel's `panic`.
     Panic,
+    /// To another thunk, which is proved by itself.
+    Thunk,
 }
 
 /// What a thunk owes the slots that reach it.
@@ -168,9 +180,21 @@ impl<'a> Machine<'a> {
         let mut touched: Vec<(Term, Set, u64)> = Vec::new();
         let end = loop {
             let at = state.ip;
-            if let Some(exit) = (self.exit)(at) {
-                let leaf = self.leave(&state, exit)?;
-                break self.node(at, Node::Leaf(leaf, state.subjects.clone()))?;
+            match (self.exit)(at) {
+                // As if the slot had jumped there; otherwise it is a piece of this one, as all is of thunks of indirect branches.
+                Some(Exit::Thunk)
+                    if self.contract.target.is_some()
+                        || state.steps == 0
+                        || !self.is_entry(&state) => {}
+                Some(Exit::Thunk) => {
+                    let leaf = Leaf::HandOver(at);
+                    break self.node(at, Node::Leaf(leaf, state.subjects.clone()))?;
+                }
+                Some(exit) => {
+                    let leaf = self.leave(&state, exit)?;
+                    break self.node(at, Node::Leaf(leaf, state.subjects.clone()))?;
+                }
+                None => {}
             }
             let (low, high) = self.code.executable;
             if !(low..high).contains(&at) {
@@ -347,6 +371,14 @@ impl<'a> Machine<'a> {
                     state.flags[6] = self.arena.unknown();
                 }
                 self.write(state, instruction, bits, result)?;
+            }
+            M::Imul if instruction.op_count() == 3 => {
+                let left = self.read(state, instruction, 1, &mut loads)?;
+                let right = self.read(state, instruction, 2, &mut loads)?;
+                let product = self.arena.bin(Bin::Mul, left, right);
+                let product = self.arena.truncate(product, bits);
+                state.flags = std::array::from_fn(|_| self.arena.unknown());
+                self.write(state, instruction, bits, product)?;
             }
             M::Not => {
                 let value = self.read(state, instruction, 0, &mut loads)?;
@@ -571,6 +603,15 @@ impl<'a> Machine<'a> {
             // Kept as a read, so that the table counts as one that the thunk asks.
             loads.push(self.arena.raw(Op::Load(bytes, address)));
             return Ok(self.arena.constant(value));
+        }
+        // What stands before a return address can be read wherever the return itself would not fault.
+        if self.contract.target.is_none()
+            && self
+                .arena
+                .before_subject(address)
+                .is_some_and(|before| u64::from(bytes) <= before)
+        {
+            return Ok(self.arena.raw(Op::Load(bytes, address)));
         }
         if !self.arena.depends_only_on_subject(address) {
             return Err(fault(

@@ -4,6 +4,7 @@
 //! followed; a branch splits the subjects (values of the checked address) into those that go either way where that is a
 //! set of intervals, and is kept as a condition to be evaluated for each subject where it is not (a table look-up).
 
+pub mod calls;
 pub mod exits;
 pub mod interval;
 pub mod machine;

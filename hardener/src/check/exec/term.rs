@@ -37,6 +37,7 @@ pub enum Op {
 pub enum Bin {
     Add,
     Sub,
+    Mul,
     And,
     Or,
     Xor,
@@ -251,6 +252,50 @@ impl Arena {
         }
     }
 
+    /// `term` modulo 2^32 as a sum: how often the subject is in it, how often the four bytes before the subject, and a
+    /// constant. None when it is no such sum.
+    pub fn sum(&self, term: Term) -> Option<(u32, u32, u32)> {
+        match self.op(term) {
+            Op::Const(value) => Some((0, 0, value as u32)),
+            Op::Subject => Some((1, 0, 0)),
+            Op::Load(4, address) if self.before_subject(address) == Some(4) => Some((0, 1, 0)),
+            // Neither touches the low half.
+            Op::Bin(Bin::And, inner, mask) if self.value(mask) == Some(0xffff_ffff) => {
+                self.sum(inner)
+            }
+            Op::SignExtend(32, inner) => self.sum(inner),
+            Op::Bin(op @ (Bin::Add | Bin::Sub), left, right) => {
+                let (left, right) = (self.sum(left)?, self.sum(right)?);
+                let apply = |a: u32, b: u32| match op {
+                    Bin::Add => a.wrapping_add(b),
+                    _ => a.wrapping_sub(b),
+                };
+                Some((
+                    apply(left.0, right.0),
+                    apply(left.1, right.1),
+                    apply(left.2, right.2),
+                ))
+            }
+            _ => None,
+        }
+    }
+
+    /// How many bytes before the subject `address` lies, when that is a few.
+    pub fn before_subject(&self, address: Term) -> Option<u64> {
+        match self.op(address) {
+            Op::Bin(Bin::Add, base, offset) if self.op(base) == Op::Subject => {
+                let before = self.value(offset)?.wrapping_neg();
+                (1..=8).contains(&before).then_some(before)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether `term` has no bit above the low 32.
+    pub fn is_half(&self, term: Term) -> bool {
+        self.ceiling(term) <= u64::from(u32::MAX)
+    }
+
     fn is_truth(&self, term: Term) -> bool {
         self.ceiling(term) <= 1
     }
@@ -354,7 +399,7 @@ pub fn apply_all(op: Bin, places: &mut [u64], operands: impl Iterator<Item = u64
             }
         };
     }
-    each!(Add, Sub, And, Or, Xor, Shl, Shr, Sar, Eq, Below, Less);
+    each!(Add, Sub, Mul, And, Or, Xor, Shl, Shr, Sar, Eq, Below, Less);
 }
 
 /// What an operation gives.
@@ -363,6 +408,7 @@ pub fn apply(op: Bin, a: u64, b: u64) -> u64 {
     match op {
         Bin::Add => a.wrapping_add(b),
         Bin::Sub => a.wrapping_sub(b),
+        Bin::Mul => a.wrapping_mul(b),
         Bin::And => a & b,
         Bin::Or => a | b,
         Bin::Xor => a ^ b,

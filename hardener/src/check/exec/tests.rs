@@ -61,6 +61,7 @@ fn judge(
         bytes[0x1000 + bit / 8] |= 1 << (bit % 8);
     }
     let code = Code {
+        text: (0, &[]),
         start: CAVE,
         bytes: &bytes,
         executable: (CAVE, CAVE + 0x1000),

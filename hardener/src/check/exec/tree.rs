@@ -23,6 +23,8 @@ pub enum Leaf {
     Pass,
     /// Reported.
     Trap,
+    /// Left to the thunk at this address.
+    HandOver(u64),
 }
 
 /// A decision.
@@ -54,8 +56,13 @@ pub enum Node {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Tree {
     ops: Vec<Op>,
-    nodes: Vec<Node>,
-    root: NodeId,
+    /// Its nodes.
+    pub nodes: Vec<Node>,
+    pub(super) root: NodeId,
+    /// Conditions that hold when the call before the subject names this address, modulo 2^32.
+    pub(super) names: HashMap<Term, u32>,
+    /// Whether anything stands before the subject that it looks at.
+    looks_before: bool,
 }
 
 /// What comparisons alone decide.
@@ -107,11 +114,17 @@ impl Tree {
             ops: Vec::new(),
             nodes: Vec::new(),
             root,
+            names: HashMap::new(),
+            looks_before: false,
         };
         let mut map = HashMap::new();
         for node in &mut nodes {
             match node {
-                Node::Branch { cond, .. } => *cond = tree.adopt(arena, &mut map, *cond),
+                Node::Branch { cond, .. } => {
+                    let named = named(arena, *cond);
+                    *cond = tree.adopt(arena, &mut map, *cond);
+                    tree.names.extend(named.map(|name| (*cond, name)));
+                }
                 Node::Touch { load, .. } => *load = tree.adopt(arena, &mut map, *load),
                 Node::Leaf(..) => {}
             }
@@ -130,13 +143,23 @@ impl Tree {
                 Op::Bin(op, left, self.adopt(arena, map, right))
             }
             Op::SignExtend(bits, inner) => Op::SignExtend(bits, self.adopt(arena, map, inner)),
-            Op::Load(bytes, inner) => Op::Load(bytes, self.adopt(arena, map, inner)),
+            Op::Load(bytes, inner) => {
+                self.looks_before |= arena.before_subject(inner).is_some();
+                Op::Load(bytes, self.adopt(arena, map, inner))
+            }
             op => op,
         };
         let own = Term(self.ops.len() as u32);
         self.ops.push(op);
         map.insert(term, own);
         own
+    }
+
+    /// Whether it decides by what stands before the subject, or leaves decisions to others: such a tree is followed, not
+    /// proved to be membership.
+    pub fn follows_calls(&self) -> bool {
+        let hands_over = |node: &Node| matches!(node, Node::Leaf(Leaf::HandOver(_), _));
+        self.looks_before || self.nodes.iter().any(hands_over)
     }
 
     /// Proves that the thunk passes exactly the members of the tables that it reads, and everything that none of those
@@ -166,7 +189,11 @@ impl Tree {
         let mut seen = BTreeSet::new();
         let mut passed = Vec::new();
         for &(low, high) in bounded.spans() {
-            self.evaluate(code, tables, low, high, &mut seen, &mut passed)?;
+            let ended = self.evaluate(code, tables, low, high, &mut seen)?;
+            if let Some((_, subject)) = ended.handed_over.first() {
+                return Err(Wrong::HandsOver(*subject));
+            }
+            passed.extend(ended.passed);
         }
         if seen.is_empty() {
             return Err(Wrong::NoTable);
@@ -232,7 +259,7 @@ impl Tree {
                 Node::Leaf(Leaf::Trap, set) => {
                     ends.extend(set.spans().iter().map(|(low, high)| (*low, *high, false)));
                 }
-                Node::Touch { .. } => return None,
+                Node::Leaf(Leaf::HandOver(_), _) | Node::Touch { .. } => return None,
             }
         }
         ends.sort_unstable();
@@ -255,50 +282,67 @@ impl Tree {
         }
     }
 
-    /// Evaluates every subject from `low` to `high`, both inside; adds those that pass, in order.
-    fn evaluate(
+    /// Evaluates every subject from `low` to `high`, both inside.
+    pub(super) fn evaluate(
         &self,
         code: &Code<'_>,
         tables: &[Lookup<'_>],
         low: u64,
         high: u64,
         seen: &mut BTreeSet<usize>,
-        passed: &mut Vec<u64>,
-    ) -> Result<(), Wrong> {
+    ) -> Result<Ended, Wrong> {
+        let mut ended = Ended::default();
         let mut first = low;
         loop {
             let last = first.saturating_add(LANES - 1).min(high);
-            let before = passed.len();
-            // Lanes part at branches and go on as smaller groups.
-            let mut groups: Vec<(NodeId, Vec<u64>)> = vec![(self.root, (first..=last).collect())];
-            while let Some((at, lanes)) = groups.pop() {
-                match &self.nodes[at.0] {
-                    Node::Branch { cond, yes, no } => {
-                        let truths = self.values(code, *cond, &lanes);
-                        let (mut taken, mut not) = (Vec::new(), Vec::new());
-                        for (lane, truth) in lanes.into_iter().zip(truths) {
-                            match truth {
-                                0 => not.push(lane),
-                                _ => taken.push(lane),
-                            }
-                        }
-                        let arms = [(*yes, taken), (*no, not)];
-                        groups.extend(arms.into_iter().filter(|(_, lanes)| !lanes.is_empty()));
-                    }
-                    Node::Touch { load, next, .. } => {
-                        self.touch(code, tables, *load, &lanes, seen)?;
-                        groups.push((*next, lanes));
-                    }
-                    Node::Leaf(Leaf::Pass, _) => passed.extend(lanes),
-                    Node::Leaf(Leaf::Trap, _) => {}
-                }
-            }
-            passed[before..].sort_unstable();
+            let before = ended.passed.len();
+            self.evaluate_all(code, tables, (first..=last).collect(), seen, &mut ended)?;
+            ended.passed[before..].sort_unstable();
             if last == high {
-                return Ok(());
+                return Ok(ended);
             }
             first = last + 1;
         }
+    }
+
+    /// Evaluates these subjects; adds how they end.
+    pub(super) fn evaluate_all(
+        &self,
+        code: &Code<'_>,
+        tables: &[Lookup<'_>],
+        subjects: Vec<u64>,
+        seen: &mut BTreeSet<usize>,
+        ended: &mut Ended,
+    ) -> Result<(), Wrong> {
+        // Lanes part at branches and go on as smaller groups.
+        let mut groups: Vec<(NodeId, Vec<u64>)> = vec![(self.root, subjects)];
+        while let Some((at, lanes)) = groups.pop() {
+            match &self.nodes[at.0] {
+                Node::Branch { cond, yes, no } => {
+                    let truths = self.values(code, *cond, &lanes);
+                    let (mut taken, mut not) = (Vec::new(), Vec::new());
+                    for (lane, truth) in lanes.into_iter().zip(truths) {
+                        match truth {
+                            0 => not.push(lane),
+                            _ => taken.push(lane),
+                        }
+                    }
+                    let arms = [(*yes, taken), (*no, not)];
+                    groups.extend(arms.into_iter().filter(|(_, lanes)| !lanes.is_empty()));
+                }
+                Node::Touch { load, next, .. } => {
+                    self.touch(code, tables, *load, &lanes, seen)?;
+                    groups.push((*next, lanes));
+                }
+                Node::Leaf(Leaf::Pass, _) => ended.passed.extend(lanes),
+                Node::Leaf(Leaf::Trap, _) => {}
+                Node::Leaf(Leaf::HandOver(to), _) => {
+                    let lanes = lanes.into_iter().map(|lane| (*to, lane));
+                    ended.handed_over.extend(lanes);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Every read is of a table.
@@ -360,9 +404,11 @@ impl Tree {
             }
             Op::Load(bytes, address) => {
                 let mut out = self.values(code, address, lanes);
-                // `touch` has refused reads outside the cave on every path that gets here.
+                // `touch` has refused reads outside the cave on every path that gets here, but for those before the subject.
                 for place in &mut out {
-                    *place = code.load(*place, bytes).unwrap_or(0);
+                    let value = code.load(*place, bytes);
+                    let value = value.or_else(|| code.load_text(*place, bytes));
+                    *place = value.unwrap_or(0);
                 }
                 out
             }
@@ -373,11 +419,44 @@ impl Tree {
     }
 }
 
+/// How subjects end.
+#[derive(Default, PartialEq, Eq, Debug)]
+pub struct Ended {
+    /// Those that pass, ascending where they were given so.
+    pub passed: Vec<u64>,
+    /// Those that are left to the thunk at an address: the address, the subject.
+    pub handed_over: Vec<(u64, u64)>,
+}
+
+/// The address that the call before the subject must name for `cond` to hold, modulo 2^32: call and subject are added up.
+fn named(arena: &Arena, cond: Term) -> Option<u32> {
+    let Op::Bin(super::term::Bin::Eq, left, right) = arena.op(cond) else {
+        return None;
+    };
+    // Only then is it a question modulo 2^32.
+    if !arena.is_half(left) || !arena.is_half(right) {
+        return None;
+    }
+    let (left, right) = (arena.sum(left)?, arena.sum(right)?);
+    let difference = (
+        left.0.wrapping_sub(right.0),
+        left.1.wrapping_sub(right.1),
+        left.2.wrapping_sub(right.2),
+    );
+    match difference {
+        (1, 1, constant) => Some(constant.wrapping_neg()),
+        (u32::MAX, u32::MAX, constant) => Some(constant),
+        _ => None,
+    }
+}
+
 /// Why a decision is not membership; each with the first subject for which it goes wrong.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wrong {
     /// It reads or traps for subjects that no comparison has bounded.
     Unbounded(u64),
+    /// It leaves a subject to another thunk.
+    HandsOver(u64),
     /// It looks in no table.
     NoTable,
     /// It reads or traps for a subject that no table it reads speaks about.

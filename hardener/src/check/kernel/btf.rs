@@ -7,6 +7,7 @@ use std::collections::HashMap;
 const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
+const KIND_FUNCTION: u32 = 12;
 
 /// The types of one image.
 pub struct Btf<'a> {
@@ -64,6 +65,16 @@ impl<'a> Btf<'a> {
             at += 12 + extra;
         }
         (at == end && end <= data.len()).then_some(btf)
+    }
+
+    /// The names of functions, which are all compiled ones.
+    pub fn functions(&self) -> impl Iterator<Item = &'a [u8]> {
+        let records = self.types.iter().filter(|at| **at != usize::MAX);
+        records.filter_map(|at| {
+            let kind = word(self.data, at + 4)? >> 24 & 0x1f;
+            let name = self.string(word(self.data, *at)? as usize)?;
+            (kind == KIND_FUNCTION).then_some(name)
+        })
     }
 
     /// `sizeof(struct name)`.

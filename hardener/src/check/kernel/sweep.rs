@@ -17,6 +17,8 @@ pub struct Sweep {
     pub after_calls: Vec<LinkVa>,
     /// Direct branches, by place: where each stands and where it goes.
     pub branches: Vec<Branch>,
+    /// Branches to an address that only the run knows, by place.
+    pub open_branches: Vec<OpenBranch>,
     /// Addresses that RIP-relative operands of other instructions denote: the place and the address.
     pub references: Vec<(LinkVa, LinkVa)>,
     /// Stretches where the decoders disagree or cannot decode.
@@ -30,6 +32,17 @@ pub struct Branch {
     pub at: LinkVa,
     /// Its target.
     pub to: LinkVa,
+    /// Where a call returns to; none of a jump.
+    pub back: Option<LinkVa>,
+}
+
+/// An indirect branch.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenBranch {
+    /// Its place.
+    pub at: LinkVa,
+    /// Where a call returns to; none of a jump.
+    pub back: Option<LinkVa>,
 }
 
 impl Sweep {
@@ -40,6 +53,7 @@ impl Sweep {
             boundaries: vec![0; bytes.len() / 64 + 1],
             after_calls: Vec::new(),
             branches: Vec::new(),
+            open_branches: Vec::new(),
             references: Vec::new(),
             unknown: Vec::new(),
         };
@@ -97,9 +111,8 @@ impl Sweep {
 
     fn record(&mut self, instruction: &Instruction) {
         let at = LinkVa(instruction.ip());
-        if is_call(instruction) {
-            self.after_calls.push(LinkVa(instruction.next_ip()));
-        }
+        let back = is_call(instruction).then(|| LinkVa(instruction.next_ip()));
+        self.after_calls.extend(back);
         if instruction.flow_control() == FlowControl::Next && instruction.is_ip_rel_memory_operand()
         {
             let to = LinkVa(instruction.ip_rel_memory_address());
@@ -109,7 +122,10 @@ impl Sweep {
             self.branches.push(Branch {
                 at,
                 to: LinkVa(instruction.near_branch_target()),
+                back,
             });
+        } else if back.is_some() || instruction.flow_control() == FlowControl::IndirectBranch {
+            self.open_branches.push(OpenBranch { at, back });
         }
     }
 }

@@ -40,6 +40,8 @@ pub struct Tables {
     pub smp_locks: Vec<LinkVa>,
     /// `__ex_table`: instructions that may fault.
     pub may_fault: Vec<LinkVa>,
+    /// `__ex_table` and `__jump_table`: places, and where each may go on without a branch there.
+    pub silent_jumps: Vec<(LinkVa, LinkVa)>,
     /// `__bug_table`: UD2 instructions.
     pub bugs: Vec<LinkVa>,
     /// `_kprobe_blacklist`: functions that must not be probed.
@@ -90,6 +92,11 @@ impl Tables {
         if let Some(range) = optional(".ibt_endbr_seal") {
             tables.sealed = Some(read.offsets(range)?);
         }
+        let faults = section("__ex_table")?;
+        tables.silent_jumps = read.pairs(faults, "exception_table_entry", ["insn", "fixup"])?;
+        let labels = between("__start___jump_table", "__stop___jump_table")?;
+        let labels = read.pairs(labels, "jump_entry", ["code", "target"])?;
+        tables.silent_jumps.extend(labels);
         if let Some(range) = optional(".parainstructions") {
             tables.paravirt = read.paravirt(range)?;
             tables.descriptive.push(range);
@@ -159,6 +166,24 @@ impl Reader<'_> {
             .map(|at| self.vmlinux.pc_relative(LinkVa(at.0 + offset)))
             .collect();
         Ok(sorted(places.ok_or(KernelError::Truncated)?))
+    }
+
+    /// Two members of each entry, which belong together.
+    fn pairs(
+        &self,
+        range: VaRange,
+        structure: &'static str,
+        members: [&'static str; 2],
+    ) -> Result<Vec<(LinkVa, LinkVa)>, KernelError> {
+        let size = self.size(structure)?;
+        let [from, to] = members.map(|member| self.offset(structure, member));
+        let (from, to) = (from?, to?);
+        let pair = |at: LinkVa| {
+            let from = self.vmlinux.pc_relative(LinkVa(at.0 + from))?;
+            Some((from, self.vmlinux.pc_relative(LinkVa(at.0 + to))?))
+        };
+        let pairs: Option<Vec<_>> = entries(range, size)?.map(pair).collect();
+        pairs.ok_or(KernelError::Truncated)
     }
 
     fn alternatives(&self, range: VaRange) -> Result<Vec<Alternative>, KernelError> {

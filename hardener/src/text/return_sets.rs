@@ -1,0 +1,179 @@
+//! What each return may go back to, and how its thunk tells.
+//!
+//! A direct call names its callee in the four bytes before the return address. So the thunk of a function compares these with
+//! the function's own address, and with those of the functions that jump to it; no table is read. Where indirect calls return
+//! to is one set for all.
+
+use super::callgraph::{CallGraph, Callers};
+use super::{Bitmap, Text};
+use crate::image::{Image, Tables};
+use penumbra_bundle::TextOff;
+use std::collections::{BTreeMap, HashMap};
+
+/// More comparisons than these are worse than any return site: a few functions to which dozens jump.
+const MAX_COMPARED: usize = 32;
+/// The first byte of `call rel32`.
+const CALL: u8 = 0xe8;
+
+/// How a thunk tells a legal return address.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Check {
+    /// Any return site will do.
+    AnySite,
+    /// It follows a call of one of these functions, or an indirect call.
+    Callers {
+        /// Entries, most called first.
+        called: Vec<TextOff>,
+        /// Whether an indirect call will do.
+        indirect: bool,
+        /// Whether the call's first byte has to be looked at: elsewhere in the text the four bytes before some address name
+        /// one of these functions too, a jump's mostly.
+        opcode: bool,
+    },
+}
+
+/// What the returns of one kernel may go back to.
+pub struct ReturnSets {
+    /// The check of each R slot, in the order of the slots.
+    pub of_slot: Vec<u32>,
+    /// The checks.
+    pub checks: Vec<Check>,
+    /// Where indirect calls return to. Sorted.
+    pub indirect: Vec<TextOff>,
+    /// Sizes of the sets and the like, by name.
+    pub figures: BTreeMap<String, u64>,
+}
+
+impl ReturnSets {
+    /// Finds the callers of every function that has an R slot.
+    pub fn find(image: &Image, tables: &Tables, text: &Text) -> ReturnSets {
+        let graph = CallGraph::build(image, tables, text);
+        let named = named_elsewhere(text);
+        let mut sets = ReturnSets {
+            of_slot: Vec::with_capacity(text.slots.returns.len()),
+            checks: Vec::new(),
+            indirect: graph.indirect.clone(),
+            figures: BTreeMap::new(),
+        };
+        let mut known: HashMap<Check, u32> = HashMap::new();
+        let mut sizes = Sizes::default();
+        let mut last = None;
+        for slot in &text.slots.returns {
+            let number = text.functions.number(slot.at);
+            if let Some((_, check)) = last.filter(|(other, _)| *other == number) {
+                sets.of_slot.push(check);
+                continue;
+            }
+            let check = number.map_or(Check::AnySite, |number| {
+                let callers = graph.callers(number);
+                let check = check(&graph, text, &named, &callers);
+                sizes.add(&graph, text, number, &callers, &check);
+                check
+            });
+            let index = *known.entry(check).or_insert_with_key(|check| {
+                sets.checks.push(check.clone());
+                sets.checks.len() as u32 - 1
+            });
+            sets.of_slot.push(index);
+            last = Some((number, index));
+        }
+        sets.figures = sizes.figures();
+        sets
+    }
+}
+
+fn check(graph: &CallGraph, text: &Text, named: &Bitmap, callers: &Callers) -> Check {
+    if callers.unknown || callers.called.len() > MAX_COMPARED {
+        return Check::AnySite;
+    }
+    let mut called = callers.called.clone();
+    called.sort_by_key(|number| {
+        let calls = graph.direct[*number as usize].len();
+        (std::cmp::Reverse(calls), *number)
+    });
+    let called = called.into_iter();
+    let called: Vec<TextOff> = called
+        .map(|number| text.functions.start(number as usize))
+        .collect();
+    Check::Callers {
+        indirect: callers.indirect,
+        opcode: called.iter().any(|at| named.get(at.0 as usize)),
+        called,
+    }
+}
+
+/// Offsets that the four bytes before some address name as a call would, without a call's first byte before them.
+fn named_elsewhere(text: &Text) -> Bitmap {
+    let code = &text.bytes[..text.span.code.len() as usize];
+    let mut named = Bitmap::new(code.len());
+    for (at, bytes) in code.windows(5).enumerate() {
+        let displacement = i32::from_le_bytes([bytes[1], bytes[2], bytes[3], bytes[4]]);
+        let to = (at as u32 + 5).wrapping_add_signed(displacement);
+        if bytes[0] != CALL && (to as usize) < code.len() {
+            named.set(to as usize);
+        }
+    }
+    named
+}
+
+/// Sizes of sets, a function each.
+#[derive(Default)]
+struct Sizes {
+    never_taken: Vec<u64>,
+    taken: Vec<u64>,
+    any_site: u64,
+}
+
+impl Sizes {
+    fn add(
+        &mut self,
+        graph: &CallGraph,
+        text: &Text,
+        number: usize,
+        callers: &Callers,
+        check: &Check,
+    ) {
+        let size = match check {
+            Check::AnySite => {
+                self.any_site += 1;
+                text.return_targets.len()
+            }
+            Check::Callers { indirect, .. } => {
+                let called = callers.called.iter();
+                let direct = called.map(|number| &graph.direct[*number as usize]);
+                match indirect {
+                    // A call of a function that jumps anywhere is in both.
+                    true => {
+                        let beside = |at: &&TextOff| graph.indirect.binary_search(at).is_err();
+                        let own: usize =
+                            direct.map(|list| list.iter().filter(beside).count()).sum();
+                        own + graph.indirect.len()
+                    }
+                    false => direct.map(Vec::len).sum(),
+                }
+            }
+        };
+        match graph.facts[number].taken {
+            true => self.taken.push(size as u64),
+            false => self.never_taken.push(size as u64),
+        }
+    }
+
+    fn figures(mut self) -> BTreeMap<String, u64> {
+        self.never_taken.sort_unstable();
+        self.taken.sort_unstable();
+        let quantile = |list: &[u64], percent: usize| {
+            let at = list.len().saturating_sub(1) * percent / 100;
+            list.get(at).copied().unwrap_or(0)
+        };
+        let figures = [
+            ("functions_direct", self.never_taken.len() as u64),
+            ("median_direct", quantile(&self.never_taken, 50)),
+            ("p90_direct", quantile(&self.never_taken, 90)),
+            ("functions_taken", self.taken.len() as u64),
+            ("median_taken", quantile(&self.taken, 50)),
+            ("functions_any_site", self.any_site),
+        ];
+        figures.map(|(name, value)| (name.to_owned(), value)).into()
+    }
+}

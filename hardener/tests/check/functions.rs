@@ -1,0 +1,144 @@
+//! `return-cfi` by function: proved on a real kernel, and each way to weaken or to break it is caught.
+
+use crate::scene::{Scene, branch, emitted, real, target};
+use hardener::check::{Rule, RuleReport};
+use penumbra_bundle::{Bundle, LinkVa, SlotKind};
+use std::sync::OnceLock;
+
+const RECIPE: &str =
+    "schema = 1\n[pass.return-cfi]\non-violation = \"log\"\npolicy = \"function\"\n";
+
+fn by_function() -> &'static Bundle {
+    static MADE: OnceLock<Bundle> = OnceLock::new();
+    MADE.get_or_init(|| emitted(RECIPE))
+}
+
+fn sets(bundle: &Bundle) -> RuleReport {
+    let (checker, _) = real();
+    let mut rules = checker.prove(bundle, &[Rule::ExactSets]).unwrap();
+    rules.pop().expect("one rule was asked for")
+}
+
+fn says(report: &RuleReport, wanted: &str) -> bool {
+    let mut violations = report.violations.iter();
+    violations.any(|violation| violation.what.contains(wanted))
+}
+
+/// Two thunks of functions that only direct calls reach.
+fn two_thunks(scene: &mut Scene) -> (LinkVa, LinkVa) {
+    let direct = scene.named("return_cfi_direct");
+    let own = scene.hands_over(direct, direct);
+    (own, scene.hands_over(direct, own))
+}
+
+impl Scene {
+    /// Lets all returns of `hardened` that go through the thunk at `from` go through the one at `to`; the first such return.
+    fn redirect(&mut self, from: LinkVa, to: LinkVa) -> LinkVa {
+        let start = self.va(penumbra_bundle::TextOff(0));
+        let mut first = None;
+        for edit in self.edits("hardened") {
+            let at = LinkVa(start.0 + u64::from(edit.at.0));
+            if edit.slot == SlotKind::Return && target(&edit.bytes, at.0) == from {
+                edit.bytes = branch(&[0xe9], at, to);
+                first.get_or_insert(at);
+            }
+        }
+        first.expect("a return goes through it")
+    }
+}
+
+#[test]
+fn the_bundle_is_proved_and_its_figures_are_small() {
+    let bundle = by_function();
+    let (checker, _) = real();
+    let outcome = checker.check(bundle, false).unwrap();
+    assert!(outcome.clean, "{}", outcome.render());
+    let hardened = bundle.manifest.variants.last().unwrap();
+    let pass = hardened
+        .passes
+        .iter()
+        .find(|pass| pass.name == "return-cfi");
+    let figures = &pass.unwrap().figures;
+    assert!(figures["median_direct"] <= 4, "{figures:?}");
+    assert!(figures["functions_any_site"] * 10 < figures["functions_direct"] * 2);
+}
+
+#[test]
+fn a_return_through_another_functions_thunk_is_caught() {
+    let mut scene = Scene::of(by_function());
+    let (own, other) = two_thunks(&mut scene);
+    let at = scene.redirect(own, other);
+    let report = sets(&scene.bundle);
+    assert!(says(&report, &format!("{:#x}", at.0)), "{report:?}");
+    assert!(says(&report, "is passed, though no call"), "{report:?}");
+    assert!(says(&report, "is killed, though a call"), "{report:?}");
+}
+
+#[test]
+fn a_return_that_may_go_to_any_site_again_is_caught() {
+    let mut scene = Scene::of(by_function());
+    let (own, _) = two_thunks(&mut scene);
+    let any = scene.named("return_cfi");
+    scene.redirect(own, any);
+    let report = sets(&scene.bundle);
+    assert!(says(&report, "the check is weakened"), "{report:?}");
+}
+
+#[test]
+fn a_return_of_direct_calls_that_lets_indirect_ones_through_is_caught() {
+    let mut scene = Scene::of(by_function());
+    let (direct, indirect) = (
+        scene.named("return_cfi_direct"),
+        scene.named("return_cfi_indirect"),
+    );
+    let hands_over = scene.hands_over(direct, direct);
+    scene.redirect(hands_over, indirect);
+    let report = sets(&scene.bundle);
+    assert!(
+        says(&report, "which is not what its thunk is for"),
+        "{report:?}"
+    );
+}
+
+impl Scene {
+    /// A thunk that some return goes through and that leaves the rest to the thunk at `to`, another one than `not`.
+    fn hands_over(&mut self, to: LinkVa, not: LinkVa) -> LinkVa {
+        let start = self.va(penumbra_bundle::TextOff(0));
+        let edits = self.edits("hardened").clone();
+        let edits = edits.iter().filter(|edit| edit.slot == SlotKind::Return);
+        let thunks: Vec<LinkVa> = edits
+            .map(|edit| target(&edit.bytes, start.0 + u64::from(edit.at.0)))
+            .collect();
+        let found = thunks.into_iter().find(|thunk| {
+            // Until its first unconditional jump.
+            let code = self.cave(*thunk, 64).to_vec();
+            let decoder =
+                iced_x86::Decoder::with_ip(64, &code, thunk.0, iced_x86::DecoderOptions::NONE);
+            let mut jumps = decoder.into_iter().filter(|one| one.is_jmp_short_or_near());
+            let leaves = jumps
+                .next()
+                .is_some_and(|jump| jump.near_branch_target() == to.0);
+            leaves && ![to, not].contains(thunk)
+        });
+        found.expect("some thunk leaves the rest to it")
+    }
+}
+
+#[test]
+fn a_manifest_that_claims_the_other_policy_is_caught() {
+    for (bundle, said) in [(by_function(), "return-sites"), (&real().1, "function")] {
+        let mut scene = Scene::of(bundle);
+        for variant in &mut scene.bundle.manifest.variants {
+            for pass in &mut variant.passes {
+                if let Some(policy) = pass.parameters.get_mut("policy") {
+                    *policy = said.to_owned();
+                }
+            }
+        }
+        let report = sets(&scene.bundle);
+        assert!(
+            says(&report, &format!("says policy `{said}`")),
+            "{report:?}"
+        );
+    }
+}
