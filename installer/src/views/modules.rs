@@ -209,12 +209,12 @@ impl<'a> Modules<'a> {
             }
         }
         self.seen = Some((now.0, now.1, again));
-        let mapped = |loaded: &&Loaded| {
-            let mut there = state.modules.iter();
-            !there.any(|one| one.module == loaded.module)
+        let on_its_own = |loaded: &&Loaded| {
+            let mut mapped = state.modules.iter();
+            !mapped.any(|one| one.module == loaded.module)
         };
-        let names = list.modules.iter().filter(mapped);
-        self.foreign = Some(names.map(|loaded| loaded.name.clone()).collect());
+        let foreign = list.modules.iter().filter(on_its_own);
+        self.foreign = Some(foreign.map(|loaded| loaded.name.clone()).collect());
         Ok(news)
     }
 
