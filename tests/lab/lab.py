@@ -48,9 +48,12 @@ def guest_config(vcpus, altp2m, direct=None, on_reboot="preserve"):
 
     altp2m=external: the interface is the toolstack's, the guest cannot call it.
     tsc_mode=native: an intercepted RDTSCP is reported as RDTSC by QEMU's SVM.
+    cpus: not the first.  QEMU (10.0, cpu_clear_ignne) has every processor that loads FPU state rewrite
+    the *first* one's flags, unlocked; a VMRUN there at that moment loses "nested paging is on", and its
+    guest then runs on memory that is not its own: a triple fault.
     """
     lines = [f'name = "{GUEST}"', 'type = "pvh"', 'kernel = "/guest/kernel"', "memory = 256",
-             f"vcpus = {vcpus}", 'tsc_mode = "native"', 'on_crash = "preserve"',
+             f"vcpus = {vcpus}", f'cpus = "1-{vcpus}"', 'tsc_mode = "native"', 'on_crash = "preserve"',
              f'on_reboot = "{on_reboot}"']
     if direct is not None:
         lines += ['ramdisk = "/guest/initrd.gz"', f'cmdline = "{direct}"']
@@ -210,8 +213,8 @@ class Lab:
         # QEMU takes commas in a module's arguments as the next module.
         modules = f"{dom0_kernel.vmlinuz} console=hvc0 panic=-1,{dom0_initrd}"
         append = (f"console=com1 com1=115200,8n1 altp2m=1 loglvl=info guest_loglvl=info noreboot "
-                  f"dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M dom0_max_vcpus=1")
-        # A physical CPU for each of the guest's, and one for dom0.
+                  f"dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M dom0_max_vcpus=1 dom0_vcpus_pin")
+        # A physical CPU for each of the guest's, and the first for dom0 (see guest_config).
         machine = Machine(["-cpu", QEMU_CPU, "-kernel", xen, "-append", append, "-initrd", modules],
                           work / "console.log", memory=MEMORY, cpus=vcpus + 1)
         lab = cls(machine)
