@@ -3,6 +3,7 @@
  * The one program that runs as /usr/bin/payroll and as /usr/bin/guestbook.
  *
  *   worker work CPU [SECONDS]      checked work, a line a second; the echo partner on the other CPU
+ *   worker hand FIFO               writes what it is told to, as itself: lines `FILE TEXT`; each is answered
  *   worker prepare FILE            see attack.c
  *   worker attack KIND FILE GO     see attack.c
  *
@@ -238,15 +239,44 @@ static int work(int cpu, long seconds)
 	return 0;
 }
 
+/* Each line of @fifo names a file and what is to be written there, in one call. */
+static int hand(const char *fifo)
+{
+	char line[512];
+	FILE *in;
+
+	printf("hand: pid %d\n", getpid());
+	fflush(stdout);
+	/* For writing, too: there is no end of file, then. */
+	in = fopen(fifo, "r+");
+	while (in && fgets(line, sizeof(line), in)) {
+		char *text = strchr(line, ' ');
+		int file, error = EINVAL;
+
+		if (text) {
+			*text++ = 0;
+			file = open(line, O_WRONLY | O_TRUNC);
+			error = file < 0 || write(file, text, strlen(text)) < 0 ? errno : 0;
+			if (file >= 0)
+				close(file);
+		}
+		printf("hand: %d\n", error);
+		fflush(stdout);
+	}
+	return 1;
+}
+
 int main(int argc, char **argv)
 {
 	self = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
 	if (argc >= 3 && strcmp(argv[1], "work") == 0)
 		return work(atoi(argv[2]), argc > 3 ? atol(argv[3]) : 0);
+	if (argc == 3 && strcmp(argv[1], "hand") == 0)
+		return hand(argv[2]);
 	if (argc == 3 && strcmp(argv[1], "prepare") == 0)
 		return attack_prepare(argv[2]);
 	if (argc == 5 && strcmp(argv[1], "attack") == 0)
 		return attack(argv[2], argv[3], argv[4]);
-	fprintf(stderr, "usage: %s work CPU [SECONDS] | prepare FILE | attack pointer|return|timer|nmi FILE GO\n", self);
+	fprintf(stderr, "usage: %s work CPU [SECONDS] | hand FIFO | prepare FILE | attack pointer|return|timer|nmi FILE GO\n", self);
 	return 2;
 }

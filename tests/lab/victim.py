@@ -84,6 +84,23 @@ class Load(_Running):
         super().__init__(guest, kind, f"/usr/bin/load {kind}", f"/tmp/load.{kind}.log")
 
 
+class Hand:
+    """A copy of the worker that writes files when told to: the kernel does it on that program's view."""
+
+    def __init__(self, guest, program):
+        self.guest = guest
+        self.fifo, self.log = f"/tmp/{program}.hand", f"/tmp/{program}.hand.log"
+        guest.run(f"mkfifo {self.fifo}; /usr/bin/{program} hand {self.fifo} > {self.log} 2>&1 &")
+        self.pid = int(_wait(guest, self.log, r"hand: pid (\d+)", 60)[1])
+        self.written = 0
+
+    def write(self, file, text, timeout=60):
+        """Writes a line; the errno, 0 if it went well."""
+        self.written += 1
+        self.guest.run(f"echo '{file} {text}' > {self.fifo}")
+        return int(_wait(self.guest, self.log, rf"(?:hand: \d+\s+){{{self.written}}}$", timeout)[0].split()[-1])
+
+
 def prepare_attacks(guest):
     """Loads the module and collects the addresses; done once per boot."""
     for command in ("insmod /lib/modules/penumbra_bug.ko", "payroll prepare /tmp/addresses"):

@@ -148,7 +148,9 @@ def another_kernel_is_noticed(w):
         pass
     w.said("runs another kernel now")
     expect(w.exit_code() == 1, "exit code")
-    expect(not w.installer.status()["applied"], w.installer.status())
+    # What xl makes of such a guest is its own affair: this one's soft reset ends it, now or in a moment.
+    left = w.installer.json("status")["domains"]
+    expect(not any(domain["applied"] for domain in left), left)
     w.lab.dom0.run(f"xl destroy {G}")
 
 

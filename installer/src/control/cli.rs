@@ -56,9 +56,12 @@ interval after it started that is normal, later it is not."
     /// Take everything out of a guest
     #[command(
         after_help = "Stops the `apply` that watches the guest, puts every vCPU on the stock text, removes views and \
-copies, and puts the cave's filler back once nothing can be running there. May be repeated; succeeds when nothing is there."
+copies, and puts the cave's filler back once nothing can be running there. May be repeated; succeeds when nothing is there.
+
+Refused while a probe of the guest's (kprobe, perf, BPF) stands on a return or call that a view has edited: taken away \
+after the views are gone, it could leave the view's bytes in the guest's text."
     )]
-    Remove(Domain),
+    Remove(Remove),
     /// Print the SHA-256 of the guest's kernel text as the stock view has it
     Digest {
         /// Name or id
@@ -119,6 +122,17 @@ pub struct Domain {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `remove`.
+#[derive(Debug, Args)]
+pub struct Remove {
+    /// Which guest, and how to print
+    #[command(flatten)]
+    pub domain: Domain,
+    /// Do it even though probes stand on edited returns or calls: the guest may crash when they go
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// Arguments of `apply`.

@@ -75,6 +75,14 @@ pub enum CliError {
         /// Why none gets views.
         why: &'static str,
     },
+    /// A probe of the guest's is where a view has edited the text.
+    #[error(
+        "the guest has probes (kprobes, perf, BPF) on returns or calls that a view has edited, {bytes} bytes in all; taken away after the views, they could leave a view's bytes in its text: take them away first (in the guest: /sys/kernel/debug/kprobes/list; `installer verify-text` names the places), or `installer remove --force`"
+    )]
+    Probed {
+        /// How many bytes.
+        bytes: u64,
+    },
     /// Another bundle is applied.
     #[error("another bundle ({applied}) is applied to this domain; `installer remove` it first")]
     OtherBundle {

@@ -6,7 +6,7 @@ use crate::audit::{Audit, Body, log_dir};
 use crate::exit::Exit;
 use crate::views::journal::{self, Journal, JournalError};
 use crate::views::{self, CaveFate};
-use crate::xen::{self, Domain};
+use crate::xen::{self, Domain, Hypervisor};
 use serde_json::{Value, json};
 use std::fs;
 use std::thread::sleep;
@@ -93,6 +93,7 @@ fn row(domain: &Domain, name: &str) -> Result<Value, CliError> {
             "pokes_mirrored": stats.pokes_mirrored,
             "generation": stats.generation,
             "conflicts": stats.conflicts,
+            "displaced": stats.displaced,
             "lapsed": events.as_ref().map(|events| events.lapsed),
             "refused": events.as_ref().map(|events| events.refused),
             "violations": events.as_ref().map(|events| events.violations),
@@ -111,8 +112,13 @@ fn row(domain: &Domain, name: &str) -> Result<Value, CliError> {
 }
 
 /// Runs `remove`.
-pub fn remove(args: &cli::Domain) -> Result<Exit, CliError> {
+pub fn remove(args: &cli::Remove) -> Result<Exit, CliError> {
+    let (force, args) = (args.force, &args.domain);
     let (domain, name) = xen::resolve(&args.domain)?;
+    let xen = xen::open(domain.id)?;
+    if !force {
+        no_probes(xen.as_ref())?;
+    }
     let run = journal::run_dir();
     let journal = stop_watcher(&Journal::reader(&run, domain.id), || {
         Journal::writer(&run, domain.id)
@@ -125,7 +131,6 @@ pub fn remove(args: &cli::Domain) -> Result<Exit, CliError> {
         }
         Err(error) => return Err(error.into()),
     };
-    let xen = xen::open(domain.id)?;
     let removed = views::remove(xen.as_ref(), &journal, state.as_ref())?;
     report_cave(&removed.cave);
     if removed.anything {
@@ -169,6 +174,14 @@ pub fn remove(args: &cli::Domain) -> Result<Exit, CliError> {
     Ok(Exit::Done)
 }
 
+/// Fails if a probe stands on an edited slot. A Xen that cannot say has no views.
+fn no_probes(xen: &dyn Hypervisor) -> Result<(), CliError> {
+    match xen.stats().map_or(0, |stats| stats.displaced) {
+        0 => Ok(()),
+        bytes => Err(CliError::Probed { bytes }),
+    }
+}
+
 /// Waits for the lock, asking a watcher to end.
 fn stop_watcher(
     reader: &Journal,
@@ -183,5 +196,29 @@ fn stop_watcher(
             }
             result => return result,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::no_probes;
+    use crate::control::CliError;
+    use crate::views::testkit;
+
+    #[test]
+    fn a_probe_on_an_edited_slot_keeps_the_views_in() {
+        let bundle = testkit::bundle();
+        let fake = testkit::guest(&bundle);
+        assert!(no_probes(&fake).is_ok(), "nothing is applied");
+        let dir = tempfile::tempdir().unwrap();
+        let request = testkit::request(&bundle);
+        crate::views::apply(&fake, &testkit::journal(&dir), &request).unwrap();
+        assert!(no_probes(&fake).is_ok());
+        fake.table.borrow_mut().displaced = 5;
+        let refused = no_probes(&fake);
+        assert!(
+            matches!(refused, Err(CliError::Probed { bytes: 5 })),
+            "{refused:?}"
+        );
     }
 }

@@ -183,6 +183,7 @@ impl BindingReply {
             pokes_mirrored: self.out[2],
             generation: self.out[3],
             conflicts: self.out[4],
+            displaced: self.root.0,
         }
     }
 }
@@ -208,6 +209,8 @@ pub struct Stats {
     pub generation: u64,
     /// Pokes that hit a byte which a view had changed.
     pub conflicts: u64,
+    /// Bytes that views have changed and that something of the guest's (a probe) stands on at present.
+    pub displaced: u64,
 }
 
 /// A binding as Xen lists it.

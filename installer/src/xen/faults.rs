@@ -2,6 +2,7 @@
 //!
 //! Only in unit tests and with the cargo feature `lab`; the released program has none of it. There the environment says
 //! what to do: `PENUMBRA_FAULT="end 7"` ends the program, as a kill would, before its 7th call that changes something;
+//! `PENUMBRA_FAULT="tell"` names each of these on standard error;
 //! `PENUMBRA_FAULT="fail populate 12"` lets the first call of that name fail with error 12.
 
 use super::{
@@ -15,6 +16,9 @@ use std::cell::Cell;
 pub enum Fault {
     /// Nothing.
     None,
+    /// Calls that change something are named on standard error.
+    #[cfg(feature = "lab")]
+    Tell,
     /// The program ends before this call that changes something, counted from 1.
     #[cfg(feature = "lab")]
     End(usize),
@@ -54,13 +58,14 @@ impl<H: AsRef<dyn Hypervisor>> Faulty<H> {
         let number = |word: &str| word.parse().expect("PENUMBRA_FAULT counts calls");
         let fault = match words[..] {
             [] => Fault::None,
+            ["tell"] => Fault::Tell,
             ["end", at] => Fault::End(number(at)),
             ["fail", name, errno] => {
                 let errno = errno.parse().expect("PENUMBRA_FAULT names an error number");
                 // Once in a program's life.
                 Fault::Fail(name.to_owned().leak(), Errno(errno))
             }
-            _ => panic!("PENUMBRA_FAULT is `end N` or `fail NAME ERRNO`, not `{asked}`"),
+            _ => panic!("PENUMBRA_FAULT is `tell`, `end N` or `fail NAME ERRNO`, not `{asked}`"),
         };
         Faulty::new(inner, fault)
     }
@@ -72,6 +77,11 @@ impl<H: AsRef<dyn Hypervisor>> Faulty<H> {
         changing += usize::from(changes);
         self.calls.set((any, changing));
         let errno = match self.fault.get() {
+            #[cfg(feature = "lab")]
+            Fault::Tell if changes => {
+                eprintln!("installer: calls {what}");
+                return Ok(self.inner.as_ref());
+            }
             #[cfg(feature = "lab")]
             Fault::End(at) if changes && at == changing => {
                 eprintln!("installer: ended before {what}, as PENUMBRA_FAULT says");

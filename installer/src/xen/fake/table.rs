@@ -33,6 +33,8 @@ pub struct Table {
     pub default: ViewId,
     /// Pokes so far.
     pub generation: u64,
+    /// Bytes of views' own that a probe stands on.
+    pub displaced: u64,
     /// The bindings.
     pub bound: BTreeMap<Root, Bound>,
     /// Views that drop a mitigation.
@@ -192,6 +194,7 @@ impl Fake {
                 reply.flags = u16::from(table.enabled) | u16::from(table.armed.is_some()) << 1;
                 reply.value = table.bound.len() as u64;
                 reply.out[3] = table.generation;
+                reply.root = Root(table.displaced);
             }
             Action::Sample => {
                 table.sample = Some([request.value, request.more[0], request.more[1]]);
