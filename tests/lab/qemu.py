@@ -28,9 +28,9 @@ def _die_with_parent():
 def emulator_fault(console):
     """What QEMU's nested SVM did wrong, by Xen's log in the file `console`, or None.
 
-    Seen with 10.0 and earlier, with nothing of Penumbra applied too, and the more often the more
-    QEMU's threads wait for a processor.  Both end the guest by a triple fault, from both nothing
-    can be learned, and no guest, view or Xen can cause them:
+    Seen with 10.0, with nothing of Penumbra applied too, while guests ran on the first processor
+    (see `guest_config`).  Both end the guest by a triple fault, from both nothing can be learned,
+    and no guest, view or Xen can cause them:
 
     - Xen's own state stored as the guest's: its code segment e008, its instruction pointer.
     - Page faults where pages are there.  Delivering an exception reads the IDT; CR2 says that
