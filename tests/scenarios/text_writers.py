@@ -250,7 +250,9 @@ def ftrace_of_all_functions(w):
     expect(int(w.sh("tail -n 20000 trace | grep -c vfs_statx || true")) > 0, "no hit")
     changed = w.explained("ftrace on")
     w.sh("echo nop > current_tracer; echo > trace; echo 1 > tracing_on")
-    expect(changed > 100_000 + w.explained("ftrace off"), "ftrace changed little")
+    off = w.explained("ftrace off")
+    # In the file each site is a call, too: its first byte is as there while ftrace is on.
+    expect(off - changed > 30_000, "changed bytes with ftrace", changed, "without", off)
     w.healthy()
 
 
