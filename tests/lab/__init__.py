@@ -17,6 +17,8 @@ built is kept under `target/lab`, so a second run only boots.
     victim     what runs in the guest: load, attacks, text pokes
     slots      what a bundle's views have at their slots
     spaces     processes that see from inside which view they are on
+    gdb        QEMU's gdbstub: physical memory, breakpoints, registers
+    cost       a guest without Xen, on any variant's text, whose instructions are counted
     storm      live processes flipped between all views
 """
 

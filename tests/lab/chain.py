@@ -63,13 +63,13 @@ def build_xen():
     return TARGET / "xen" / "xen"
 
 
-def emit(out, vmlinuz=None, modules=(), recipe=None):
-    """Emits a bundle for the guest's kernel, with these modules, by this recipe (a file)."""
+def emit(out, vmlinuz=None, modules=(), recipe=None, preset=None):
+    """Emits a bundle for the guest's kernel, with these modules, by this recipe (a file) or preset."""
     vmlinuz = vmlinuz or kernel.cloud().vmlinuz
     out.parent.mkdir(parents=True, exist_ok=True)
     with_modules = [word for module in modules for word in ("--module", module)]
     run([tool("hardener"), "emit", vmlinuz, "-o", out, "--force", *with_modules,
-         *(["--recipe", recipe] if recipe else [])])
+         *(["--recipe", recipe] if recipe else []), *(["--preset", preset] if preset else [])])
     return out
 
 

@@ -21,6 +21,7 @@ PROGRAMS = {
     "worker": ["worker.c", "attack.c"],
     "spaces": ["spaces.c"],
     "bpf": ["bpf.c"],
+    "bench": ["bench.c"],
     "kexec": ["kexec.c"],
     "load": [f"load/{name}.c" for name in ("load", "files", "sockets", "processes", "memory", "threads",
                                            "modules")],

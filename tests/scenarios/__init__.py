@@ -9,8 +9,8 @@ says what it proves.  Scenarios of a module run in the order in which they are w
 Unmarked names are helpers.  A scenario fails by an exception, `expect` is the usual one.
 """
 
-MODULES = ["lab_itself", "command_lines", "stock_guest", "live_guest", "address_spaces",
-           "violations", "retpolines_off", "unpatched_xen", "modules", "whole_chain"]
+MODULES = ["lab_itself", "command_lines", "stock_guest", "run_time_cost", "live_guest",
+           "address_spaces", "violations", "retpolines_off", "unpatched_xen", "modules", "whole_chain"]
 
 # Run only by name (`tests/run --only text_writers`).
 ON_REQUEST = ["failure", "lifecycle", "address_spaces_pti", "text_writers", "view_storm", "xen_interface"]

@@ -79,6 +79,16 @@ after the views are gone, it could leave the view's bytes in the guest's text."
         after_help = "Exit code 0: every view is the guest's own text plus its variant's edits. 1: it is not."
     )]
     VerifyText(Domain),
+    /// Write a variant's text over a dump of running text, without a guest
+    #[command(after_help = "\
+Example, of a guest booted with nokaslr in QEMU, whose monitor wrote text.dump (`pmemsave 0x1000000 SIZE text.dump`):
+  installer fill --bundle bundle --variant hardened --text text.dump --output hardened.text
+  objdump -D -b binary -m i386:x86-64 hardened.text
+
+Every byte of the dump is explained first, exactly as before an apply, and the output is what that view would show: an
+auditor sees what a guest would run, and a machine without Xen can be given it. No signature is asked for, nothing is mapped.
+The size is that of BUNDLE/text.bin. Exit code 1: bytes of the dump cannot be explained; they are named.")]
+    Fill(Fill),
     /// Flip live processes between all views at random moments, then verify the text
     #[command(after_help = "\
 Example:
@@ -159,6 +169,31 @@ pub struct Apply {
     /// Time between looks at the guest's processes
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pub poll_ms: u64,
+}
+
+/// Arguments of `fill`.
+#[derive(Debug, Args)]
+pub struct Fill {
+    /// The bundle of the dump's kernel
+    #[arg(long, value_name = "DIR")]
+    pub bundle: PathBuf,
+    /// The variant: stock, fast or hardened
+    #[arg(long, value_name = "NAME")]
+    pub variant: String,
+    /// The running text, from its first byte to its last
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// How far KASLR moved the kernel, in hexadecimal
+    #[arg(long, value_name = "HEX", default_value = "0", value_parser = hexadecimal)]
+    pub slide: u64,
+    /// The file to write
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+/// A number in hexadecimal, with or without `0x`.
+fn hexadecimal(text: &str) -> Result<u64, String> {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16).map_err(|error| error.to_string())
 }
 
 /// Arguments of `events`.

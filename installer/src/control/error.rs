@@ -4,6 +4,7 @@ use crate::exit::{Exit, Exits};
 use crate::guest::ReadError;
 use crate::guest::kernel::FindError;
 use crate::views::apply::ApplyError;
+use crate::views::fill::FillError;
 use crate::views::journal::JournalError;
 use crate::views::remove::RemoveError;
 use crate::views::verify::VerifyTextError;
@@ -143,6 +144,9 @@ pub enum CliError {
         /// The domain.
         uuid: String,
     },
+    /// A dump that does not fill.
+    #[error(transparent)]
+    Fill(#[from] FillError),
     /// Guest memory.
     #[error("the guest's text cannot be read: {0}")]
     Read(#[from] ReadError),
@@ -166,6 +170,7 @@ impl Exits for CliError {
             CliError::Remove(error) => error.exit(),
             CliError::VerifyText(error) => error.exit(),
             CliError::Storm(error) => error.exit(),
+            CliError::Fill(error) => error.exit(),
             _ => Exit::Cannot,
         }
     }

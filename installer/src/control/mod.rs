@@ -4,6 +4,7 @@ mod apply;
 pub mod cli;
 mod error;
 mod events;
+mod fill;
 mod ps;
 mod resume;
 mod status;
@@ -44,6 +45,7 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
             bundle,
             json,
         } => text::digest(&domain, &bundle, json),
+        Command::Fill(args) => fill::fill(&args),
         Command::VerifyText(args) => text::verify_text(&args),
         Command::Storm(args) => text::storm(&args),
         Command::Events(args) => events::events(&args),

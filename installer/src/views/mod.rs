@@ -9,6 +9,7 @@ pub mod cave;
 pub mod digest;
 #[cfg(test)]
 mod fault_tests;
+pub mod fill;
 pub mod journal;
 pub mod modules;
 pub mod pages;
@@ -27,7 +28,7 @@ pub use remove::{CaveFate, RemoveError, Removed, remove};
 
 use crate::guest::explain::{self, ExplainError, Explained, ReturnForm};
 use crate::guest::text::RunningText;
-use crate::guest::{Kernel, ReadError};
+use crate::guest::{Kernel, ReadError, Slide};
 use crate::xen::Hypervisor;
 use cave::{CaveError, CaveImage};
 use penumbra_bundle::Bundle;
@@ -97,7 +98,7 @@ fn explain_text(
 ) -> Result<Understood, TextError> {
     let mut tries = 0;
     loop {
-        let result = explain_once(bundle, kernel, expected, &text);
+        let result = explain_once(bundle, kernel.slide, expected, &text.bytes);
         match result {
             Ok((explained, cave)) => {
                 return Ok(Understood {
@@ -124,18 +125,18 @@ fn explain_text(
 
 fn explain_once(
     bundle: &Bundle,
-    kernel: &Kernel,
+    slide: Slide,
     expected: &[u8],
-    text: &RunningText,
+    running: &[u8],
 ) -> Result<(Explained, CaveImage), TextError> {
     // Retpolines off, or a text that is wholly unlike the file's, is the better message than a mixed return form.
-    let returns = explain::return_form(bundle, &text.bytes).unwrap_or(ReturnForm::Ret);
-    let cave = CaveImage::new(bundle, kernel.slide, returns)?;
+    let returns = explain::return_form(bundle, running).unwrap_or(ReturnForm::Ret);
+    let cave = CaveImage::new(bundle, slide, returns)?;
     let explained = explain::explain(
         bundle,
-        kernel.slide,
+        slide,
         expected,
-        &text.bytes,
+        running,
         Some((cave.at, &cave.bytes)),
     )?;
     Ok((explained, cave))
