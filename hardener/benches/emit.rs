@@ -8,7 +8,7 @@ mod common;
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use hardener::emit::{self, kernel_thunks};
 use hardener::image::{Image, unpacked};
-use hardener::passes::{self, Context};
+use hardener::passes::{self, Analyses, Context};
 use hardener::recipe::Recipe;
 use hardener::text::{self, Sweep, Text};
 use hardener::thunks;
@@ -53,13 +53,14 @@ fn phases(criterion: &mut Criterion, name: &str, path: &Path) {
     let recipe = Recipe::default();
     let kernel = kernel_thunks(&image).expect("has thunks");
     group.bench_function("7 thunks and tables", |bench| {
-        bench.iter(|| thunks::build(&text, &[], &kernel, &recipe, None, None).expect("fits"))
+        bench.iter(|| {
+            thunks::build(&text, &[], &kernel, &recipe, Analyses::default()).expect("fits")
+        })
     });
-    let cave = thunks::build(&text, &[], &kernel, &recipe, None, None).expect("fits");
+    let cave = thunks::build(&text, &[], &kernel, &recipe, Analyses::default()).expect("fits");
     let context = Context {
         recipe: &recipe,
-        forward: None,
-        return_sets: None,
+        analyses: Analyses::default(),
         text: &text,
         cave: &cave,
     };

@@ -2,9 +2,10 @@
 
 use crate::image::{Fault, Image, ImageError};
 use crate::modules::{Modules, Refused};
-use crate::passes::{self, Context, PassError};
+use crate::passes::{self, Analyses, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
 use crate::text::return_sets::ReturnSets;
+use crate::text::zeroing::Zeroing;
 use crate::text::{self, REGISTERS, Text, TextError};
 use crate::thunks::{self, CaveContents, KernelThunks};
 use crate::types;
@@ -266,16 +267,20 @@ fn bundle(
     let forward = forward.as_ref();
     let return_sets =
         passes::is_per_function(recipe).then(|| ReturnSets::find(image, &tables, &text));
-    let return_sets = return_sets.as_ref();
+    let zeroing = passes::is_zeroing(recipe).then(|| Zeroing::find(image, &tables, &text));
+    let analyses = Analyses {
+        forward,
+        return_sets: return_sets.as_ref(),
+        zeroing: zeroing.as_ref(),
+    };
     let slots = modules.slots();
-    let cave = thunks::build(&text, &slots, &kernel, recipe, forward, return_sets)?;
+    let cave = thunks::build(&text, &slots, &kernel, recipe, analyses)?;
     progress(Stage::Passes);
     let context = Context {
         text: &text,
         cave: &cave,
         recipe,
-        forward,
-        return_sets,
+        analyses,
     };
     let (mut variants, mut edits) = (Vec::new(), Vec::new());
     for (name, passes) in passes::VARIANTS {

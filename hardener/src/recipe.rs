@@ -10,13 +10,15 @@
 //! [pass.forward-cfi]
 //! on-violation = "panic"
 //! policy = "typed"         # address-taken (the default) or typed
+//!
+//! [pass.zero-regs]         # runs only where it is named
 //! ```
 //!
 //! All errors of a file are found at once, each with its place.
 
 use crate::passes;
 use penumbra_bundle::ViolationAction;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{self, Read as _};
 use std::ops::Range;
@@ -54,6 +56,8 @@ pub struct Parameter {
 pub struct Recipe {
     /// By pass and parameter.
     set: BTreeMap<(&'static str, &'static str), &'static str>,
+    /// The passes that it has a table of, with or without parameters.
+    named: BTreeSet<&'static str>,
 }
 
 /// Why a recipe is refused.
@@ -197,6 +201,11 @@ impl Recipe {
         }
     }
 
+    /// Whether it names `pass`: some run only then.
+    pub fn names(&self, pass: &str) -> bool {
+        self.named.contains(pass)
+    }
+
     /// What `parameter` of `pass` is.
     pub fn value(&self, pass: &'static str, parameter: &Parameter) -> &'static str {
         let set = self.set.get(&(pass, parameter.name));
@@ -258,6 +267,7 @@ impl Reader<'_> {
         for (name, pass) in known {
             let value = table.get(name);
             if let Some(fields) = value.and_then(|value| self.table(value)) {
+                recipe.named.insert(name);
                 let parameters = pass.parameters();
                 let names: Vec<&str> = parameters.iter().map(|one| one.name).collect();
                 self.only(fields, "parameter", &names);
@@ -330,12 +340,11 @@ impl Reader<'_> {
 impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "schema = {SCHEMA}")?;
-        let mut last = None;
-        for ((pass, parameter), value) in &self.set {
-            if last.replace(pass) != Some(pass) {
-                writeln!(f, "\n[pass.{pass}]")?;
+        for pass in &self.named {
+            writeln!(f, "\n[pass.{pass}]")?;
+            for ((_, parameter), value) in self.set.iter().filter(|((of, _), _)| of == pass) {
+                writeln!(f, "{parameter} = \"{value}\"")?;
             }
-            writeln!(f, "{parameter} = \"{value}\"")?;
         }
         Ok(())
     }
@@ -361,6 +370,15 @@ mod tests {
         assert_eq!(recipe.on_violation(RETURN_CFI), ViolationAction::Log);
         assert_eq!(recipe.on_violation(FORWARD_CFI), ViolationAction::Kill);
         assert_eq!(recipe.to_string(), src);
+    }
+
+    #[test]
+    fn a_pass_that_is_off_by_default_is_named_to_run() {
+        let src = "schema = 1\n\n[pass.zero-regs]\n";
+        let recipe = Recipe::parse("r.toml", src.as_bytes()).unwrap();
+        assert!(recipe.names("zero-regs") && !recipe.names(RETURN_CFI));
+        assert_eq!(recipe.to_string(), src);
+        assert!(!Recipe::default().names("zero-regs"));
     }
 
     #[test]

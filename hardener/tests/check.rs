@@ -12,6 +12,8 @@ mod modules;
 mod scene;
 #[path = "check/violations.rs"]
 mod violations;
+#[path = "check/zeroing.rs"]
+mod zeroing;
 
 use cases::Case;
 use hardener::check::{Checker, Rule};

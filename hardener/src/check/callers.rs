@@ -41,6 +41,8 @@ pub struct Parts {
     pub goes: Vec<Goes>,
     /// Where a return may go whose part an indirect call reaches.
     pub indirect: BTreeSet<LinkVa>,
+    /// Parts that no compiler made.
+    pub assembly: BTreeSet<u32>,
 }
 
 /// What is gathered about the parts before frames are followed.
@@ -128,12 +130,13 @@ impl Parts {
         let taken = sets::entries(kernel)?.required;
         let taken = taken.into_iter().filter_map(|at| gathered.part(at));
         let taken: BTreeSet<u32> = taken.collect();
-        assembly(kernel, &mut gathered)?;
+        let assembly = assembly(kernel, &gathered)?;
+        gathered.odd.extend(&assembly);
         // The one call whose thunk stands between it and the callee (pass `module-free`).
         let between = kernel.symbols.find("module_arch_cleanup");
         let between = between.and_then(|at| gathered.part(at));
         gathered.odd.extend(between);
-        Ok(follow(gathered, &taken))
+        Ok(follow(gathered, &taken, assembly))
     }
 
     /// Where a part starts.
@@ -269,7 +272,7 @@ fn tables(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError> {
 }
 
 /// Parts that no compiler made: these may switch stacks.
-fn assembly(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError> {
+fn assembly(kernel: &Kernel, gathered: &Gathered) -> Result<BTreeSet<u32>, KernelError> {
     let btf = Btf::read(&kernel.vmlinux)?;
     let types: HashSet<&[u8]> = btf.functions().collect();
     let trampolines = kernel
@@ -289,8 +292,7 @@ fn assembly(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError>
         }
     }
     let all = 0..gathered.starts.len() as u32;
-    gathered.odd.extend(all.filter(|part| !made.contains(part)));
-    Ok(())
+    Ok(all.filter(|part| !made.contains(part)).collect())
 }
 
 /// Where a few instructions outside `.text` go on.
@@ -315,7 +317,7 @@ fn outside(kernel: &Kernel, at: LinkVa) -> Vec<LinkVa> {
 }
 
 /// Follows the frames of every part that is called to where they can get by jumps.
-fn follow(gathered: Gathered, taken: &BTreeSet<u32>) -> Parts {
+fn follow(gathered: Gathered, taken: &BTreeSet<u32>, assembly: BTreeSet<u32>) -> Parts {
     let count = gathered.starts.len();
     let mut entered = vec![false; count];
     for to in gathered.jumps.iter().flatten() {
@@ -370,6 +372,7 @@ fn follow(gathered: Gathered, taken: &BTreeSet<u32>) -> Parts {
         back: gathered.back,
         replaced: gathered.replaced,
         indirect,
+        assembly,
     }
 }
 

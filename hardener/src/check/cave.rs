@@ -1,6 +1,7 @@
 //! Rule 2: thunks and tables lie in filler that no code uses, apart from one another.
 
 use super::Subject;
+use super::dead::SUFFIX;
 use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
 use super::sets;
@@ -142,6 +143,14 @@ impl CaveImage {
         let bytes = self.slice(cave, range);
         let distance = cleanup.0.wrapping_sub(range.end.0) as u32;
         bytes[..3] == [0xe6, 0xe6, 0xe9] && bytes[3..] == distance.to_le_bytes()
+    }
+
+    /// Whether the thunk at `at` says by its name that it clears registers.
+    pub fn clears(&self, at: LinkVa) -> bool {
+        let from = self.symbols.partition_point(|(symbol, _)| *symbol < at);
+        let mut here = self.symbols[from..].iter();
+        here.next()
+            .is_some_and(|(symbol, name)| *symbol == at && name.ends_with(SUFFIX))
     }
 
     /// The thunk or table at or before `at`, for messages.

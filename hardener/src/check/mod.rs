@@ -10,6 +10,7 @@
 //! | one-shared-cave | `cave.rs` | thunks and tables lie in filler, apart from one another |
 //! | allowed-slots | `slots.rs` | no edit touches what the kernel pokes or depends on |
 //! | thunk-contract | `thunks.rs`, `exec/` | thunks keep what they must and pass exactly the members of their tables |
+//! | thunk-contract | `dead.rs` | what returns clear is read by nobody who is returned to |
 //! | thunk-contract | `violations.rs` | what they stop is reported as the manifest says, with all that the slot had in place |
 //! | exact-sets | `tables.rs`, `sets.rs` | the tables hold exactly the legal addresses |
 //! | exact-sets | `returns.rs`, `callers.rs` | returns by function go back to that function's callers |
@@ -20,6 +21,7 @@
 mod callers;
 mod cave;
 mod classes;
+mod dead;
 mod exec;
 mod image;
 mod kernel;

@@ -1,6 +1,7 @@
 //! Rule 4: every thunk that an edit reaches keeps what its slots must keep and lets through exactly what its tables hold.
 
 use super::cave::CaveImage;
+use super::dead::{self, Cleared};
 use super::exec::calls::{Decides, Named};
 use super::exec::exits::Reports;
 use super::exec::machine::{Code, Contract, Exit, Fault, Machine};
@@ -75,6 +76,7 @@ fn groups<'a>(
     let traced: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
     let gotos = computed_gotos(kernel);
     let mut slots = Vec::new();
+    let mut cleared = Cleared::of(subject);
     for (variant, edit) in subject.edits() {
         let at = subject.place(edit);
         let to = match replacement(&edit.bytes, at) {
@@ -101,8 +103,16 @@ fn groups<'a>(
         let function = kernel.symbols.around(at);
         let traced = function.is_some_and(|range| has_fentry(kernel, &traced, range.start));
         let goto = function.is_some_and(|range| gotos.contains(&range.start));
-        slots.push((variant, at, to, contract(original, traced, goto)));
+        let mut contract = contract(original, traced, goto);
+        // The name is a claim: it asks for more of the thunk, and for the proof that nothing is lost by it.
+        let clears = || subject.cave.as_ref().is_ok_and(|image| image.clears(to));
+        if original == Original::Return && clears() {
+            contract.cleared = dead::CLEARED;
+            cleared.slot(variant, at, traced);
+        }
+        slots.push((variant, at, to, contract));
     }
+    cleared.check(findings);
     let of_modules = module::thunk_slots(subject).into_iter();
     slots.extend(of_modules.map(|slot| (slot.variant, slot.at, slot.thunk, slot.contract)));
     let mut groups = BTreeMap::new();
@@ -130,6 +140,7 @@ pub fn contract(original: Original, traced: bool, goto: bool) -> Contract {
             target: None,
             scratch: if traced { R10_R11 } else { 0 },
             flags: traced,
+            cleared: 0,
         },
         Original::Call(register) | Original::Jump(register) => {
             // A call and a tail call may clobber r11 and flags, which carry no argument (System V psABI, 3.2.1 and
@@ -140,6 +151,7 @@ pub fn contract(original: Original, traced: bool, goto: bool) -> Contract {
                 target: Some(register),
                 scratch,
                 flags: !inside,
+                cleared: 0,
             }
         }
     }

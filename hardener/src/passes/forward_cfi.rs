@@ -44,7 +44,7 @@ impl Pass for ForwardCfi {
     }
 
     fn figures(&self, context: &Context<'_>) -> BTreeMap<String, u64> {
-        let forward = context.forward;
+        let forward = context.analyses.forward;
         forward.map(|forward| forward.figures()).unwrap_or_default()
     }
 
@@ -65,6 +65,7 @@ impl Pass for ForwardCfi {
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {
         let edits = context.indirect().map(|slot| {
             let own = context
+                .analyses
                 .forward
                 .and_then(|forward| forward_class::name(forward, slot));
             let name = own.unwrap_or_else(|| forward_cfi::name(slot.register, slot.scratch_free));

@@ -5,19 +5,22 @@ mod module_free;
 mod no_rethunk;
 mod no_retpoline;
 mod return_cfi;
+mod zero_regs;
 
 pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
 pub use return_cfi::{NAME as RETURN_CFI, is_per_function};
+pub use zero_regs::is_wanted as is_zeroing;
 
 use crate::recipe::{Parameter, Recipe};
 use crate::text::return_sets::ReturnSets;
+use crate::text::zeroing::Zeroing;
 use crate::text::{Indirect, Return, Slots, Text};
 use crate::thunks::CaveContents;
 use crate::types::Forward;
 use penumbra_bundle::{
     Edit, Edits, LinkVa, Mitigation, ModuleEdit, PassSummary, SlotKind, TextOff,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use thiserror::Error;
 
 /// What a pass works on.
@@ -28,10 +31,19 @@ pub struct Context<'a> {
     pub cave: &'a CaveContents,
     /// What the passes' parameters are.
     pub recipe: &'a Recipe,
-    /// What indirect branches may reach, when a pass asks for that.
+    /// What was found out for passes that ask for it.
+    pub analyses: Analyses<'a>,
+}
+
+/// What is found out only when a pass asks for it.
+#[derive(Clone, Copy, Default)]
+pub struct Analyses<'a> {
+    /// What indirect branches may reach.
     pub forward: Option<&'a Forward>,
-    /// Which calls reach which function, when a pass asks for that.
+    /// Which calls reach which function.
     pub return_sets: Option<&'a ReturnSets>,
+    /// Which returns may clear registers.
+    pub zeroing: Option<&'a Zeroing>,
 }
 
 /// A pass: edits slots of one kind.
@@ -44,6 +56,16 @@ pub trait Pass: Sync {
 
     /// What its edits do, in half a line.
     fn does(&self) -> &'static str;
+
+    /// Whether it runs only when the recipe names it.
+    fn is_optional(&self) -> bool {
+        false
+    }
+
+    /// Whether it edits slots that a pass before it edits too; its thunks then do both.
+    fn shares_slots(&self) -> bool {
+        false
+    }
 
     /// The speculation mitigation that its edits leave out.
     fn drops(&self) -> Option<Mitigation> {
@@ -106,6 +128,7 @@ pub const VARIANTS: [(&str, &[&dyn Pass]); 3] = [
         &[
             &return_cfi::ReturnCfi,
             &forward_cfi::ForwardCfi,
+            &zero_regs::ZeroRegs,
             &module_free::ModuleFree,
         ],
     ),
@@ -135,8 +158,13 @@ pub fn run(
         drops: Vec::new(),
         edits: Edits::default(),
     };
-    for pass in passes {
+    let wanted = |pass: &&&dyn Pass| !pass.is_optional() || context.recipe.names(pass.name());
+    for pass in passes.iter().filter(wanted) {
         let (edits, left) = pass.run(context)?;
+        if pass.shares_slots() {
+            let taken: HashSet<TextOff> = edits.iter().map(|edit| edit.at).collect();
+            made.edits.0.retain(|edit| !taken.contains(&edit.at));
+        }
         made.passes.push(PassSummary {
             name: pass.name().to_owned(),
             edited: edits.len() as u64,

@@ -4,8 +4,9 @@
 use super::{Context, JMP, Pass, PassError, thunk};
 use crate::recipe::{Parameter, Recipe, VIOLATION};
 use crate::text::Slots;
+use crate::thunks::return_cfi::Mode;
 use crate::thunks::{CaveContents, return_cfi, return_function};
-use penumbra_bundle::{Edit, ModuleEdit, Put, SlotKind};
+use penumbra_bundle::{Edit, LinkVa, ModuleEdit, Put, SlotKind};
 use std::collections::BTreeMap;
 
 /// The pass's name.
@@ -43,13 +44,13 @@ impl Pass for ReturnCfi {
     }
 
     fn figures(&self, context: &Context<'_>) -> BTreeMap<String, u64> {
-        let sets = context.return_sets;
+        let sets = context.analyses.return_sets;
         sets.map(|sets| sets.figures.clone()).unwrap_or_default()
     }
 
     fn module(&self, slots: &Slots, cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
-        let plain = thunk(cave, NAME, return_cfi::PLAIN)?;
-        let saving = thunk(cave, NAME, return_cfi::SAVING)?;
+        let plain = thunk(cave, NAME, &return_cfi::name(Mode::Plain))?;
+        let saving = thunk(cave, NAME, &return_cfi::name(Mode::Saving))?;
         let edits = slots.returns.iter().map(|slot| ModuleEdit {
             at: slot.at,
             slot: SlotKind::Return,
@@ -59,27 +60,26 @@ impl Pass for ReturnCfi {
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {
-        let plain = context.thunk(self.name(), return_cfi::PLAIN)?;
-        let saving = context.thunk(self.name(), return_cfi::SAVING)?;
-        let mut edits = Vec::with_capacity(context.text.slots.returns.len());
-        for (index, slot) in context.returns().enumerate() {
-            let any = if slot.scratch_free { plain } else { saving };
-            let thunk = match context.return_sets {
-                Some(sets) => {
-                    let check = sets.of_slot[index];
-                    match return_function::name(sets, check, !slot.scratch_free) {
-                        Some(name) => context.thunk(self.name(), &name)?,
-                        None => any,
-                    }
-                }
-                None => any,
-            };
-            edits.push(Edit {
+        let edits = context.returns().enumerate().map(|(index, slot)| {
+            let mode = Mode::of(slot);
+            Ok(Edit {
                 at: slot.at,
                 slot: SlotKind::Return,
-                bytes: context.branch(slot.at, 0, JMP, thunk),
-            });
-        }
-        Ok((edits, context.text.slots.returns_left.clone()))
+                bytes: context.branch(slot.at, 0, JMP, thunk_of(context, index, mode)?),
+            })
+        });
+        Ok((
+            edits.collect::<Result<_, PassError>>()?,
+            context.text.slots.returns_left.clone(),
+        ))
     }
+}
+
+/// The thunk that checks the return in the R slot of this number.
+pub fn thunk_of(context: &Context<'_>, slot: usize, mode: Mode) -> Result<LinkVa, PassError> {
+    let own = context.analyses.return_sets.and_then(|sets| {
+        let check = sets.of_slot[slot];
+        return_function::name(sets, check, mode)
+    });
+    context.thunk(NAME, &own.unwrap_or_else(|| return_cfi::name(mode)))
 }

@@ -4,6 +4,7 @@ use super::cave::CaveView;
 use super::listing::{Lister, Names, spaced};
 use super::place::{self, Place};
 use crate::passes;
+use crate::thunks::return_cfi::Mode;
 use penumbra_bundle::{
     Bundle, Edit, LinkVa, PassSummary, SiteKind, SlotKind, TextOff, VaRange, Variant,
 };
@@ -204,9 +205,18 @@ impl Explainer<'_> {
         let target = lines.last().and_then(|line| line.target);
         let thunk = target.and_then(|target| self.cave.thunk_at(target).cloned());
         let pass = self.pass_of(variant, edit.slot, thunk.as_ref().map(|thunk| thunk.range));
-        let does = passes::known()
+        let known = passes::known();
+        let does = known
             .get(pass.map_or("", |pass| &pass.name))
             .map(|pass| pass.does());
+        let also = thunk.as_ref().and_then(|thunk| {
+            let clears = thunk.name.ends_with(&Mode::Zeroing.named(""));
+            let mut sharing = known.values().filter(|pass| pass.shares_slots());
+            sharing.find(|pass| clears && pass.slot() == edit.slot)
+        });
+        let also = also.map_or(String::new(), |pass| {
+            format!("; {}: {}", pass.name(), pass.does())
+        });
         Edited {
             variant: variant.name.clone(),
             slot: edit.slot,
@@ -216,7 +226,7 @@ impl Explainer<'_> {
             pass: pass
                 .map_or("a pass unknown to this version", |pass| &pass.name)
                 .to_owned(),
-            does: does.unwrap_or("").to_owned(),
+            does: does.unwrap_or("").to_owned() + &also,
             parameters: pass.map(|pass| pass.parameters.clone()).unwrap_or_default(),
         }
     }

@@ -6,6 +6,7 @@ mod caves;
 mod entries;
 mod error;
 mod functions;
+mod liveness;
 pub mod model;
 pub mod module;
 mod regions;
@@ -13,6 +14,7 @@ pub mod return_sets;
 mod returns;
 mod slots;
 mod sweep;
+pub mod zeroing;
 
 pub use bitmap::Bitmap;
 pub use caves::{Cave, FILLER};

@@ -11,7 +11,7 @@ use penumbra_bundle::TextOff;
 use std::collections::{BTreeMap, HashMap};
 
 /// More comparisons than these are worse than any return site: a few functions to which dozens jump.
-const MAX_COMPARED: usize = 32;
+pub const MAX_COMPARED: usize = 32;
 /// The first byte of `call rel32`.
 const CALL: u8 = 0xe8;
 

@@ -92,6 +92,28 @@ impl Section {
         self.aligned(1, name, violation, write)
     }
 
+    /// Like [`Section::thunk`]; without a name it is a piece of the thunks that jump there, and no slot may.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn thunk_or_piece(
+        &mut self,
+        name: Option<String>,
+        violation: &Violation,
+        write: impl FnOnce(&mut Thunk) -> Result<(), IcedError>,
+    ) -> LinkVa {
+        let at = self.aligned(
+            ALIGN,
+            name.as_deref().unwrap_or("a piece"),
+            violation,
+            write,
+        );
+        if name.is_none() {
+            self.named.pop();
+        }
+        at
+    }
+
     fn aligned(
         &mut self,
         align: u64,

@@ -13,13 +13,12 @@ pub mod return_function;
 mod tables;
 mod violation;
 
-use crate::passes::{FORWARD_CFI, RETURN_CFI};
+use crate::passes::{Analyses, FORWARD_CFI, RETURN_CFI};
 use crate::recipe::Recipe;
-use crate::text::return_sets::ReturnSets;
 use crate::text::{Indirect, PAGE, Slots, Text, TextError};
-use crate::types::Forward;
 use assembler::Section;
 use penumbra_bundle::{LinkVa, Reloc, Table, Trap, VaRange, ViolationAction};
+use return_cfi::Mode;
 use std::collections::BTreeMap;
 
 pub use hashed::{Hashed, HashedTable};
@@ -93,12 +92,11 @@ pub fn build(
     modules: &[&Slots],
     kernel: &KernelThunks,
     recipe: &Recipe,
-    forward: Option<&Forward>,
-    return_sets: Option<&ReturnSets>,
+    analyses: Analyses<'_>,
 ) -> Result<CaveContents, TextError> {
-    let with = |returns| build_with(text, modules, kernel, recipe, forward, return_sets, returns);
+    let with = |returns| build_with(text, modules, kernel, recipe, analyses, returns);
     // Beside the thunks of all functions there is hardly room for a bit for each byte; and few returns get that far.
-    if return_sets.is_some() {
+    if analyses.return_sets.is_some() {
         return with(Dense::Dictionary);
     }
     match with(Dense::Bitmap(1)) {
@@ -112,10 +110,14 @@ fn build_with(
     modules: &[&Slots],
     kernel: &KernelThunks,
     recipe: &Recipe,
-    forward: Option<&Forward>,
-    return_sets: Option<&ReturnSets>,
+    analyses: Analyses<'_>,
     returns: Dense,
 ) -> Result<CaveContents, TextError> {
+    let Analyses {
+        forward,
+        return_sets,
+        zeroing,
+    } = analyses;
     let start = text.cave.pages.start;
     let dense_end = text.cave.run.start;
     let mut at = start;
@@ -155,17 +157,26 @@ fn build_with(
 
     let mut code = Section::new(code_start);
     let (return_targets, call_targets) = (returns.targets(text.range), entries.targets(text.range));
-    let any = return_cfi::emit(&mut code, &return_targets, kernel.return_thunk, &on_return);
+    let mut modes = vec![Mode::Plain, Mode::Saving];
+    modes.extend(zeroing.map(|_| Mode::Zeroing));
+    let any = return_cfi::emit(
+        &mut code,
+        &modes,
+        &return_targets,
+        kernel.return_thunk,
+        &on_return,
+    );
     if let (Some(sets), Some(indirect)) = (return_sets, &indirect) {
         let needs = return_function::Needs {
             sets,
             slots: &text.slots,
+            zeroing,
             sites: return_targets,
             indirect: indirect.hashed(),
             special: &text.return_specials,
             return_thunk: kernel.return_thunk,
         };
-        return_function::emit(&mut code, &needs, any, &on_return);
+        return_function::emit(&mut code, &needs, &any, &on_return);
     }
     // A slot of a class of its own has a thunk of its own.
     let own = |slot: &&Indirect| {

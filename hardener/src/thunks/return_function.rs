@@ -7,13 +7,15 @@
 //! replaces by INT3 (arch/x86/kernel/kprobes/core.c; an optimised kprobe covers no call, `can_boost`).
 
 use super::assembler::{Section, Thunk, imm32};
-use super::{Hashed, Targets, Violation, return_cfi};
+use super::return_cfi::Mode;
+use super::{Hashed, Targets, Violation};
 use crate::text::Slots;
 use crate::text::return_sets::{Check, ReturnSets};
+use crate::text::zeroing::Zeroing;
 use iced_x86::code_asm::*;
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 use penumbra_bundle::{LinkVa, Offending, TextOff};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 const DIRECT: &str = "return_cfi_direct";
 const INDIRECT: &str = "return_cfi_indirect";
@@ -28,6 +30,8 @@ pub struct Needs<'a> {
     pub sets: &'a ReturnSets,
     /// The kernel's slots.
     pub slots: &'a Slots,
+    /// Which returns clear registers, if any do.
+    pub zeroing: Option<&'a Zeroing>,
     /// All return sites.
     pub sites: Targets,
     /// Where indirect calls return to.
@@ -39,49 +43,63 @@ pub struct Needs<'a> {
 }
 
 /// The thunk of the check of this number; none when any return site will do.
-pub fn name(sets: &ReturnSets, check: u32, saving: bool) -> Option<String> {
+pub fn name(sets: &ReturnSets, check: u32, mode: Mode) -> Option<String> {
     match &sets.checks[check as usize] {
         Check::AnySite => None,
         Check::Callers {
             called, indirect, ..
-        } if called.is_empty() => Some(shared(if *indirect { INDIRECT } else { DIRECT }, saving)),
-        Check::Callers { .. } if saving => Some(format!("return_cfi_{check}_saving")),
-        Check::Callers { .. } => Some(format!("return_cfi_{check}")),
+        } if called.is_empty() => Some(mode.named(if *indirect { INDIRECT } else { DIRECT })),
+        Check::Callers { .. } => Some(mode.named(&format!("return_cfi_{check}"))),
     }
 }
 
-fn shared(name: &str, saving: bool) -> String {
-    match saving {
-        true => format!("{name}_saving"),
-        false => name.to_owned(),
-    }
+/// Where the shared thunks of one mode are.
+struct Shared {
+    /// Where a legal return goes on.
+    tail: LinkVa,
+    /// Where one goes that no constant tells, without and with indirect calls.
+    misses: [LinkVa; 2],
 }
 
 /// Assembles the thunks of all slots; `any` are those for which any return site will do.
-pub fn emit(section: &mut Section, needs: &Needs<'_>, any: [LinkVa; 2], violation: &Violation) {
-    // Without and with what they save.
-    let mut tails = [LinkVa(0); 2];
-    let mut misses = [[LinkVa(0); 2]; 2];
-    for saving in [false, true] {
-        let at = usize::from(saving);
-        tails[at] = section.thunk(&shared("return_cfi_tail", saving), violation, |thunk| {
-            if saving {
-                return_cfi::restore(thunk)?;
-            }
-            thunk.return_tail(needs.return_thunk)
+pub fn emit(
+    section: &mut Section,
+    needs: &Needs<'_>,
+    any: &BTreeMap<Mode, LinkVa>,
+    violation: &Violation,
+) {
+    let mut shared = BTreeMap::new();
+    for (mode, any) in any {
+        // Clearing is no thunk of its own: what jumps there has looked at the return address.
+        let tail = section.thunk_or_piece(
+            (*mode != Mode::Zeroing).then(|| mode.named("return_cfi_tail")),
+            violation,
+            |thunk| {
+                mode.restore(thunk)?;
+                mode.finish(thunk, needs.return_thunk)
+            },
+        );
+        let misses = [DIRECT, INDIRECT].map(|name| {
+            section.thunk(&mode.named(name), violation, |thunk| {
+                let indirect = (name == INDIRECT).then_some(&needs.indirect);
+                miss(thunk, needs, *mode, indirect, *any, violation)
+            })
         });
-        for (kind, name) in [DIRECT, INDIRECT].into_iter().enumerate() {
-            misses[at][kind] = section.thunk(&shared(name, saving), violation, |thunk| {
-                let indirect = (kind == 1).then_some(&needs.indirect);
-                miss(thunk, needs, saving, indirect, any[at], violation)
-            });
-        }
+        shared.insert(*mode, Shared { tail, misses });
     }
-    let used = needs.slots.returns.iter().zip(&needs.sets.of_slot);
-    let used: BTreeSet<(bool, u32)> = used
-        .map(|(slot, check)| (!slot.scratch_free, *check))
+    let slots = needs.slots.returns.iter().enumerate();
+    let used: BTreeSet<(Mode, u32)> = slots
+        .map(|(index, slot)| {
+            let zeroing = needs.zeroing.is_some_and(|zeroing| zeroing.of_slot[index]);
+            let mode = if zeroing {
+                Mode::Zeroing
+            } else {
+                Mode::of(slot)
+            };
+            (mode, needs.sets.of_slot[index])
+        })
         .collect();
-    for (saving, index) in used {
+    for (mode, index) in used {
         let Check::Callers {
             called,
             indirect,
@@ -90,7 +108,7 @@ pub fn emit(section: &mut Section, needs: &Needs<'_>, any: [LinkVa; 2], violatio
         else {
             continue;
         };
-        let (Some(name), false) = (name(needs.sets, index, saving), called.is_empty()) else {
+        let (Some(name), false) = (name(needs.sets, index, mode), called.is_empty()) else {
             continue;
         };
         let text = needs.sites.text.start;
@@ -98,10 +116,10 @@ pub fn emit(section: &mut Section, needs: &Needs<'_>, any: [LinkVa; 2], violatio
             .iter()
             .map(|at| LinkVa(text.0 + u64::from(at.0)))
             .collect();
-        let at = usize::from(saving);
-        let (tail, miss) = (tails[at], misses[at][usize::from(*indirect)]);
+        let Shared { tail, misses } = shared[&mode];
+        let miss = misses[usize::from(*indirect)];
         section.packed(&name, violation, |thunk| {
-            compare(thunk, &called, *opcode, saving, tail, miss)
+            compare(thunk, &called, *opcode, mode, tail, miss)
         });
     }
 }
@@ -111,11 +129,11 @@ fn compare(
     thunk: &mut Thunk,
     called: &[LinkVa],
     opcode: bool,
-    saving: bool,
+    mode: Mode,
     tail: LinkVa,
     miss: LinkVa,
 ) -> Result<(), IcedError> {
-    load(thunk, saving)?;
+    load(thunk, mode)?;
     let a = &mut thunk.asm;
     let mut other = a.create_label();
     if opcode {
@@ -136,40 +154,33 @@ fn compare(
     if opcode {
         a.set_label(&mut other)?;
     }
-    if saving {
-        return_cfi::restore(thunk)?;
-    }
+    mode.restore(thunk)?;
     thunk.asm.jmp(miss.0)
 }
 
 /// Puts the return address into r11.
-fn load(thunk: &mut Thunk, saving: bool) -> Result<(), IcedError> {
-    let a = &mut thunk.asm;
-    if saving {
-        a.push(r10)?;
-        a.push(r11)?;
-        a.pushfq()?;
-    }
-    reload(thunk, saving)
+fn load(thunk: &mut Thunk, mode: Mode) -> Result<(), IcedError> {
+    mode.save(thunk)?;
+    reload(thunk, mode)
 }
 
-fn reload(thunk: &mut Thunk, saving: bool) -> Result<(), IcedError> {
-    let saved = if saving { 24 } else { 0 };
-    thunk.asm.mov(r11, qword_ptr(rsp + saved))
+fn reload(thunk: &mut Thunk, mode: Mode) -> Result<(), IcedError> {
+    thunk.asm.mov(r11, qword_ptr(rsp + mode.saved()))
 }
 
 /// What no constant told.
 fn miss(
     thunk: &mut Thunk,
     needs: &Needs<'_>,
-    saving: bool,
+    mode: Mode,
     indirect: Option<&Hashed>,
     any: LinkVa,
     violation: &Violation,
 ) -> Result<(), IcedError> {
-    load(thunk, saving)?;
+    load(thunk, mode)?;
     let a = &mut thunk.asm;
     let (mut ok, mut probed) = (a.create_label(), a.create_label());
+    let saving = mode == Mode::Saving;
     let mut end = if saving { a.create_label() } else { ok };
     a.sub(r11, imm32(needs.sites.text.start))?;
     thunk.absolute();
@@ -189,25 +200,21 @@ fn miss(
         a.cmp(r11d, at.0 as i32)?;
         a.je(ok)?;
     }
-    reload(thunk, saving)?;
+    reload(thunk, mode)?;
     let a = &mut thunk.asm;
     a.cmp(byte_ptr(r11 - 5), INT3)?;
     a.je(probed)?;
-    if saving {
-        return_cfi::restore(thunk)?;
-    }
+    mode.restore(thunk)?;
     if violation.report(thunk, Offending::Stack(0))? {
         thunk.asm.jmp(end)?;
     }
     thunk.asm.set_label(&mut ok)?;
+    mode.restore(thunk)?;
     if saving {
-        return_cfi::restore(thunk)?;
         thunk.asm.set_label(&mut end)?;
     }
-    thunk.return_tail(needs.return_thunk)?;
+    mode.finish(thunk, needs.return_thunk)?;
     thunk.asm.set_label(&mut probed)?;
-    if saving {
-        return_cfi::restore(thunk)?;
-    }
+    mode.restore(thunk)?;
     thunk.asm.jmp(any.0)
 }

@@ -95,7 +95,19 @@ impl Machine<'_> {
             let what = format!("ends a thunk by {exit}; its slots do {wanted}");
             return Err(fault(at, &what));
         }
-        self.restored(state, at)?;
+        let cleared = match exit {
+            Exit::Return => self.contract.cleared,
+            _ => 0,
+        };
+        let kept = (0u8..16).find(|number| {
+            let value = state.registers[usize::from(*number)];
+            cleared >> number & 1 == 1 && self.arena.value(value) != Some(0)
+        });
+        if let Some(number) = kept {
+            let name = register_name(number);
+            return Err(fault(at, &format!("is reached with {name} not cleared")));
+        }
+        self.restored_but(state, at, cleared)?;
         match state.report {
             None => Ok(Leaf::Pass),
             Some(made) => self.made(made, ViolationAction::Log, None),
@@ -135,6 +147,11 @@ impl Machine<'_> {
 
     /// The state must be the slot's own again.
     fn restored(&self, state: &State, at: u64) -> Step<()> {
+        self.restored_but(state, at, 0)
+    }
+
+    /// The same but for some registers, by number.
+    fn restored_but(&self, state: &State, at: u64, but: u16) -> Step<()> {
         if let Some(depth) = self.depth(state).filter(|depth| *depth != 0) {
             return Err(fault(at, &format!("is reached with rsp off by {depth}")));
         }
@@ -143,7 +160,7 @@ impl Machine<'_> {
                 Some(target) if target == number => Op::Subject,
                 _ => Op::Reg(number),
             };
-            if self.arena.op(*value) != entry && self.contract.scratch >> number & 1 == 0 {
+            if self.arena.op(*value) != entry && (self.contract.scratch | but) >> number & 1 == 0 {
                 let name = register_name(number);
                 return Err(fault(at, &format!("is reached with {name} changed")));
             }

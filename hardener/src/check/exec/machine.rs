@@ -87,6 +87,8 @@ pub struct Contract {
     pub scratch: u16,
     /// Whether flags may differ at the exit.
     pub flags: bool,
+    /// Registers, by number, that must be 0 when a return goes on.
+    pub cleared: u16,
 }
 
 /// What is wrong, and where.

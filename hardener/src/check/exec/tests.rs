@@ -19,16 +19,19 @@ const FREE: Contract = Contract {
     target: None,
     scratch: 1 << 10 | 1 << 11,
     flags: true,
+    cleared: 0,
 };
 const STRICT: Contract = Contract {
     target: None,
     scratch: 0,
     flags: false,
+    cleared: 0,
 };
 const RAX: Contract = Contract {
     target: Some(0),
     scratch: 1 << 11,
     flags: true,
+    cleared: 0,
 };
 
 /// Nothing was saved.
@@ -410,12 +413,37 @@ fn a_forward_thunk_must_not_change_its_target() {
     assert_eq!(verdict, "is reached with rax changed");
 }
 
+/// A return that clears rcx and rsi.
+const CLEARING: Contract = Contract {
+    target: None,
+    scratch: 1 << 10 | 1 << 11,
+    flags: true,
+    cleared: 1 << 1 | 1 << 6,
+};
+
+#[test]
+fn a_return_clears_all_that_it_has_to_and_no_more() {
+    let clear = |registers: &'static [AsmRegister32]| {
+        judge(CLEARING, move |a| {
+            check(a, 0, SIZE as i32, NOTHING)?;
+            for register in registers {
+                a.xor(*register, *register)?;
+            }
+            a.jmp(TAIL)
+        })
+    };
+    assert_eq!(clear(&[ecx]), "is reached with rsi not cleared");
+    assert_eq!(clear(&[ecx, esi, eax]), "is reached with rax changed");
+    assert_eq!(clear(&[ecx, esi]), "proved");
+}
+
 #[test]
 fn a_computed_goto_may_lose_nothing() {
     let inside = Contract {
         target: Some(0),
         scratch: 0,
         flags: false,
+        cleared: 0,
     };
     assert_eq!(
         judge(inside, |a| forward(a, RETPOLINE_RAX)),

@@ -1,0 +1,292 @@
+//! Rule 4, what returns clear: a register may only be cleared where nobody reads it before writing it.
+//!
+//! That no compiled caller does is the ABI's promise (System V psABI, 3.2.1) for functions whose callers were compiled without
+//! a look at them (`-pg`, see `thunks.rs`). Here it is put to the test: from every address to which such a function is known to
+//! return, all ways are walked until the next call or return. Assembly promises nothing, so it may not be among
+//! the callers; nor may code that only the run knows.
+
+use super::Subject;
+use super::callers::{Goes, Parts};
+use super::exec::machine::register_name;
+use super::kernel::symbols::hex;
+use super::kernel::{Kernel, KernelError};
+use super::report::Findings;
+use iced_x86::{
+    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpKind, Register,
+};
+use penumbra_bundle::LinkVa;
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// rcx, rsi, rdi, r8, r9, r10 and r11: what a call may change, less rax and rdx, which may hold its value (System V psABI,
+/// figure 3.4).
+pub const CLEARED: u16 = 0b1111_1100_0010;
+/// How the symbols of thunks end that clear them.
+pub const SUFFIX: &str = "_zeroing";
+/// No stretch from one call to the next has more instructions.
+const MOST: usize = 20_000;
+
+/// What stands behind calls, as far as it has been walked.
+pub struct Dead<'a> {
+    kernel: &'a Kernel,
+    parts: Parts,
+    /// Where the text goes on without a branch: faults and jump labels.
+    silent: BTreeMap<LinkVa, Vec<LinkVa>>,
+    /// What replacements read, by where they are put.
+    replaced: BTreeMap<LinkVa, Bytes>,
+    retpolines: HashMap<LinkVa, Bytes>,
+    ends: HashSet<LinkVa>,
+    walked: HashMap<LinkVa, Option<String>>,
+    of_part: HashMap<u32, Option<String>>,
+}
+
+impl<'a> Dead<'a> {
+    /// Reads what the tables say; nothing is walked yet.
+    pub fn of(kernel: &'a Kernel, retpolines: &HashMap<LinkVa, u8>) -> Result<Self, KernelError> {
+        let mut silent: BTreeMap<LinkVa, Vec<LinkVa>> = BTreeMap::new();
+        for (at, to) in &kernel.tables.silent_jumps {
+            silent.entry(*at).or_default().push(*to);
+        }
+        let mut replaced: BTreeMap<LinkVa, Bytes> = BTreeMap::new();
+        for alternative in &kernel.tables.alternatives {
+            let code = kernel.bytes(alternative.replacement).unwrap_or_default();
+            let at = alternative.replacement.start.0;
+            let (mut seen, mut written) = (0, 0);
+            for instruction in Decoder::with_ip(64, code, at, DecoderOptions::NONE) {
+                let (reads, writes) = operands(&instruction);
+                seen |= reads & !written;
+                if instruction.flow_control() == FlowControl::Next {
+                    written |= writes;
+                }
+            }
+            *replaced.entry(alternative.site.start).or_default() |= seen;
+        }
+        let ends = kernel.symbols.find("__x86_return_thunk");
+        let retpolines = retpolines.iter();
+        Ok(Dead {
+            kernel,
+            parts: Parts::of(kernel)?,
+            silent,
+            replaced,
+            retpolines: retpolines
+                .map(|(at, number)| (*at, 0xff << (8 * u32::from(*number))))
+                .collect(),
+            ends: ends.into_iter().collect(),
+            walked: HashMap::new(),
+            of_part: HashMap::new(),
+        })
+    }
+
+    /// Why the return at `at` may not clear [`CLEARED`]; none when all of it is dead.
+    pub fn lives(&mut self, at: LinkVa) -> Option<String> {
+        let Some(part) = self.parts.part(at) else {
+            return Some("belongs to no function".to_owned());
+        };
+        if let Some(known) = self.of_part.get(&part) {
+            return known.clone();
+        }
+        let found = self.part(part);
+        self.of_part.insert(part, found.clone());
+        found
+    }
+
+    fn part(&mut self, part: u32) -> Option<String> {
+        let Goes::Behind { callees, indirect } = self.parts.goes[part as usize].clone() else {
+            return Some("clears registers, and its callers are not known".to_owned());
+        };
+        if indirect {
+            return Some("clears registers, and indirect calls may reach it".to_owned());
+        }
+        for callee in callees {
+            let places =
+                [&self.parts.back, &self.parts.replaced].map(|list| &list[callee as usize]);
+            let places: Vec<LinkVa> = places.into_iter().flatten().copied().collect();
+            for back in places {
+                let caller = self.parts.part(LinkVa(back.0 - 1));
+                if caller.is_none_or(|caller| self.parts.assembly.contains(&caller)) {
+                    return Some(format!(
+                        "clears registers, and returns into assembly at {}",
+                        hex(back)
+                    ));
+                }
+                if let Some(what) = self.behind(back) {
+                    return Some(what);
+                }
+            }
+        }
+        None
+    }
+
+    fn behind(&mut self, back: LinkVa) -> Option<String> {
+        if let Some(known) = self.walked.get(&back) {
+            return known.clone();
+        }
+        let found = self.walk(back);
+        self.walked.insert(back, found.clone());
+        found
+    }
+
+    /// Walks all ways from `back` on; what is read there, and where.
+    fn walk(&self, back: LinkVa) -> Option<String> {
+        let mut seen: HashMap<LinkVa, Bytes> = HashMap::new();
+        let mut open = vec![(back, cleared())];
+        while let Some((at, unwritten)) = open.pop() {
+            let known = seen.entry(at).or_default();
+            if *known & unwritten == unwritten || !self.kernel.in_text(at) {
+                continue;
+            }
+            *known |= unwritten;
+            let unwritten = *known;
+            if seen.len() > MOST {
+                return Some(format!("is followed at {} by too much to walk", hex(back)));
+            }
+            let room = (self.kernel.text.end.0 - at.0).min(15) as usize;
+            let bytes = self.kernel.vmlinux.bytes(at, room).unwrap_or_default();
+            if bytes.first() == Some(&0xcc) {
+                continue;
+            }
+            let instruction = Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE).decode();
+            if instruction.is_invalid() {
+                return Some(format!(
+                    "is followed by what does not decode, at {}",
+                    hex(at)
+                ));
+            }
+            let branch = instruction.op0_kind() == OpKind::NearBranch64;
+            let to = branch.then(|| LinkVa(instruction.near_branch_target()));
+            let (mut reads, writes) = operands(&instruction);
+            reads |= self.replaced.get(&at).copied().unwrap_or_default();
+            let register = to.and_then(|to| self.retpolines.get(&to));
+            reads |= register.copied().unwrap_or_default();
+            let alive = reads & unwritten;
+            if alive != 0 {
+                let name = register_name((alive.trailing_zeros() / 8) as u8);
+                let (back, at) = (hex(back), hex(at));
+                return Some(format!(
+                    "clears {name}, which is read at {at} behind the call before {back}"
+                ));
+            }
+            let on = self.silent.get(&at).into_iter().flatten();
+            open.extend(on.map(|to| (*to, unwritten)));
+            let next = (LinkVa(instruction.next_ip()), unwritten & !writes);
+            let goes = to.filter(|to| !self.ends.contains(to) && register.is_none());
+            match instruction.flow_control() {
+                FlowControl::ConditionalBranch => {
+                    open.push(next);
+                    open.extend(goes.map(|to| (to, unwritten & !writes)));
+                }
+                FlowControl::UnconditionalBranch => {
+                    open.extend(goes.map(|to| (to, unwritten & !writes)));
+                }
+                FlowControl::Return | FlowControl::Call | FlowControl::IndirectCall => {}
+                // What an indirect jump in assembly goes to, nobody knows.
+                FlowControl::IndirectBranch => {
+                    return Some(format!("is followed by a jump to anywhere, at {}", hex(at)));
+                }
+                _ => open.push(next),
+            }
+        }
+        None
+    }
+}
+
+/// The pass.
+const PASS: &str = "zero-regs";
+
+/// The slots whose thunks clear registers, and what is wrong with them.
+pub struct Cleared<'s, 'k> {
+    subject: &'s Subject<'k>,
+    dead: Option<Result<Dead<'k>, KernelError>>,
+    slots: BTreeMap<&'k str, u64>,
+    wrong: Vec<(&'k str, LinkVa, String)>,
+}
+
+impl<'s, 'k> Cleared<'s, 'k> {
+    /// None yet.
+    pub fn of(subject: &'s Subject<'k>) -> Cleared<'s, 'k> {
+        Cleared {
+            subject,
+            dead: None,
+            slots: BTreeMap::new(),
+            wrong: Vec::new(),
+        }
+    }
+
+    /// One of them, in a function that is traced by ftrace or not.
+    pub fn slot(&mut self, variant: &'k str, at: LinkVa, traced: bool) {
+        *self.slots.entry(variant).or_default() += 1;
+        let (kernel, thunks) = (self.subject.kernel, self.subject.thunks);
+        let dead = self
+            .dead
+            .get_or_insert_with(|| Dead::of(kernel, &thunks.indirect));
+        let lives = match dead {
+            _ if !traced => Some("clears registers of a function that is not traced".to_owned()),
+            Ok(dead) => dead.lives(at),
+            Err(error) => Some(error.to_string()),
+        };
+        self.wrong.extend(lives.map(|what| (variant, at, what)));
+    }
+
+    /// Says what is wrong, also with the counts in the manifest.
+    pub fn check(self, findings: &mut Findings<'_>) {
+        let wrong = self.wrong.len() as u64;
+        for (variant, at, what) in self.wrong {
+            findings.broken(Some(variant), Some(at), what);
+        }
+        for (variant, _) in self.subject.variants() {
+            let found = self.slots.get(variant.name.as_str()).copied();
+            let pass = variant.passes.iter().find(|pass| pass.name == PASS);
+            let said = pass.map(|pass| pass.edited);
+            if said.unwrap_or(0) != found.unwrap_or(0) {
+                let (said, found) = (said.unwrap_or(0), found.unwrap_or(0));
+                let what = format!("pass {PASS} says {said} slots, {found} clear registers");
+                findings.broken(Some(&variant.name), None, what);
+            }
+        }
+        let all: u64 = self.slots.values().sum();
+        if all > 0 {
+            findings.proved("returns that clear dead registers", all - wrong);
+        }
+    }
+}
+
+/// Bytes of registers: bit 8n + i is byte i of register n.
+type Bytes = u128;
+
+/// All bytes of [`CLEARED`].
+fn cleared() -> Bytes {
+    let numbers = (0..16u32).filter(|number| CLEARED >> number & 1 == 1);
+    numbers.fold(0, |all, number| all | 0xff << (8 * number))
+}
+
+/// What of [`CLEARED`] an instruction reads, and what it certainly writes.
+fn operands(instruction: &Instruction) -> (Bytes, Bytes) {
+    let mut factory = InstructionInfoFactory::new();
+    let (mut reads, mut writes) = (0, 0);
+    let spread = instruction.mnemonic() == Mnemonic::Sbb
+        && instruction.op1_kind() == OpKind::Register
+        && instruction.op0_register() == instruction.op1_register();
+    for used in factory.info(instruction).used_registers() {
+        let register = used.register();
+        if !register.is_gpr() {
+            continue;
+        }
+        let second = [Register::AH, Register::CH, Register::DH, Register::BH].contains(&register);
+        let bytes: Bytes = match register.size() {
+            1 if second => 2,
+            1 => 1,
+            2 => 3,
+            // 32 bits written clear the other 32 (SDM volume 1, 3.4.1.1).
+            _ => 0xff,
+        };
+        let bytes = bytes << (8 * register.full_register().number()) & cleared();
+        match used.access() {
+            OpAccess::Write => writes |= bytes,
+            // Of `sbb` of a register and itself only the carry matters.
+            OpAccess::ReadWrite if spread => writes |= bytes,
+            OpAccess::None | OpAccess::NoMemAccess | OpAccess::CondWrite => {}
+            _ => reads |= bytes,
+        }
+    }
+    (reads, writes)
+}

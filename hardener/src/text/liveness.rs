@@ -1,0 +1,224 @@
+//! Which caller-saved registers the code behind an address reads before it writes them: a backward data flow over the whole
+//! text, one instruction at a time. Calls and returns end it: behind them the ABI speaks (see `zeroing`).
+
+use super::{Span, Text};
+use crate::image::{Image, Tables};
+use crate::text::REGISTERS;
+use iced_x86::{
+    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpKind, Register,
+};
+use penumbra_bundle::{LinkVa, TextOff};
+use std::collections::{BTreeMap, HashMap};
+
+const INT3: u8 = 0xcc;
+
+/// A set of registers' parts. Of register n, as x86 numbers them, bit n is the lowest byte, bit 16 + n the next, bit 32 + n the
+/// rest: a byte may be set and read (SETcc, MOVZX) while the rest is nobody's.
+pub type Set = u64;
+
+/// Every part of the registers of these numbers.
+pub const fn whole(numbers: u16) -> Set {
+    numbers as u64 * 0x1_0001_0001
+}
+
+/// What is live before each instruction.
+pub struct Liveness {
+    places: Vec<u32>,
+    live: Vec<Set>,
+}
+
+/// One instruction.
+struct Step {
+    reads: Set,
+    writes: Set,
+    /// Goes on behind itself, to the next step.
+    falls: bool,
+    /// Where it may also go, as step numbers.
+    goes: Vec<u32>,
+}
+
+impl Liveness {
+    /// Follows the `wanted` registers through the text.
+    pub fn find(image: &Image, tables: &Tables, text: &Text, wanted: Set) -> Liveness {
+        let span = text.span;
+        let code = &text.bytes[..span.code.len() as usize];
+        let thunks = thunks(image);
+        let ends = |va: LinkVa| text.regions.is_x86_thunk(va) || text.regions.is_return_thunk(va);
+        let mut also = also(span, tables);
+        let replaced = replaced(image, tables, span, wanted);
+        let mut places = Vec::new();
+        let mut steps: Vec<Step> = Vec::new();
+        let mut targets: Vec<Vec<TextOff>> = Vec::new();
+        let mut decoder = Decoder::with_ip(64, code, span.range.start.0, DecoderOptions::NONE);
+        let mut factory = InstructionInfoFactory::new();
+        let mut instruction = Instruction::default();
+        while decoder.can_decode() {
+            let at = decoder.position();
+            decoder.decode_out(&mut instruction);
+            if code[at] == INT3 {
+                continue;
+            }
+            let (mut reads, writes) = accesses(&mut factory, &instruction, wanted);
+            let at = TextOff(at as u32);
+            reads |= replaced.get(&at).copied().unwrap_or_default();
+            let mut goes = also.remove(&at).unwrap_or_default();
+            let direct = (instruction.op0_kind() == OpKind::NearBranch64)
+                .then(|| LinkVa(instruction.near_branch_target()));
+            if let Some(register) = direct.and_then(|to| thunks.get(&to)) {
+                reads |= register & wanted;
+            }
+            let falls = match instruction.flow_control() {
+                // A WARN's UD2 is gone on behind.
+                FlowControl::Next | FlowControl::Exception | FlowControl::Interrupt => true,
+                FlowControl::ConditionalBranch => true,
+                _ => false,
+            };
+            let jump = matches!(
+                instruction.flow_control(),
+                FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch
+            );
+            let to = direct.filter(|to| jump && !ends(*to));
+            goes.extend(to.and_then(|to| span.offset(to)));
+            places.push(at.0);
+            steps.push(Step {
+                reads,
+                writes,
+                falls,
+                goes: Vec::new(),
+            });
+            targets.push(goes);
+        }
+        for (step, targets) in steps.iter_mut().zip(targets) {
+            let found = targets
+                .iter()
+                .filter_map(|to| places.binary_search(&to.0).ok());
+            step.goes = found.map(|step| step as u32).collect();
+        }
+        let live = solve(&steps);
+        Liveness { places, live }
+    }
+
+    /// What is read behind `at`; nothing where no instruction stands.
+    pub fn at(&self, at: TextOff) -> Set {
+        let found = self.places.binary_search(&at.0);
+        found.map_or(0, |step| self.live[step])
+    }
+}
+
+/// Goes through the text backwards until nothing changes.
+fn solve(steps: &[Step]) -> Vec<Set> {
+    let mut live = vec![0; steps.len()];
+    loop {
+        let mut changed = false;
+        for (number, step) in steps.iter().enumerate().rev() {
+            let next = live.get(number + 1).copied().unwrap_or(0);
+            let mut behind = if step.falls { next } else { 0 };
+            for to in &step.goes {
+                behind |= live[*to as usize];
+            }
+            let before = step.reads | behind & !step.writes;
+            changed |= before != live[number];
+            live[number] = before;
+        }
+        if !changed {
+            return live;
+        }
+    }
+}
+
+/// What an instruction reads and what it overwrites whole.
+fn accesses(
+    factory: &mut InstructionInfoFactory,
+    instruction: &Instruction,
+    wanted: Set,
+) -> (Set, Set) {
+    let (mut reads, mut writes) = (0, 0);
+    // Only the carry decides what comes of `sbb` of a register and itself.
+    let own = instruction.mnemonic() == Mnemonic::Sbb
+        && instruction.op1_kind() == OpKind::Register
+        && instruction.op0_register() == instruction.op1_register();
+    for used in factory.info(instruction).used_registers() {
+        let register = used.register();
+        if !register.is_gpr() {
+            continue;
+        }
+        let part = part(register) & wanted;
+        match used.access() {
+            OpAccess::Read | OpAccess::CondRead => reads |= part,
+            OpAccess::ReadWrite if own => writes |= part,
+            OpAccess::ReadWrite | OpAccess::ReadCondWrite => reads |= part,
+            OpAccess::Write => writes |= part,
+            _ => {}
+        }
+    }
+    (reads, writes)
+}
+
+/// The parts that an operand is. A 32-bit result clears the upper half (SDM volume 1, 3.4.1.1), and a 32-bit operand counts as a
+/// whole.
+fn part(register: Register) -> Set {
+    let number = register.full_register().number();
+    let high = matches!(
+        register,
+        Register::AH | Register::BH | Register::CH | Register::DH
+    );
+    match register.size() {
+        1 if high => 1 << (16 + number),
+        1 => 1 << number,
+        2 => 0x1_0001 << number,
+        _ => whole(1 << number),
+    }
+}
+
+/// Retpolines by address, and the register that each reads.
+fn thunks(image: &Image) -> HashMap<LinkVa, Set> {
+    let named = REGISTERS.iter().enumerate().filter_map(|(number, name)| {
+        let va = image.symbol(&format!("__x86_indirect_thunk_{name}"))?;
+        Some((va, whole(1 << number)))
+    });
+    named.collect()
+}
+
+/// Where the text goes on though its bytes do not say so: jump labels, and the fixups of what faults.
+fn also(span: Span, tables: &Tables) -> BTreeMap<TextOff, Vec<TextOff>> {
+    let labels = tables.jump_labels.iter();
+    let labels = labels.map(|label| (label.code, label.target));
+    let faults = tables.faulting.iter().copied();
+    let faults = faults.zip(tables.fixups.iter().copied());
+    let mut also: BTreeMap<TextOff, Vec<TextOff>> = BTreeMap::new();
+    for (from, to) in labels.chain(faults) {
+        if let (Some(from), Some(to)) = (span.offset(from), span.offset(to)) {
+            also.entry(from).or_default().push(to);
+        }
+    }
+    also
+}
+
+/// What the replacements read that the kernel may put over the text, by the site's start.
+fn replaced(image: &Image, tables: &Tables, span: Span, wanted: Set) -> BTreeMap<TextOff, Set> {
+    let mut factory = InstructionInfoFactory::new();
+    let mut read: BTreeMap<TextOff, Set> = BTreeMap::new();
+    for entry in &tables.alternatives {
+        let Some(at) = span.offset(entry.site) else {
+            continue;
+        };
+        let code = image.at(entry.replacement, usize::from(entry.replacement_len));
+        let decoder = Decoder::with_ip(
+            64,
+            code.unwrap_or_default(),
+            entry.replacement.0,
+            DecoderOptions::NONE,
+        );
+        let mut written = 0;
+        for instruction in decoder {
+            let (reads, writes) = accesses(&mut factory, &instruction, wanted);
+            *read.entry(at).or_default() |= reads & !written;
+            // Behind a branch, what was written may not have been.
+            if instruction.flow_control() == FlowControl::Next {
+                written |= writes;
+            }
+        }
+    }
+    read
+}
