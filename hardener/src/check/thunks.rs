@@ -105,8 +105,8 @@ fn groups<'a>(
         let goto = function.is_some_and(|range| gotos.contains(&range.start));
         let mut contract = contract(original, traced, goto);
         // The name is a claim: it asks for more of the thunk, and for the proof that nothing is lost by it.
-        let clears = || subject.cave.as_ref().is_ok_and(|image| image.clears(to));
-        if original == Original::Return && clears() {
+        let clears = subject.cave.as_ref().is_ok_and(|image| image.clears(to));
+        if original == Original::Return && clears {
             contract.cleared = dead::CLEARED;
             cleared.slot(variant, at, traced);
         }
