@@ -53,14 +53,6 @@ pub fn name(sets: &ReturnSets, check: u32, mode: Mode) -> Option<String> {
     }
 }
 
-/// Where the shared thunks of one mode are.
-struct Shared {
-    /// Where a legal return goes on.
-    tail: LinkVa,
-    /// Where one goes that no constant tells, without and with indirect calls.
-    misses: [LinkVa; 2],
-}
-
 /// Assembles the thunks of all slots; `any` are those for which any return site will do.
 pub fn emit(
     section: &mut Section,
@@ -68,25 +60,6 @@ pub fn emit(
     any: &BTreeMap<Mode, LinkVa>,
     violation: &Violation,
 ) {
-    let mut shared = BTreeMap::new();
-    for (mode, any) in any {
-        // Clearing is no thunk of its own: what jumps there has looked at the return address.
-        let tail = section.thunk_or_piece(
-            (*mode != Mode::Zeroing).then(|| mode.named("return_cfi_tail")),
-            violation,
-            |thunk| {
-                mode.restore(thunk)?;
-                mode.finish(thunk, needs.return_thunk)
-            },
-        );
-        let misses = [DIRECT, INDIRECT].map(|name| {
-            section.thunk(&mode.named(name), violation, |thunk| {
-                let indirect = (name == INDIRECT).then_some(&needs.indirect);
-                miss(thunk, needs, *mode, indirect, *any, violation)
-            })
-        });
-        shared.insert(*mode, Shared { tail, misses });
-    }
     let slots = needs.slots.returns.iter().enumerate();
     let used: BTreeSet<(Mode, u32)> = slots
         .map(|(index, slot)| {
@@ -99,6 +72,37 @@ pub fn emit(
             (mode, needs.sets.of_slot[index])
         })
         .collect();
+    // A thunk that nothing leads to is none that could be proved.
+    let missing: BTreeSet<(Mode, bool)> = used
+        .iter()
+        .filter_map(|(mode, index)| match &needs.sets.checks[*index as usize] {
+            Check::Callers { indirect, .. } => Some((*mode, *indirect)),
+            Check::AnySite => None,
+        })
+        .collect();
+    let mut tails = BTreeMap::new();
+    let mut misses = BTreeMap::new();
+    for (mode, any) in any {
+        // Clearing is no thunk of its own: what jumps there has looked at the return address.
+        let tail = section.thunk_or_piece(
+            (*mode != Mode::Zeroing).then(|| mode.named("return_cfi_tail")),
+            violation,
+            |thunk| {
+                mode.restore(thunk)?;
+                mode.finish(thunk, needs.return_thunk)
+            },
+        );
+        tails.insert(*mode, tail);
+        for (name, indirect) in [(DIRECT, false), (INDIRECT, true)] {
+            if missing.contains(&(*mode, indirect)) {
+                let table = indirect.then_some(&needs.indirect);
+                let miss = section.thunk(&mode.named(name), violation, |thunk| {
+                    miss(thunk, needs, *mode, table, *any, violation)
+                });
+                misses.insert((*mode, indirect), miss);
+            }
+        }
+    }
     for (mode, index) in used {
         let Check::Callers {
             called,
@@ -116,8 +120,7 @@ pub fn emit(
             .iter()
             .map(|at| LinkVa(text.0 + u64::from(at.0)))
             .collect();
-        let Shared { tail, misses } = shared[&mode];
-        let miss = misses[usize::from(*indirect)];
+        let (tail, miss) = (tails[&mode], misses[&(mode, *indirect)]);
         section.packed(&name, violation, |thunk| {
             compare(thunk, &called, *opcode, mode, tail, miss)
         });
