@@ -15,6 +15,8 @@ from . import expect, scenario
 
 G = chain.GUEST
 MODULE = "overlay"
+# A policy that trusts the kernel's own text alone.
+STRICT = "strict.toml"
 # Enough work to run most of what a mount, lookups, copying up and removing run.
 WORK = """\
 cd /tmp/ovl && mount -t overlay overlay -o lowerdir=lower,upperdir=up/u,workdir=up/w merged || exit 1
@@ -74,8 +76,11 @@ def world():
     xen = chain.build_xen()
     module = kernel.cloud().module(MODULE)
     work = chain.WORK / "modules"
-    bundle, policy, _, public = chain.signed_chain(work, modules=[module])
-    files = chain.dom0_files(bundle, [policy], [public])
+    bundle, policy, secret, public = chain.signed_chain(work, modules=[module])
+    strict = work / STRICT
+    strict.write_text(policy.read_text().replace('= "payroll"', '= "strict"', 1) + '\n[modules]\nunknown = "refuse"\n')
+    chain.sign(strict, secret)
+    files = chain.dom0_files(bundle, [policy, strict], [public])
     with Lab.boot(xen, extra=files, guest_extra=[(f"lib/modules/{MODULE}.ko", module, 0o644)],
                   name="modules", kaslr=True) as lab:
         lab.guest.start()
@@ -156,4 +161,28 @@ def removal_leaves_it_loaded(w):
     w.installer.run(f"remove {G}")
     w.work()
     w.unload()
+    expect(not w.guest.trouble(), w.guest.trouble())
+
+
+@scenario
+def a_strict_policy_refuses_unknown_modules(w):
+    """With `unknown = "refuse"` nobody has a laxer view than the default while an unknown module is loaded;
+    when it goes the rules hold again, and when it comes back they end."""
+    expect(w.guest.run("grep -q ^penumbra_bug /proc/modules").rc == 0, "the unknown module is gone")
+    payroll = victim.Worker(w.guest, "payroll", 0, ".strict")
+    installer = chain.Installer(w.lab, policy=STRICT)
+    installer.apply()
+    installer.wait_view(payroll.pid, "hardened")
+    time.sleep(3)
+    installer.wait_view(payroll.pid, "hardened", timeout=0)
+    for _ in range(2):
+        rc, out = w.guest.run("rmmod penumbra_bug")
+        expect(rc == 0, out)
+        installer.wait_view(payroll.pid, "fast")
+        rc, out = w.guest.run("insmod /lib/modules/penumbra_bug.ko")
+        expect(rc == 0, out)
+        installer.wait_view(payroll.pid, "hardened")
+    payroll.lives()
+    installer.stop_watching()
+    installer.run(f"remove {G}")
     expect(not w.guest.trouble(), w.guest.trouble())
