@@ -243,6 +243,12 @@ pub enum TableKind {
     Dictionary,
     /// Little-endian 32-bit offsets from `covers.start`, each at one of the places that its hashes give; 0xffffffff elsewhere.
     HashedOffsets,
+    /// Little-endian 32-bit words, each at one of the places that its hashes give; 0xffffffff elsewhere. A word stands for one
+    /// member of one class: the low bits are its offset from `covers.start`, those above the number of the class.
+    HashedClasses {
+        /// How many bits the offset has.
+        offset_bits: u32,
+    },
 }
 
 /// One variant of the text.

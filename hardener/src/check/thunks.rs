@@ -34,7 +34,7 @@ pub struct Roles {
     pub returns: BTreeSet<Vec<usize>>,
     /// The same for indirect branches.
     pub entries: BTreeSet<Vec<usize>>,
-    /// What thunks that read no table let through of the text, by thunk. Sorted.
+    /// What thunks that read no table, or the words of hashed ones, let through of the text, by thunk. Sorted.
     pub classes: BTreeMap<LinkVa, Vec<LinkVa>>,
     /// Return thunks that pass the members of tables.
     pub by_table: BTreeSet<LinkVa>,
@@ -315,8 +315,8 @@ type Verdict = Result<(Passes, Reports), (LinkVa, String)>;
 enum Passes {
     /// The members of these tables, by index in the manifest.
     Tables(Vec<usize>),
-    /// These entries, and all that lies outside the text.
-    Entries(Vec<LinkVa>),
+    /// These entries, and all that lies outside the text; the tables that were read for it.
+    Entries(Vec<LinkVa>, BTreeSet<usize>),
 }
 
 /// What is proved of all thunks at one slide.
@@ -382,7 +382,8 @@ fn prove(
                 roles.returns.insert(seen.clone());
                 roles.by_table.insert(*thunk);
             }
-            (_, Passes::Entries(entries)) => {
+            (_, Passes::Entries(entries, seen)) => {
+                roles.hashed.extend(seen);
                 let other = roles.classes.insert(*thunk, entries.clone());
                 if other.is_some_and(|other| other != *entries) {
                     let what = "decides otherwise when the kernel is moved".to_owned();
@@ -540,7 +541,16 @@ fn prove_at(
             let compared = tree.compared().filter(|_| contract.target.is_some());
             if let Some(members) = compared.and_then(|compared| compared.members(span.0, span.1)) {
                 let members = members.into_iter().map(down).collect();
-                return Ok((Passes::Entries(members), home(reports)));
+                return Ok((Passes::Entries(members, BTreeSet::new()), home(reports)));
+            }
+            let looked_up = match contract.target {
+                Some(_) => tree.looked_up(&code, &lookups, span),
+                None => None,
+            };
+            if let Some(found) = looked_up {
+                let (members, seen) = found.map_err(wrong)?;
+                let members = members.into_iter().map(down).collect();
+                return Ok((Passes::Entries(members, seen), home(reports)));
             }
             // Thunks that decide alike are proved once.
             let alike = decisions.iter().position(|(other, _)| *other == tree);

@@ -103,6 +103,10 @@ impl<'a> CaveView<'a> {
             TableKind::SortedOffsets | TableKind::HashedOffsets => {
                 words(bytes).any(|word| u64::from(word) == at)
             }
+            TableKind::HashedClasses { offset_bits } => {
+                let mut held = words(bytes).filter(|word| *word != u32::MAX);
+                held.any(|word| offset(word, offset_bits) == at)
+            }
         })
     }
 
@@ -142,8 +146,20 @@ impl<'a> CaveView<'a> {
                 held.sort_unstable();
                 held.into_iter().map(|word| from(word.into())).collect()
             }
+            TableKind::HashedClasses { offset_bits } => {
+                let held = words(bytes).filter(|word| *word != u32::MAX);
+                let mut held: Vec<u64> = held.map(|word| offset(word, offset_bits)).collect();
+                held.sort_unstable();
+                held.dedup();
+                held.into_iter().map(from).collect()
+            }
         }
     }
+}
+
+/// The offset in a word of a table of classes.
+fn offset(word: u32, bits: u32) -> u64 {
+    u64::from(word) & ((1 << bits.min(32)) - 1)
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {

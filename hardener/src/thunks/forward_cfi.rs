@@ -52,7 +52,7 @@ pub struct Scratch {
     /// The register that holds what is computed.
     pub register: AsmRegister64,
     /// Its low halves.
-    halves: (AsmRegister32, AsmRegister8),
+    pub halves: (AsmRegister32, AsmRegister8),
     /// The target's register.
     pub target: AsmRegister64,
     /// Whether `register` must be saved.

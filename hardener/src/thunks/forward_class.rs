@@ -1,11 +1,12 @@
 //! `forward_cfi_REG_cN`: the target in REG must be an entry of class N, or lie outside the kernel's text.
 //!
-//! The class is code: its members are compared with one after another when they are few, by halving when they are many. Most
-//! classes have a handful, and a table would have to be read.
+//! A small class is code: its members are compared with one after another when they are few, by halving when they are more.
+//! The large ones are in one table, whose words are a class's number and a member's offset; their thunks say which class is
+//! meant, and go on to code that they share.
 
 use super::assembler::{Section, Thunk, imm32};
 use super::forward_cfi::{Scratch, scratch};
-use super::{KernelThunks, Violation};
+use super::{Hashed, HashedTable, KernelThunks, Violation};
 use crate::text::{Indirect, REGISTERS};
 use crate::types::{Forward, Reach};
 use iced_x86::IcedError;
@@ -15,6 +16,59 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// So many are compared with one after another.
 const FEW: usize = 4;
+/// A larger class is in the table: its code would be as large as that, and not faster.
+const MAX_COMPARED: usize = 16;
+
+/// The table of large classes, placed.
+pub struct ClassTable {
+    /// The table.
+    pub table: HashedTable,
+    /// How many bits of a word are an offset.
+    offset_bits: u32,
+    /// The numbers in the table, by class.
+    numbers: BTreeMap<u32, u32>,
+}
+
+impl ClassTable {
+    /// Encodes the large classes of `forward` that some branch in `slots` is in, and places the table at `at`. None when there
+    /// is none.
+    pub fn build(
+        forward: &Forward,
+        slots: &[Indirect],
+        text: VaRange,
+        at: LinkVa,
+    ) -> Option<ClassTable> {
+        let used: BTreeSet<u32> = slots
+            .iter()
+            .filter_map(|slot| forward.class_number(slot.at))
+            .collect();
+        let class = |number: &u32| &forward.classes[*number as usize];
+        let mut large: Vec<u32> = used.into_iter().collect();
+        large.retain(|number| {
+            let class = class(number);
+            has_thunk(&class.reach) && class.entries.len() > MAX_COMPARED
+        });
+        // What an offset leaves of a word numbers the classes; the last number is that of no word, and with 10 in its upmost
+        // bits a constant would look like an address. The largest classes gain most.
+        let offset_bits = u64::BITS - (text.len() - 1).leading_zeros();
+        let free = 0..(1u32 << (u32::BITS - offset_bits)) - 1;
+        let free = free.filter(|number| (number << offset_bits) >> 30 != 0b10);
+        large.sort_by_key(|number| (std::cmp::Reverse(class(number).entries.len()), *number));
+        let numbers: BTreeMap<u32, u32> = large.into_iter().zip(free).collect();
+        if numbers.is_empty() {
+            return None;
+        }
+        let members: Vec<(u32, &[TextOff])> = numbers
+            .iter()
+            .map(|(class, number)| (*number, &forward.classes[*class as usize].entries[..]))
+            .collect();
+        Some(ClassTable {
+            table: HashedTable::of_classes("classes", &members, offset_bits, text, at),
+            offset_bits,
+            numbers,
+        })
+    }
+}
 
 /// The thunk for a slot of class `class`; none when the class is that of all entries, which have a table.
 pub fn name(forward: &Forward, slot: &Indirect) -> Option<String> {
@@ -36,6 +90,7 @@ pub fn has_thunk(reach: &Reach) -> bool {
 pub fn emit(
     section: &mut Section,
     forward: &Forward,
+    large: Option<&ClassTable>,
     text: VaRange,
     kernel: &KernelThunks,
     slots: &[Indirect],
@@ -63,15 +118,101 @@ pub fn emit(
         });
         reports.insert(register, (*retpoline, at));
     }
+    let mut shared: BTreeMap<(u8, bool), LinkVa> = BTreeMap::new();
     for (name, (slot, class)) in needed {
         let Some((retpoline, stop)) = reports.get(&slot.register) else {
             continue;
         };
-        let entries = &forward.classes[class as usize].entries;
-        section.thunk(&name, violation, |thunk| {
-            one(thunk, slot, entries, text, *retpoline, *stop)
+        let known = large.and_then(|large| Some((large, large.numbers.get(&class)?)));
+        let Some((large, number)) = known else {
+            let entries = &forward.classes[class as usize].entries;
+            section.thunk(&name, violation, |thunk| {
+                one(thunk, slot, entries, text, *retpoline, *stop)
+            });
+            continue;
+        };
+        let key = (slot.register, slot.scratch_free);
+        let lookup = *shared.entry(key).or_insert_with(|| {
+            let hashed = large.table.hashed();
+            section.thunk_or_piece(None, violation, |thunk| {
+                look_up(thunk, slot, &hashed, text, *retpoline, *stop)
+            })
+        });
+        section.packed(&name, violation, |thunk| {
+            let Scratch {
+                register,
+                halves,
+                save,
+                ..
+            } = scratch(slot.register, slot.scratch_free);
+            if save {
+                thunk.asm.push(register)?;
+            }
+            thunk
+                .asm
+                .mov(halves.0, (number << large.offset_bits) as i32)?;
+            thunk.asm.jmp(lookup.0)
         });
     }
+}
+
+/// What the thunks of large classes share: the class, moved up as words have it, is in the scratch register, which is saved
+/// where it must be.
+fn look_up(
+    thunk: &mut Thunk,
+    slot: &Indirect,
+    classes: &Hashed,
+    text: VaRange,
+    retpoline: LinkVa,
+    stop: LinkVa,
+) -> Result<(), IcedError> {
+    let Scratch {
+        register: scratch,
+        halves: (word, _),
+        target,
+        save,
+    } = scratch(slot.register, slot.scratch_free);
+    // The other one of r10 and r11.
+    let (other, index) = if scratch == r11 {
+        (r10, r10d)
+    } else {
+        (r11, r11d)
+    };
+    let a = &mut thunk.asm;
+    let mut ok = a.create_label();
+    if !slot.scratch_free {
+        a.pushfq()?;
+    }
+    a.push(other)?;
+    if other != target {
+        a.mov(other, target)?;
+    }
+    a.sub(other, imm32(text.start))?;
+    thunk.absolute();
+    let a = &mut thunk.asm;
+    a.cmp(other, text.len() as i32)?;
+    a.jae(ok)?;
+    a.add(word, index)?;
+    for part in classes.parts() {
+        part.index(&mut thunk.asm, index, word)?;
+        part.compare(thunk, word, other, ok)?;
+    }
+    let restore = |a: &mut CodeAssembler| {
+        a.pop(other)?;
+        if !slot.scratch_free {
+            a.popfq()?;
+        }
+        if save {
+            a.pop(scratch)?;
+        }
+        Ok::<(), IcedError>(())
+    };
+    let a = &mut thunk.asm;
+    restore(a)?;
+    a.jmp(stop.0)?;
+    a.set_label(&mut ok)?;
+    restore(a)?;
+    a.jmp(retpoline.0)
 }
 
 fn one(

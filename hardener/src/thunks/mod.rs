@@ -85,8 +85,18 @@ impl KernelThunks {
     }
 }
 
+/// What is chosen for speed where there is room, and for size where there is not.
+#[derive(Clone, Copy)]
+struct Layout {
+    /// How return addresses are encoded.
+    returns: Dense,
+    /// Whether the thunks of functions share the code that compares.
+    shared: bool,
+}
+
 /// Builds the cave for a text and for modules with these slots: tables and messages first, thunks behind them. Where the cave
-/// has no room for a bit for each byte of text, return addresses go in a dictionary.
+/// has no room for a bit for each byte of text, return addresses go in a dictionary; where it has none for a thunk for each
+/// function, these share their code.
 pub fn build(
     text: &Text,
     modules: &[&Slots],
@@ -94,13 +104,17 @@ pub fn build(
     recipe: &Recipe,
     analyses: Analyses<'_>,
 ) -> Result<CaveContents, TextError> {
-    let with = |returns| build_with(text, modules, kernel, recipe, analyses, returns);
+    let with = |returns, shared| {
+        let layout = Layout { returns, shared };
+        build_with(text, modules, kernel, recipe, analyses, layout)
+    };
     // Beside the thunks of all functions there is hardly room for a bit for each byte; and few returns get that far.
-    if analyses.return_sets.is_some() {
-        return with(Dense::Dictionary);
-    }
-    match with(Dense::Bitmap(1)) {
-        Err(TextError::Cave { .. }) => with(Dense::Dictionary),
+    let (first, second) = match analyses.return_sets {
+        Some(_) => ((Dense::Dictionary, false), (Dense::Dictionary, true)),
+        None => ((Dense::Bitmap(1), false), (Dense::Dictionary, false)),
+    };
+    match with(first.0, first.1) {
+        Err(TextError::Cave { .. }) => with(second.0, second.1),
         done => done,
     }
 }
@@ -111,7 +125,7 @@ fn build_with(
     kernel: &KernelThunks,
     recipe: &Recipe,
     analyses: Analyses<'_>,
-    returns: Dense,
+    layout: Layout,
 ) -> Result<CaveContents, TextError> {
     let Analyses {
         forward,
@@ -126,13 +140,19 @@ fn build_with(
         at = table.end();
         table
     };
-    let returns = place("return_targets", &text.return_targets, returns);
+    let returns = place("return_targets", &text.return_targets, layout.returns);
     let entries = Dense::Bitmap(tables::ENTRY_GRANULE);
     let entries = place("entries", &text.entries, entries);
     let indirect = return_sets.map(|sets| {
         let table = HashedTable::build("indirect_return_sites", &sets.indirect, text.range, at);
         at = table.end();
         table
+    });
+    let classes = forward.and_then(|forward| {
+        let slots = &text.slots.indirect;
+        let classes = forward_class::ClassTable::build(forward, slots, text.range, at)?;
+        at = classes.table.end();
+        Some(classes)
     });
     let messages_start = at;
     let mut messages = Vec::new();
@@ -175,6 +195,7 @@ fn build_with(
             indirect: indirect.hashed(),
             special: &text.return_specials,
             return_thunk: kernel.return_thunk,
+            shared: layout.shared,
         };
         return_function::emit(&mut code, &needs, &any, &on_return);
     }
@@ -188,7 +209,10 @@ fn build_with(
     forward_cfi::emit(&mut code, &call_targets, kernel, &slots, &on_call);
     if let Some(forward) = forward {
         let slots = &text.slots.indirect;
-        forward_class::emit(&mut code, forward, text.range, kernel, slots, &on_call);
+        let large = classes.as_ref();
+        forward_class::emit(
+            &mut code, forward, large, text.range, kernel, slots, &on_call,
+        );
     }
     if let Some(cleanup) = kernel.module_cleanup {
         module_free::emit(&mut code, cleanup, &on_return);
@@ -210,7 +234,8 @@ fn build_with(
     for part in [returns, entries] {
         part.append(start, &mut table_bytes, &mut names, &mut tables);
     }
-    if let Some(part) = indirect {
+    let classes = classes.map(|classes| classes.table);
+    for part in [indirect, classes].into_iter().flatten() {
         part.append(start, &mut table_bytes, &mut names, &mut tables);
     }
     if !messages.is_empty() {

@@ -40,6 +40,8 @@ pub struct Needs<'a> {
     pub special: &'a [TextOff],
     /// `__x86_return_thunk`.
     pub return_thunk: LinkVa,
+    /// Whether thunks that compare with one function share the code that does: a jump more for each return, half the size.
+    pub shared: bool,
 }
 
 /// The thunk of the check of this number; none when any return site will do.
@@ -103,6 +105,7 @@ pub fn emit(
             }
         }
     }
+    let mut shared = BTreeMap::new();
     for (mode, index) in used {
         let Check::Callers {
             called,
@@ -121,14 +124,38 @@ pub fn emit(
             .map(|at| LinkVa(text.0 + u64::from(at.0)))
             .collect();
         let (tail, miss) = (tails[&mode], misses[&(mode, *indirect)]);
+        if let ([only], true) = (&called[..], needs.shared) {
+            let key = (mode, *indirect, *opcode);
+            let rest = *shared.entry(key).or_insert_with(|| {
+                section.thunk_or_piece(None, violation, |thunk| {
+                    compare_rest(thunk, &[*only], *opcode, mode, tail, miss)
+                })
+            });
+            section.packed(&name, violation, |thunk| {
+                name_callee(thunk, *only, mode)?;
+                thunk.asm.jmp(rest.0)
+            });
+            continue;
+        }
         section.packed(&name, violation, |thunk| {
-            compare(thunk, &called, *opcode, mode, tail, miss)
+            name_callee(thunk, called[0], mode)?;
+            compare_rest(thunk, &called, *opcode, mode, tail, miss)
         });
     }
 }
 
-/// Compares the call before the return address.
-fn compare(
+/// Puts a callee's address into r10, which is saved first where it must be.
+fn name_callee(thunk: &mut Thunk, callee: LinkVa, mode: Mode) -> Result<(), IcedError> {
+    if mode.saved() > 0 {
+        thunk.asm.push(r10)?;
+    }
+    let callee = MemoryOperand::with_base_displ_size(Register::RIP, callee.0 as i64, 8);
+    let lea = Instruction::with2(Code::Lea_r64_m, Register::R10, callee)?;
+    thunk.asm.add_instruction(lea)
+}
+
+/// Compares the call before the return address with the functions `called`, of which the first is in r10.
+fn compare_rest(
     thunk: &mut Thunk,
     called: &[LinkVa],
     opcode: bool,
@@ -136,7 +163,11 @@ fn compare(
     tail: LinkVa,
     miss: LinkVa,
 ) -> Result<(), IcedError> {
-    load(thunk, mode)?;
+    if mode.saved() > 0 {
+        thunk.asm.push(r11)?;
+        thunk.asm.pushfq()?;
+    }
+    reload(thunk, mode)?;
     let a = &mut thunk.asm;
     let mut other = a.create_label();
     if opcode {
@@ -144,8 +175,6 @@ fn compare(
         a.jne(other)?;
     }
     // The displacement is the callee less the return address.
-    let callee = MemoryOperand::with_base_displ_size(Register::RIP, called[0].0 as i64, 8);
-    a.add_instruction(Instruction::with2(Code::Lea_r64_m, Register::R10, callee)?)?;
     a.sub(r10d, r11d)?;
     a.cmp(dword_ptr(r11 - 4), r10d)?;
     a.je(tail.0)?;
@@ -190,13 +219,9 @@ fn miss(
     let a = &mut thunk.asm;
     a.cmp(r11, needs.sites.text.len() as i32)?;
     a.jae(ok)?;
-    for (part, multiplier) in indirect.iter().flat_map(|table| table.parts()) {
-        let a = &mut thunk.asm;
-        a.imul_3(r10d, r11d, multiplier as i32)?;
-        a.shr(r10d, indirect.map_or(0, |table| table.shift))?;
-        a.cmp(r11d, dword_ptr(r10 * 4 + i64::from(imm32(part))))?;
-        thunk.absolute();
-        thunk.asm.je(ok)?;
+    for part in indirect.iter().flat_map(|table| table.parts()) {
+        part.index(&mut thunk.asm, r10d, r11d)?;
+        part.compare(thunk, r11d, r10, ok)?;
     }
     let a = &mut thunk.asm;
     for at in needs.special {

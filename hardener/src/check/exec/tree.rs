@@ -55,7 +55,7 @@ pub enum Node {
 /// All that a thunk does with its subject.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Tree {
-    ops: Vec<Op>,
+    pub(super) ops: Vec<Op>,
     /// Its nodes.
     pub nodes: Vec<Node>,
     pub(super) root: NodeId,
