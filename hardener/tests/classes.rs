@@ -305,7 +305,7 @@ fn a_large_class_that_lost_an_entry_is_caught_with_its_branch_named() {
         .find(|site| site.class as usize == class)
         .unwrap();
     let at = bundle.manifest.text.start.0 + u64::from(site.at.0);
-    assert!(said.contains(&at.to_string()), "{at}: {said}");
+    assert!(said.contains(&format!("{at:#x}")), "{at:#x}: {said}");
 }
 
 #[test]
