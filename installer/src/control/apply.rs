@@ -88,10 +88,11 @@ fn on_domain(
                 Err(over) => return Ok(over),
             };
             let how = format!(
-                "explained {} changed bytes, filled {} time{}",
+                "explained {} changed bytes, filled {} time{}, followed {}",
                 applied.changed_bytes,
                 applied.fills,
-                if applied.fills == 1 { "" } else { "s" }
+                if applied.fills == 1 { "" } else { "s" },
+                applied.looks
             );
             (applied.state, how)
         }

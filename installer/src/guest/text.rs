@@ -46,6 +46,28 @@ impl RunningText {
         Ok(())
     }
 
+    /// Reads all of it again; returns what the pages that have changed held before, by page number.
+    pub fn reread_changed(
+        &mut self,
+        hypervisor: &dyn Hypervisor,
+    ) -> Result<Vec<(usize, Vec<u8>)>, ReadError> {
+        let mut changed = Vec::new();
+        let mut before = vec![0; PAGE];
+        for page in 0..self.frames.len() {
+            before.copy_from_slice(self.page(page));
+            self.reread(hypervisor, page)?;
+            if self.page(page) != before {
+                changed.push((page, before.clone()));
+            }
+        }
+        Ok(changed)
+    }
+
+    /// The bytes of one page.
+    pub fn page(&self, page: usize) -> &[u8] {
+        &self.bytes[page * PAGE..][..PAGE]
+    }
+
     /// Reads one page again, from the same frame: kernel text does not move.
     pub fn reread(&mut self, hypervisor: &dyn Hypervisor, page: usize) -> Result<(), ReadError> {
         let bytes = &mut self.bytes[page * PAGE..(page + 1) * PAGE];

@@ -1,10 +1,12 @@
 //! Builds and enables the views, without ever pausing the guest.
 //!
-//! The guest may poke its own text at any moment. From ARM on, Xen copies each poke into every view that has a copy of the
-//! page and counts it. So: read the counter, read and explain the text, fill the copies, and ENABLE only if the counter
-//! still stands: then no poke came between the reading and the switch. Else once more.
+//! The guest may poke its own text at any moment. From ARM on, Xen counts each poke. So: read the counter, read and explain
+//! the text, fill the copies, and ENABLE only if the counter still stands: then no poke came between the reading and the
+//! switch. Else the counter is read again and the copies follow what was poked (see `follow`), until it stands still for
+//! so long. From ENABLE on Xen copies each poke into every view that has a copy of the page.
 
 use super::build;
+use super::follow::follow;
 use super::journal::{Journal, State, Step};
 use super::modules;
 pub use super::refusal::ApplyError;
@@ -20,8 +22,10 @@ use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::Duration;
 
-/// Times that the text is read and the copies filled before giving up on a guest that pokes its text without pause.
-const FILLS: u32 = 20;
+/// Times that filled copies are brought up to date before giving up on a guest that pokes its text without pause.
+const LOOKS: u32 = 1000;
+/// Time between two of these.
+const LOOK_PAUSE: Duration = Duration::from_millis(if cfg!(test) { 0 } else { 1 });
 
 /// What to apply.
 #[derive(Clone, Debug)]
@@ -47,8 +51,10 @@ pub struct Applied {
     pub state: State,
     /// Bytes of running text that differ from the file, all explained.
     pub changed_bytes: u64,
-    /// Times that the copies were filled.
+    /// Times that the copies were filled as a whole.
     pub fills: u32,
+    /// Times that they were brought up to date because the guest had poked its text.
+    pub looks: u32,
 }
 
 /// Applies. On any failure everything is taken out again before the error is returned.
@@ -74,10 +80,11 @@ pub fn apply(
     state.default.clone_from(&request.default);
     journal.save(&state)?;
     match steps(hypervisor, journal, request, &domain, &mut state, &expected) {
-        Ok((changed_bytes, fills)) => Ok(Applied {
+        Ok((changed_bytes, fills, looks)) => Ok(Applied {
             state,
             changed_bytes,
             fills,
+            looks,
         }),
         Err(error) => match remove(hypervisor, journal, Some(&state)) {
             Ok(_) => Err(error),
@@ -155,20 +162,20 @@ fn steps(
     domain: &Domain,
     state: &mut State,
     expected: &[u8],
-) -> Result<(u64, u32), ApplyError> {
+) -> Result<(u64, u32, u32), ApplyError> {
     hypervisor.altp2m_set(true).map_err(interface)?;
     hypervisor.stats().map_err(interface)?;
     arm(hypervisor, journal, request, state)?;
-    let mut fills = 0;
+    let (mut fills, mut looks) = (0, 0);
     let mut text: Option<RunningText> = None;
     loop {
-        let generation = hypervisor.stats()?.generation;
-        let kernel = state.reader.kernel();
+        let mut generation = hypervisor.stats()?.generation;
+        let kernel = *state.reader.kernel();
         let mut understood = match text.take() {
-            None => understand(hypervisor, kernel, request.bundle, expected)?,
-            Some(text) => understand_again(hypervisor, kernel, request.bundle, expected, text)?,
+            None => understand(hypervisor, &kernel, request.bundle, expected)?,
+            Some(text) => understand_again(hypervisor, &kernel, request.bundle, expected, text)?,
         };
-        let views = build::plan(request.bundle, &mut understood, expected)?;
+        let mut views = build::plan(request.bundle, &mut understood, expected)?;
         if fills == 0 {
             build::put_cave(hypervisor, journal, request, state, &understood)?;
             let spare = modules::spare(request);
@@ -177,15 +184,30 @@ fn steps(
         }
         build::fill(hypervisor, state, &views)?;
         fills += 1;
-        if enable(hypervisor, journal, request, state, generation)? {
-            let changed = understood.explained.changed.values().sum();
-            return Ok((changed, fills));
+        let mut text_now = understood.text;
+        let mut changed = understood.explained.changed;
+        let looks_before = looks;
+        loop {
+            if enable(hypervisor, journal, request, state, generation)? {
+                if looks > looks_before {
+                    // What was carried over is still to be explained, as it runs.
+                    let again =
+                        understand_again(hypervisor, &kernel, request.bundle, expected, text_now)?;
+                    changed = again.explained.changed;
+                }
+                return Ok((changed.values().sum(), fills, looks));
+            }
+            looks += 1;
+            if looks == LOOKS {
+                return Err(ApplyError::TooManyPokes(looks));
+            }
+            sleep(LOOK_PAUSE);
+            generation = hypervisor.stats()?.generation;
+            if !follow(hypervisor, state, &mut text_now, &mut views)? {
+                break;
+            }
         }
-        text = Some(understood.text);
-        if fills == FILLS {
-            return Err(ApplyError::TooManyPokes(fills));
-        }
-        sleep(Duration::from_millis(u64::from(fills)));
+        text = Some(text_now);
     }
 }
 
@@ -254,8 +276,11 @@ fn enable(
     let default = state
         .view(&request.default)
         .ok_or_else(|| no_variant(request.bundle, &request.default))?;
-    state.step = Step::Enable;
-    journal.save(state)?;
+    // Once is enough, and every moment counts.
+    if state.step != Step::Enable {
+        state.step = Step::Enable;
+        journal.save(state)?;
+    }
     match hypervisor.binding(Binding::new(Action::Enable).view(default).value(generation)) {
         Ok(_) => {
             state.step = Step::Applied;

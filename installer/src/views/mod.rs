@@ -10,6 +10,7 @@ pub mod digest;
 #[cfg(test)]
 mod fault_tests;
 pub mod fill;
+mod follow;
 pub mod journal;
 pub mod modules;
 pub mod pages;

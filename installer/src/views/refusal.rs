@@ -101,7 +101,7 @@ pub enum ApplyError {
     Restless,
     /// The guest pokes its text all the time.
     #[error(
-        "the guest changed its text {0} times while the views were filled; try again when no tracing or static key is being switched in it"
+        "the guest went on changing its text while the views were filled, and after {0} looks still did; try again when no tracing or static key is being switched in it"
     )]
     TooManyPokes(u32),
     /// No room above the guest's memory.
