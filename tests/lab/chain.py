@@ -210,6 +210,12 @@ class Installer:
         """SHA-256 of the guest's text in the host view."""
         return self.json(f"digest {GUEST} --bundle {self.bundle}")["sha256"]
 
+    def host_text(self):
+        """The digest, and the bytes that differ from the file by the table that explains them; an error if
+        there are others, a view's among them."""
+        seen = self.json(f"digest {GUEST} --bundle {self.bundle} --explain")
+        return seen["sha256"], seen["changed_bytes"]
+
     def processes(self):
         """The guest's processes by pid, with view and rule."""
         return {p["pid"]: p for p in self.json(f"ps {GUEST}")["processes"]}

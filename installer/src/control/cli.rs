@@ -70,6 +70,10 @@ after the views are gone, it could leave the view's bytes in the guest's text."
         /// The bundle of the guest's kernel
         #[arg(long, value_name = "DIR")]
         bundle: PathBuf,
+        /// Also say how many bytes differ from the file, by the table of the image that explains them, or name what none
+        /// explains; nothing of a view's is accepted
+        #[arg(long)]
+        explain: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,

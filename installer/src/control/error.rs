@@ -2,6 +2,7 @@
 
 use crate::exit::{Exit, Exits};
 use crate::guest::ReadError;
+use crate::guest::explain::ExplainError;
 use crate::guest::kernel::FindError;
 use crate::views::apply::ApplyError;
 use crate::views::fill::FillError;
@@ -125,6 +126,9 @@ pub enum CliError {
     /// Verifying.
     #[error(transparent)]
     VerifyText(#[from] VerifyTextError),
+    /// The host view's text is not explained.
+    #[error(transparent)]
+    Explain(#[from] ExplainError),
     /// A storm.
     #[error(transparent)]
     Storm(#[from] StormError),

@@ -43,8 +43,9 @@ fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Digest {
             domain,
             bundle,
+            explain,
             json,
-        } => text::digest(&domain, &bundle, json),
+        } => text::digest(&domain, &bundle, explain, json),
         Command::Fill(args) => fill::fill(&args),
         Command::VerifyText(args) => text::verify_text(&args),
         Command::Storm(args) => text::storm(&args),

@@ -2,7 +2,8 @@
 
 use super::{CliError, Target, cli, print, print_json, stop_flag};
 use crate::exit::Exit;
-use crate::guest::Kernel;
+use crate::guest::text::RunningText;
+use crate::guest::{Kernel, explain};
 use crate::views::digest;
 use crate::views::verify::{self, Report};
 use crate::watch::storm;
@@ -20,14 +21,23 @@ const MAX_MANIFEST: u64 = 16 << 20;
 const MAX_TEXT: u64 = 256 << 20;
 
 /// Runs `digest`.
-pub fn digest(wanted: &str, bundle: &Path, json: bool) -> Result<Exit, CliError> {
+pub fn digest(wanted: &str, bundle: &Path, explain: bool, json: bool) -> Result<Exit, CliError> {
     let manifest = manifest_alone(bundle)?;
     let (domain, _) = xen::resolve(wanted)?;
     let xen = xen::open(domain.id)?;
     let kernel = Kernel::find(xen.as_ref(), &manifest)?;
-    let sha256 = digest::digest(xen.as_ref(), &kernel, &manifest)?;
+    let text = RunningText::read(xen.as_ref(), &kernel, &manifest)?;
+    let sha256 = digest::sha256(&text.bytes);
+    let changed = if explain {
+        let bundle = Bundle::read_dir(bundle)?;
+        let expected = explain::expected(&bundle, kernel.slide);
+        let explained = explain::explain(&bundle, kernel.slide, &expected, &text.bytes, None)?;
+        Some(explained.changed)
+    } else {
+        None
+    };
     if json {
-        print_json(&json!({
+        let mut report = json!({
             "schema": "penumbra.digest/v1",
             "domain": domain.id,
             "sha256": sha256,
@@ -35,9 +45,19 @@ pub fn digest(wanted: &str, bundle: &Path, json: bool) -> Result<Exit, CliError>
             "end": kernel.slide.guest(manifest.text.end),
             "slide": format!("{:#x}", kernel.slide.0),
             "build_id": manifest.kernel.build_id,
-        }))?;
+        });
+        if let Some(changed) = &changed {
+            report["changed_bytes"] = json!(changed);
+        }
+        print_json(&report)?;
     } else {
         print(&format!("{sha256}\n"))?;
+        for (table, bytes) in changed.iter().flatten() {
+            print(&format!(
+                "{bytes:8} bytes changed: {}\n",
+                json!(table).as_str().unwrap_or("?")
+            ))?;
+        }
     }
     Ok(Exit::Done)
 }
