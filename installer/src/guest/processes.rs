@@ -184,18 +184,36 @@ impl Reader {
             ..ProcessList::default()
         };
         let mut exes = Vec::new();
+        let mut unread = Vec::new();
+        let mut read = |task| match self.read(memory, task) {
+            Ok(Some((process, walked))) => {
+                list.processes.push(process);
+                exes.push(walked);
+                None
+            }
+            Ok(None) => {
+                list.kernel_threads += 1;
+                None
+            }
+            Err(error) => Some(error),
+        };
         for task in leaders {
-            match self.read(memory, task) {
-                Ok(Some((process, walked))) => {
-                    list.processes.push(process);
-                    exes.push(walked);
-                }
-                Ok(None) => list.kernel_threads += 1,
-                Err(error) => list
-                    .trouble
-                    .push(format!("the process at {task} cannot be read: {error}")),
+            if read(task).is_some() {
+                unread.push(task);
             }
         }
+        // One that ended meanwhile has left the list; what is still there is read once more.
+        if !unread.is_empty() {
+            let (there, _) = self.leaders(memory);
+            unread.retain(|task| there.contains(task));
+        }
+        let errors: Vec<String> = unread
+            .into_iter()
+            .filter_map(|task| {
+                read(task).map(|error| format!("the process at {task} cannot be read: {error}"))
+            })
+            .collect();
+        list.trouble.extend(errors);
         // The mount tree that paths are believed in is process 1's.
         let top = list
             .processes
