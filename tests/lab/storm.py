@@ -11,8 +11,8 @@ import time
 from . import LabError, chain, victim
 
 # Flips of one call of `installer storm`, and after how many of these the text is verified.
-PART = 2000
-VERIFIED = 10
+PART = 10_000
+VERIFIED = 2
 # With one instruction per block everything takes many times as long, dom0 included.
 SLOW_PART = 50
 
