@@ -11,10 +11,11 @@ Unmarked names are helpers.  A scenario fails by an exception, `expect` is the u
 
 MODULES = ["lab_itself", "command_lines", "stock_guest", "run_time_cost", "live_guest",
            "address_spaces", "address_spaces_pti", "violations", "lifecycle", "retpolines_off",
-           "unpatched_xen", "xen_interface", "modules", "whole_chain"]
+           "unpatched_xen", "xen_interface", "modules", "whole_chain",
+           "view_storm"]
 
 # Run only by name (`tests/run --only text_writers`).
-ON_REQUEST = ["failure", "text_writers", "view_storm"]
+ON_REQUEST = ["failure", "text_writers"]
 
 # Worlds that need no emulator.
 WITHOUT_QEMU = {"lab_itself", "command_lines"}

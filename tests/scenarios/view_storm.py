@@ -9,7 +9,7 @@ from lab.storm import Storm
 
 from . import expect, scenario
 
-FLIPS = 4000
+FLIPS = 1000
 
 
 @contextmanager
