@@ -328,3 +328,118 @@ fn a_large_class_with_an_entry_too_many_is_caught() {
         "{said}"
     );
 }
+
+/// The classes by arity of the real bundle: how many registers, the class's number.
+fn arity_classes(bundle: &Bundle) -> Vec<(u8, usize)> {
+    let claims = bundle.forward.as_ref().unwrap();
+    let classes = claims.classes.iter().enumerate();
+    let mut found: Vec<(u8, usize)> = classes
+        .filter_map(|(number, class)| {
+            let most = class.by.strip_prefix("arity-")?;
+            Some((most.parse().unwrap(), number))
+        })
+        .collect();
+    found.sort_unstable();
+    found
+}
+
+#[test]
+fn what_is_not_typed_is_checked_by_the_arguments_that_it_passes() {
+    let bundle = &real().1;
+    let claims = bundle.forward.as_ref().unwrap();
+    let classes = arity_classes(bundle);
+    assert!(classes.len() > 3, "{classes:?}");
+    let entries = |class: usize| &claims.classes[class].entries;
+    for pair in classes.windows(2) {
+        let (fewer, more) = (entries(pair[0].1), entries(pair[1].1));
+        assert!(fewer.len() < more.len());
+        assert!(fewer.iter().all(|at| more.binary_search(at).is_ok()));
+    }
+    // ssize_t seq_read_iter(struct kiocb *, struct iov_iter *)
+    let mut symbols = bundle.symbols.0.iter();
+    let two = symbols.find(|symbol| symbol.name == "seq_read_iter");
+    let two = two.unwrap().at;
+    for (most, class) in &classes {
+        assert_eq!(entries(*class).contains(&two), *most >= 2, "{most}");
+    }
+    let checked = claims.sites.iter();
+    let checked = checked.filter(|site| {
+        classes
+            .iter()
+            .any(|(_, class)| *class == site.class as usize)
+    });
+    assert!(checked.count() > 500);
+}
+
+#[test]
+fn a_class_by_arity_that_lacks_an_entry_is_caught() {
+    let said = said(|bundle| {
+        let (_, class) = arity_classes(bundle)[0];
+        let claims = bundle.forward.as_mut().unwrap();
+        claims.classes[class].entries.pop();
+    });
+    assert!(said.contains("lacks an entry that reads no more"), "{said}");
+    assert!(
+        said.contains("lets through something other than class"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_class_by_arity_with_an_entry_that_reads_more_is_caught() {
+    let said = said(|bundle| {
+        let classes = arity_classes(bundle);
+        let (least, most) = (classes[0].1, classes[classes.len() - 1].1);
+        let claims = bundle.forward.as_mut().unwrap();
+        let more = claims.classes[most].entries.clone();
+        claims.classes[least].entries = more;
+    });
+    assert!(said.contains("claims an entry that reads more"), "{said}");
+}
+
+#[test]
+fn a_wrong_number_of_arguments_in_the_table_is_caught_with_the_branch_named() {
+    let bundle = &real().1;
+    let mut tables = bundle.manifest.cave.tables.iter();
+    let table = tables.find(|table| table.name == "entry_arities").unwrap();
+    assert_eq!(table.kind, TableKind::HashedArities);
+    let place = place_in_file(bundle, table.range.start.0);
+    let words = bundle.cave[place..place + table.range.len() as usize].chunks_exact(4);
+    let words: Vec<u32> = words
+        .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
+        .collect();
+    let classes = arity_classes(bundle);
+    let (least, class) = classes[0];
+    let claims = bundle.forward.as_ref().unwrap();
+    let site = claims
+        .sites
+        .iter()
+        .find(|site| site.class as usize == class);
+    let at = bundle.manifest.text.start.0 + u64::from(site.unwrap().at.0);
+    // One that reads more than the class passes reads nothing all at once, and the other way round.
+    for (index, with) in [
+        (
+            words
+                .iter()
+                .position(|word| *word != u32::MAX && word & 7 > least.into()),
+            0,
+        ),
+        (
+            words
+                .iter()
+                .position(|word| *word != u32::MAX && word & 7 <= least.into()),
+            6,
+        ),
+    ] {
+        let index = index.unwrap();
+        let said = said(|bundle| {
+            let word = words[index] & !7 | with;
+            bundle.cave[place + 4 * index..][..4].copy_from_slice(&word.to_le_bytes());
+        });
+        assert!(
+            said.contains("lets through something other than class"),
+            "{said}"
+        );
+        assert!(said.contains(&format!("{at:#x}")), "{at:#x}: {said}");
+    }
+}

@@ -253,7 +253,9 @@ fn members(bundle: &Bundle, names: [&str; 2]) -> BTreeSet<LinkVa> {
                     found.insert(LinkVa(table.covers.start.0 + u64::from(offset)));
                 }
             }
-            TableKind::HashedClasses { .. } => panic!("{}: no set of addresses", table.name),
+            TableKind::HashedClasses { .. } | TableKind::HashedArities => {
+                panic!("{}: no set of addresses", table.name)
+            }
         }
         assert_eq!((found.len() - before) as u64, table.count, "{}", table.name);
     }

@@ -17,8 +17,8 @@ pub struct ForwardSets {
 /// What some indirect branches may reach in the kernel's text.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ForwardClass {
-    /// What decides it: `prototype` (of one prototype), `prototypes` (of several), `functions` (by address) or
-    /// `address-taken` (all).
+    /// What decides it: `prototype` (of one prototype), `prototypes` (of several), `functions` (by address), `arity-N` (at most
+    /// N argument registers are read, as far as is known) or `address-taken` (all).
     pub by: String,
     /// The entries. Sorted.
     pub entries: Vec<TextOff>,

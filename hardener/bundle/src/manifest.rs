@@ -249,6 +249,9 @@ pub enum TableKind {
         /// How many bits the offset has.
         offset_bits: u32,
     },
+    /// Little-endian 32-bit words, each at one of the places that its hashes give; 0xffffffff elsewhere. The low 3 bits are
+    /// how many argument registers an entry reads at least, those above its offset from `covers.start`.
+    HashedArities,
 }
 
 /// One variant of the text.

@@ -220,7 +220,8 @@ pub fn check(subject: &Subject<'_>) -> RuleReport {
             TableKind::Bitmap { granule } => table.covers.len().div_ceil(u64::from(granule) * 8),
             TableKind::SortedOffsets
             | TableKind::HashedOffsets
-            | TableKind::HashedClasses { .. } => table.count.saturating_mul(4),
+            | TableKind::HashedClasses { .. }
+            | TableKind::HashedArities => table.count.saturating_mul(4),
             TableKind::Dictionary => 2 * 256 + table.covers.len().div_ceil(16),
         };
         let fits = least <= table.range.len() && table.range.len().is_multiple_of(4);

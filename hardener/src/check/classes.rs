@@ -2,25 +2,35 @@
 //! no claim goes beyond the entries whose addresses are taken.
 //!
 //! Which class a branch ought to be in is not proved: that is the emitter's analysis of types, and a class too narrow shows
-//! as a violation when the kernel runs, one too wide in the figures of the manifest.
+//! as a violation when the kernel runs, one too wide in the figures of the manifest. What a class by arity must hold is: the
+//! number of arguments of each entry is read from BTF once more.
 
 use super::Subject;
+use super::kernel::btf::Btf;
+use super::kernel::{Kernel, KernelError};
 use super::report::Findings;
 use super::sets::Legal;
 use super::slots::{Replacement, replacement};
 use super::thunks::Roles;
 use penumbra_bundle::{LinkVa, SlotKind};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The pass that classes are about, and its parameter.
 const PASS: &str = "forward-cfi";
 const POLICY: &str = "policy";
 const TYPED: &str = "typed";
+/// What classes by arity are called, before the number.
+const ARITY: &str = "arity-";
 /// The class of all entries.
 const ALL: &str = "address-taken";
 
 /// Proves it; `entries` are all entries that an indirect branch may reach.
-pub fn check(subject: &Subject<'_>, roles: &Roles, entries: &Legal, findings: &mut Findings<'_>) {
+pub fn check(
+    subject: &Subject<'_>,
+    roles: &Roles,
+    entries: &Legal,
+    findings: &mut Findings<'_>,
+) -> Result<(), KernelError> {
     let bundle = subject.bundle;
     let passes = bundle
         .manifest
@@ -42,7 +52,7 @@ pub fn check(subject: &Subject<'_>, roles: &Roles, entries: &Legal, findings: &m
             let what = "the thunk lets a class through that the manifest does not claim".to_owned();
             findings.broken(None, Some(*thunk), what);
         }
-        return;
+        return Ok(());
     };
     if !typed {
         let what =
@@ -58,7 +68,29 @@ pub fn check(subject: &Subject<'_>, roles: &Roles, entries: &Legal, findings: &m
             entries.map(|at| LinkVa(text + u64::from(at.0))).collect()
         })
         .collect();
+    let arities = least_arities(subject.kernel, &entries.required)?;
     for (number, (class, said)) in classes.iter().zip(&claims.classes).enumerate() {
+        if let Some(most) = said.by.strip_prefix(ARITY) {
+            let most: u8 = most.parse().unwrap_or(0);
+            let fitting = arities.iter().filter(|(_, arity)| **arity <= most);
+            let fitting: BTreeSet<LinkVa> = fitting.map(|(at, _)| *at).collect();
+            if let Some(missing) = fitting.difference(class).next() {
+                let what = format!(
+                    "class {number} is `{}` and lacks an entry that reads no more",
+                    said.by
+                );
+                findings.broken(None, Some(*missing), what);
+            }
+            let more = class.difference(&fitting);
+            let mut more = more.filter(|at| entries.required.contains(at));
+            if let Some(more) = more.next() {
+                let what = format!(
+                    "class {number} is `{}` and claims an entry that reads more",
+                    said.by
+                );
+                findings.broken(None, Some(*more), what);
+            }
+        }
         let stray = class.difference(&entries.required);
         if let Some(stray) = stray.into_iter().find(|at| !entries.optional.contains(at)) {
             let what = format!("class {number} claims an entry whose address is never taken");
@@ -104,4 +136,32 @@ pub fn check(subject: &Subject<'_>, roles: &Roles, entries: &Legal, findings: &m
     }
     findings.proved("branches that let exactly their class through", proved);
     findings.proved("classes", classes.len() as u64);
+    Ok(())
+}
+
+/// How many argument registers each entry reads at least. Of assembly and of the clones that a compiler makes nothing is known.
+fn least_arities(
+    kernel: &Kernel,
+    entries: &BTreeSet<LinkVa>,
+) -> Result<BTreeMap<LinkVa, u8>, KernelError> {
+    let declared = Btf::read(&kernel.vmlinux)?.least_arities();
+    let mut known: BTreeMap<LinkVa, (Option<u8>, bool)> = BTreeMap::new();
+    for symbol in kernel
+        .symbols
+        .iter()
+        .filter(|symbol| entries.contains(&symbol.at))
+    {
+        let (least, clone) = known.entry(symbol.at).or_insert((None, true));
+        *clone &= symbol.name.contains('.');
+        let own = declared.get(symbol.name.as_bytes()).copied();
+        *least = match (*least, own) {
+            (Some(least), Some(own)) => Some(least.min(own)),
+            (least, own) => least.or(own),
+        };
+    }
+    let arity = |at: &LinkVa| match known.get(at) {
+        Some((Some(least), false)) => *least,
+        _ => 0,
+    };
+    Ok(entries.iter().map(|at| (*at, arity(at))).collect())
 }

@@ -48,7 +48,8 @@ pub fn decoded_tables(bundle: &Bundle, image: &CaveImage) -> Vec<Vec<u64>> {
             }
             TableKind::SortedOffsets
             | TableKind::HashedOffsets
-            | TableKind::HashedClasses { .. } => bytes
+            | TableKind::HashedClasses { .. }
+            | TableKind::HashedArities => bytes
                 .chunks_exact(4)
                 .map(|word| u64::from(u32::from_le_bytes(word.try_into().expect("4 bytes"))))
                 .collect(),
@@ -63,6 +64,11 @@ pub fn decoded_tables(bundle: &Bundle, image: &CaveImage) -> Vec<Vec<u64>> {
         if table.kind == TableKind::HashedOffsets {
             // Where none stands, in any order; that each is found is what the thunks are proved to do.
             members.retain(|member| *member != u64::from(u32::MAX));
+            members.sort_unstable();
+        }
+        if table.kind == TableKind::HashedArities {
+            members.retain(|word| *word != u64::from(u32::MAX));
+            members.iter_mut().for_each(|word| *word >>= 3);
             members.sort_unstable();
         }
         if let TableKind::HashedClasses { offset_bits } = table.kind {
@@ -123,7 +129,7 @@ pub fn check(subject: &Subject<'_>, roles: &Roles) -> Result<RuleReport, KernelE
     let mut used = roles.hashed.clone();
     let (return_sites, entries) = (sets::return_sites(kernel)?, sets::entries(kernel)?);
     returns::check(subject, roles, &return_sites, &mut findings)?;
-    classes::check(subject, roles, &entries, &mut findings);
+    classes::check(subject, roles, &entries, &mut findings)?;
     for (sets, what, legal) in [
         (&roles.returns, "return sites", return_sites),
         (&roles.entries, "entries", entries),

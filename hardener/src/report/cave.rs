@@ -107,6 +107,10 @@ impl<'a> CaveView<'a> {
                 let mut held = words(bytes).filter(|word| *word != u32::MAX);
                 held.any(|word| offset(word, offset_bits) == at)
             }
+            TableKind::HashedArities => {
+                let mut held = words(bytes).filter(|word| *word != u32::MAX);
+                held.any(|word| u64::from(word >> 3) == at)
+            }
         })
     }
 
@@ -152,6 +156,12 @@ impl<'a> CaveView<'a> {
                 held.sort_unstable();
                 held.dedup();
                 held.into_iter().map(from).collect()
+            }
+            TableKind::HashedArities => {
+                let held = words(bytes).filter(|word| *word != u32::MAX);
+                let mut held: Vec<u32> = held.map(|word| word >> 3).collect();
+                held.sort_unstable();
+                held.into_iter().map(|word| from(word.into())).collect()
             }
         }
     }

@@ -2,10 +2,11 @@
 //!
 //! A small class is code: its members are compared with one after another when they are few, by halving when they are more.
 //! The large ones are in one table, whose words are a class's number and a member's offset; their thunks say which class is
-//! meant, and go on to code that they share.
+//! meant, and go on to code that they share. Of a class by arity a table says how many argument registers each entry reads.
 
 use super::assembler::{Section, Thunk, imm32};
 use super::forward_cfi::{Scratch, scratch};
+use super::hashed::ARITY_BITS;
 use super::{Hashed, HashedTable, KernelThunks, Violation};
 use crate::text::{Indirect, REGISTERS};
 use crate::types::{Forward, Reach};
@@ -46,7 +47,7 @@ impl ClassTable {
         let mut large: Vec<u32> = used.into_iter().collect();
         large.retain(|number| {
             let class = class(number);
-            has_thunk(&class.reach) && class.entries.len() > MAX_COMPARED
+            is_listed(&class.reach) && class.entries.len() > MAX_COMPARED
         });
         // What an offset leaves of a word numbers the classes; the last number is that of no word, and with 10 in its upmost
         // bits a constant would look like an address. The largest classes gain most.
@@ -70,6 +71,14 @@ impl ClassTable {
     }
 }
 
+/// The tables that thunks of classes read.
+pub struct Tables<'a> {
+    /// That of large classes.
+    pub large: Option<&'a ClassTable>,
+    /// That of all entries with the number of argument registers that they read.
+    pub arities: Option<Hashed>,
+}
+
 /// The thunk for a slot of class `class`; none when the class is that of all entries, which have a table.
 pub fn name(forward: &Forward, slot: &Indirect) -> Option<String> {
     let class = forward.class_number(slot.at)?;
@@ -80,9 +89,13 @@ pub fn name(forward: &Forward, slot: &Indirect) -> Option<String> {
     })
 }
 
-/// Whether a class is checked by itself: what is not typed is in classes of ten thousands, for which there is the table of
-/// all entries.
+/// Whether a class is checked by itself: for that of all entries there is a table.
 pub fn has_thunk(reach: &Reach) -> bool {
+    !matches!(reach, Reach::Any)
+}
+
+/// Whether a class is a list of entries that thunks hold, and no question that a table answers for all entries.
+fn is_listed(reach: &Reach) -> bool {
     matches!(reach, Reach::Functions(_) | Reach::Prototypes(_))
 }
 
@@ -90,7 +103,7 @@ pub fn has_thunk(reach: &Reach) -> bool {
 pub fn emit(
     section: &mut Section,
     forward: &Forward,
-    large: Option<&ClassTable>,
+    tables: &Tables<'_>,
     text: VaRange,
     kernel: &KernelThunks,
     slots: &[Indirect],
@@ -123,7 +136,21 @@ pub fn emit(
         let Some((retpoline, stop)) = reports.get(&slot.register) else {
             continue;
         };
-        let known = large.and_then(|large| Some((large, large.numbers.get(&class)?)));
+        if let (Reach::Arity(most), Some(arities)) =
+            (&forward.classes[class as usize].reach, &tables.arities)
+        {
+            let reads = Reads {
+                arities,
+                most: *most,
+            };
+            section.thunk(&name, violation, |thunk| {
+                by_arity(thunk, slot, &reads, text, *retpoline, *stop)
+            });
+            continue;
+        }
+        let known = tables
+            .large
+            .and_then(|large| Some((large, large.numbers.get(&class)?)));
         let Some((large, number)) = known else {
             let entries = &forward.classes[class as usize].entries;
             section.thunk(&name, violation, |thunk| {
@@ -153,6 +180,75 @@ pub fn emit(
                 .mov(halves.0, (number << large.offset_bits) as i32)?;
             thunk.asm.jmp(lookup.0)
         });
+    }
+}
+
+/// A class by arity.
+struct Reads<'a> {
+    arities: &'a Hashed,
+    /// As many argument registers as are read at most.
+    most: u8,
+}
+
+fn by_arity(
+    thunk: &mut Thunk,
+    slot: &Indirect,
+    reads: &Reads<'_>,
+    text: VaRange,
+    retpoline: LinkVa,
+    stop: LinkVa,
+) -> Result<(), IcedError> {
+    let Scratch {
+        register: scratch,
+        halves: (key, _),
+        target,
+        save,
+    } = scratch(slot.register, slot.scratch_free);
+    let (other, index) = other(scratch);
+    let a = &mut thunk.asm;
+    let mut ok = a.create_label();
+    if save {
+        a.push(scratch)?;
+    }
+    if !slot.scratch_free {
+        a.pushfq()?;
+    }
+    a.push(other)?;
+    a.mov(scratch, target)?;
+    a.sub(scratch, imm32(text.start))?;
+    thunk.absolute();
+    let a = &mut thunk.asm;
+    a.cmp(scratch, text.len() as i32)?;
+    a.jae(ok)?;
+    a.shl(key, ARITY_BITS)?;
+    for part in reads.arities.parts() {
+        part.index(&mut thunk.asm, index, key)?;
+        part.compare_arity(thunk, key, (other, index), reads.most, ok)?;
+    }
+    let restore = |a: &mut CodeAssembler| {
+        a.pop(other)?;
+        if !slot.scratch_free {
+            a.popfq()?;
+        }
+        if save {
+            a.pop(scratch)?;
+        }
+        Ok::<(), IcedError>(())
+    };
+    let a = &mut thunk.asm;
+    restore(a)?;
+    a.jmp(stop.0)?;
+    a.set_label(&mut ok)?;
+    restore(a)?;
+    a.jmp(retpoline.0)
+}
+
+/// The other one of r10 and r11.
+fn other(scratch: AsmRegister64) -> (AsmRegister64, AsmRegister32) {
+    if scratch == r11 {
+        (r10, r10d)
+    } else {
+        (r11, r11d)
     }
 }
 

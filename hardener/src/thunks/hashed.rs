@@ -14,6 +14,8 @@ const NONE: u32 = u32::MAX;
 const MULTIPLIERS: [u32; 3] = [0x6a09_e667, 0x3c6e_f373, 0x5be0_cd19];
 /// Three places for each member let a table be filled to 91 %; a little less is found without a search.
 const FILL_PERCENT: usize = 80;
+/// How far an offset is moved up to make room for a number of argument registers.
+pub const ARITY_BITS: u32 = 3;
 /// The fewest bits of an index.
 const LEAST_BITS: u32 = 4;
 
@@ -74,6 +76,25 @@ impl Part {
         thunk.absolute();
         thunk.asm.je(found)
     }
+
+    /// Goes to `found` when the word at `index`, made by [`Part::index`], is that of `key` with at most `arity` registers.
+    /// Changes `index`.
+    pub fn compare_arity(
+        &self,
+        thunk: &mut Thunk,
+        key: AsmRegister32,
+        index: (AsmRegister64, AsmRegister32),
+        arity: u8,
+        found: CodeLabel,
+    ) -> Result<(), IcedError> {
+        let start = i64::from(imm32(self.start));
+        thunk.asm.mov(index.1, dword_ptr(index.0 * 4 + start))?;
+        thunk.absolute();
+        let a = &mut thunk.asm;
+        a.sub(index.1, key)?;
+        a.cmp(index.1, i32::from(arity) + 1)?;
+        a.jb(found)
+    }
 }
 
 impl Hashed {
@@ -121,6 +142,22 @@ impl HashedTable {
             words.map(|word| Member { key: word, word })
         });
         let kind = TableKind::HashedClasses { offset_bits };
+        HashedTable::of(name, kind, members.collect(), covers, at)
+    }
+
+    /// Encodes entries in `covers` with the number of argument registers that each reads at least.
+    pub fn of_arities(
+        name: &str,
+        entries: &[(TextOff, u8)],
+        covers: VaRange,
+        at: LinkVa,
+    ) -> HashedTable {
+        let members = entries.iter().map(|(at, arity)| {
+            let key = at.0 << ARITY_BITS;
+            let word = key | u32::from(*arity);
+            Member { key, word }
+        });
+        let kind = TableKind::HashedArities;
         HashedTable::of(name, kind, members.collect(), covers, at)
     }
 

@@ -16,6 +16,7 @@ mod violation;
 use crate::passes::{Analyses, FORWARD_CFI, RETURN_CFI};
 use crate::recipe::Recipe;
 use crate::text::{Indirect, PAGE, Slots, Text, TextError};
+use crate::types::{Forward, Reach};
 use assembler::Section;
 use penumbra_bundle::{LinkVa, Reloc, Table, Trap, VaRange, ViolationAction};
 use return_cfi::Mode;
@@ -154,6 +155,15 @@ fn build_with(
         at = classes.table.end();
         Some(classes)
     });
+    let by_arity = |forward: &&Forward| {
+        let mut classes = forward.classes.iter();
+        classes.any(|class| matches!(class.reach, Reach::Arity(_)))
+    };
+    let arities = forward.filter(by_arity).map(|forward| {
+        let table = HashedTable::of_arities("entry_arities", &forward.arities, text.range, at);
+        at = table.end();
+        table
+    });
     let messages_start = at;
     let mut messages = Vec::new();
     let mut violation = |pass| {
@@ -209,9 +219,12 @@ fn build_with(
     forward_cfi::emit(&mut code, &call_targets, kernel, &slots, &on_call);
     if let Some(forward) = forward {
         let slots = &text.slots.indirect;
-        let large = classes.as_ref();
+        let tables = forward_class::Tables {
+            large: classes.as_ref(),
+            arities: arities.as_ref().map(HashedTable::hashed),
+        };
         forward_class::emit(
-            &mut code, forward, large, text.range, kernel, slots, &on_call,
+            &mut code, forward, &tables, text.range, kernel, slots, &on_call,
         );
     }
     if let Some(cleanup) = kernel.module_cleanup {
@@ -235,7 +248,7 @@ fn build_with(
         part.append(start, &mut table_bytes, &mut names, &mut tables);
     }
     let classes = classes.map(|classes| classes.table);
-    for part in [indirect, classes].into_iter().flatten() {
+    for part in [indirect, classes, arities].into_iter().flatten() {
         part.append(start, &mut table_bytes, &mut names, &mut tables);
     }
     if !messages.is_empty() {

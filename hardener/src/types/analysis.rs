@@ -59,7 +59,7 @@ pub fn analyse(image: &Image, tables: &Tables, text: &Text) -> Result<Forward, F
     let taken: FxHashSet<u32> = text.entries.iter().map(|at| at.0).collect();
     let given = known.learn(&mut globals, &taken);
     let found = known.sites(&globals, &given, &hooks);
-    let entries = Entries::of(&text.entries, &index, &prototypes);
+    let entries = Entries::of(&text.entries, &btf, &index, &prototypes);
     let mut forward = Forward::new(&entries);
     for one in found {
         let reach = one.reach.unwrap_or(Reach::Any);
@@ -245,6 +245,9 @@ impl Knowledge<'_> {
                             all.iter().all(fits).then(|| Reach::prototypes(all))
                         }),
                     };
+                    // What is not typed still passes only so many arguments.
+                    let few = one.flow.traced && site.most < 6;
+                    let reach = reach.or(few.then_some(Reach::Arity(site.most)));
                     found.push(Found { at: site.at, reach });
                 }
             }

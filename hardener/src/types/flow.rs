@@ -21,8 +21,10 @@ pub struct Site {
     pub at: u32,
     /// Where it goes.
     pub target: Value,
-    /// At most so many registers hold arguments.
+    /// At most so many registers hold arguments, if the ways that are followed to it are all there are.
     pub arity: u8,
+    /// At most so many hold arguments even if some of them cannot be gone.
+    pub most: u8,
 }
 
 /// A direct call or tail call.
@@ -57,6 +59,8 @@ pub struct Flow {
     pub stores: Vec<Store>,
     /// What it returns.
     pub returns: Vec<Value>,
+    /// It is traced, so compiled with `-pg`, so without `-fipa-ra`: it knows of no callee which registers that leaves alone.
+    pub traced: bool,
 }
 
 /// What is known about the text from elsewhere; offsets are from the text's start.
@@ -92,8 +96,10 @@ pub struct State {
     pub registers: [Value; 16],
     /// Words on the stack, by offset from RSP at entry. Sorted.
     pub slots: Vec<(i32, Value)>,
-    /// Argument registers that may hold arguments of the next call: bit 0 is rdi.
+    /// Argument registers that hold something since the last call on all ways here: bit 0 is rdi.
     pub defined: u8,
+    /// The same, on any way.
+    pub set: u8,
 }
 
 impl State {
@@ -142,6 +148,7 @@ pub fn follow(code: &Code64<'_>, ranges: &[(u32, u32)], parameters: u8) -> Flow 
                 calls: Vec::new(),
                 stores: Vec::new(),
                 returns: Vec::new(),
+                traced: false,
             },
             made: Vec::new(),
             info: InstructionInfoFactory::new(),
@@ -227,6 +234,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 registers,
                 slots: Vec::new(),
                 defined: ALL_DEFINED >> (6 - parameters.min(6)),
+                set: ALL_DEFINED >> (6 - parameters.min(6)),
             };
         }
         let Some(first) = known.first().copied() else {
@@ -236,6 +244,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 registers,
                 slots: Vec::new(),
                 defined: ALL_DEFINED,
+                set: ALL_DEFINED,
             };
         };
         let mut state = (*first).clone();
@@ -245,6 +254,11 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
         // A loop to the entry itself: what is given comes in as well, unknown.
         let whole = known.len() == before.len() && block != 0;
         state.defined = known.iter().fold(ALL_DEFINED, |all, one| all & one.defined);
+        // What is passed is set on every way, so on each one that is known; a way too many only adds.
+        state.set = known.iter().fold(0, |all, one| all | one.set);
+        if block == 0 {
+            state.set = ALL_DEFINED;
+        }
         for register in 0..16 {
             let place = Place::Register(register as u8);
             let same = known

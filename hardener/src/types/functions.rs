@@ -240,9 +240,9 @@ pub fn registers(btf: &Btf, prototype: u32) -> [Option<u32>; 6] {
     out
 }
 
-/// How many argument registers a prototype fills.
+/// How many argument registers a prototype fills at most; with `...`, all.
 pub fn arity(btf: &Btf, prototype: u32) -> u8 {
-    let Some((_, parameters, _)) = btf.prototype(prototype) else {
+    let Some((_, parameters, false)) = btf.prototype(prototype) else {
         return 6;
     };
     let takes = |parameter: &u32| match btf.at(btf.plain(*parameter)) {
@@ -251,6 +251,17 @@ pub fn arity(btf: &Btf, prototype: u32) -> u8 {
         _ => 1,
     };
     parameters.iter().map(takes).sum::<u32>().min(6) as u8
+}
+
+/// How many argument registers a prototype fills at least. A structure may be passed in memory whatever its size, when its
+/// members are packed or registers are short.
+pub fn least_arity(btf: &Btf, prototype: u32) -> u8 {
+    let Some((_, parameters, _)) = btf.prototype(prototype) else {
+        return 0;
+    };
+    let parameters = parameters.iter().map(|ty| btf.at(btf.plain(*ty)));
+    let plain = parameters.filter(|ty| !matches!(ty, Type::Composite { .. }));
+    plain.count().min(6) as u8
 }
 
 /// What a pointer type points to, when something is to be gained from knowing it.

@@ -1,11 +1,17 @@
 //! Each indirect branch and the entries that it may reach.
 
-use super::functions::FunctionIndex;
+use super::btf::Btf;
+use super::functions::{FunctionIndex, least_arity};
 use super::prototypes::{ProtoId, Prototypes};
 use crate::text::Indirect;
 use penumbra_bundle::{ForwardClass, ForwardSets, ForwardSite, TextOff};
 use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
+
+/// The kinds of classes by arity.
+const ARITIES: [&str; 6] = [
+    "arity-0", "arity-1", "arity-2", "arity-3", "arity-4", "arity-5",
+];
 
 /// What an indirect branch may reach in the kernel's text. Modules' functions and other code outside it are not spoken of.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -14,6 +20,8 @@ pub enum Reach {
     Functions(Vec<TextOff>),
     /// Functions of one of these prototypes. Sorted.
     Prototypes(Vec<ProtoId>),
+    /// Functions that read at most so many argument registers, as far as is known; fewer than 6.
+    Arity(u8),
     /// Every function whose address is taken.
     Any,
 }
@@ -39,6 +47,7 @@ impl Reach {
             Reach::Functions(_) => "functions",
             Reach::Prototypes(all) if all.len() <= 1 => "prototype",
             Reach::Prototypes(_) => "prototypes",
+            Reach::Arity(most) => ARITIES[usize::from(*most).min(5)],
             Reach::Any => "address-taken",
         }
     }
@@ -65,6 +74,8 @@ pub struct Class {
 /// The entries with their prototypes.
 pub struct Entries {
     all: Vec<TextOff>,
+    /// How many argument registers each reads at least.
+    arity: Vec<u8>,
     by_prototype: FxHashMap<ProtoId, Vec<TextOff>>,
 }
 
@@ -73,13 +84,25 @@ impl Entries {
     ///
     /// What has no prototype is assembly, whose entries C calls directly or the processor does: it is reached by what is not
     /// typed only.
-    pub fn of(entries: &[TextOff], index: &FunctionIndex, prototypes: &Prototypes) -> Entries {
+    ///
+    /// The clones of a function have other parameters than it was declared with.
+    pub fn of(
+        entries: &[TextOff],
+        btf: &Btf,
+        index: &FunctionIndex,
+        prototypes: &Prototypes,
+    ) -> Entries {
         let mut all = Entries {
             all: entries.to_vec(),
+            arity: Vec::with_capacity(entries.len()),
             by_prototype: FxHashMap::default(),
         };
         for at in entries {
-            let declared = index.at(at.0).map_or(&[][..], |one| &one.prototypes);
+            let function = index.at(at.0);
+            let declared = function.map_or(&[][..], |one| &one.prototypes);
+            let least = declared.iter().map(|ty| least_arity(btf, *ty)).min();
+            let clone = function.is_none_or(|one| one.clone);
+            all.arity.push(least.filter(|_| !clone).unwrap_or(0));
             let mut classes: Vec<ProtoId> = declared
                 .iter()
                 .filter_map(|ty| prototypes.class(*ty))
@@ -107,6 +130,11 @@ impl Entries {
                 found.dedup();
                 found
             }
+            Reach::Arity(most) => {
+                let all = self.all.iter().zip(&self.arity);
+                let fitting = all.filter(|(_, arity)| *arity <= most);
+                fitting.map(|(at, _)| *at).collect()
+            }
             Reach::Any => self.all.clone(),
         }
     }
@@ -119,6 +147,8 @@ pub struct Forward {
     pub sites: Vec<Site>,
     /// The classes that they are in. The first is [`Reach::Any`].
     pub classes: Vec<Class>,
+    /// All entries, and how many argument registers each reads at least. Sorted.
+    pub arities: Vec<(TextOff, u8)>,
     known: FxHashMap<Reach, u32>,
 }
 
@@ -128,6 +158,12 @@ impl Forward {
         let mut forward = Forward {
             sites: Vec::new(),
             classes: Vec::new(),
+            arities: entries
+                .all
+                .iter()
+                .copied()
+                .zip(entries.arity.iter().copied())
+                .collect(),
             known: FxHashMap::default(),
         };
         forward.class(Reach::Any, entries);

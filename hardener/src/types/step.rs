@@ -35,6 +35,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             state.registers[number] = value;
             if let Some(argument) = ARGUMENTS.iter().position(|at| *at == number) {
                 state.defined |= 1 << argument;
+                state.set |= 1 << argument;
             }
         }
     }
@@ -181,6 +182,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 at,
                 target,
                 arity: state.defined.trailing_ones().min(6) as u8,
+                most: state.set.trailing_ones().min(6) as u8,
             });
             result = self.flow.values.intern(Op::IndirectResult(target));
             self.expose(state, &arguments, None);
@@ -189,6 +191,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             self.flow.returns.push(rax);
         } else if let Ok(offset) = u32::try_from(to.wrapping_sub(self.code.start)) {
             if to == self.code.fentry {
+                self.flow.traced = true;
                 return;
             }
             keeps = self.code.keeping.contains(&offset);
@@ -206,6 +209,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             state.registers[RDX] = UNKNOWN;
             if !keeps {
                 state.defined = 0;
+                state.set = 0;
             }
         } else if to != self.code.return_thunk {
             self.flow.returns.push(result);

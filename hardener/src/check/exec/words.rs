@@ -13,6 +13,9 @@ use std::collections::BTreeSet;
 /// So many subjects that pass by comparisons alone are followed one by one; more are no list of entries.
 const MAX_COMPARED: u64 = 1 << 16;
 
+/// More answers that mean yes are no question about a word.
+const MAX_ANSWERS: u32 = 8;
+
 /// `subjects * (subject) + loads * (load) + constant`, modulo 2^32.
 #[derive(Clone, Copy)]
 struct Linear {
@@ -136,6 +139,8 @@ impl Tree {
             }
             Op::Bin(Bin::Below, left, limit) if self.is_half(left) => {
                 let limit = u32::try_from(self.value(limit)?).ok()?;
+
+                (limit <= MAX_ANSWERS).then_some(())?;
                 asked(self.linear(left)?, limit)
             }
             _ => None,

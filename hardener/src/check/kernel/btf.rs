@@ -8,6 +8,7 @@ const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
 const KIND_FUNCTION: u32 = 12;
+const KIND_PROTOTYPE: u32 = 13;
 
 /// The types of one image.
 pub struct Btf<'a> {
@@ -75,6 +76,41 @@ impl<'a> Btf<'a> {
             let name = self.string(word(self.data, *at)? as usize)?;
             (kind == KIND_FUNCTION).then_some(name)
         })
+    }
+
+    /// How many argument registers each function reads at least, by name; of several with one name the fewest. What is
+    /// passed as a structure may be in memory, and does not count.
+    pub fn least_arities(&self) -> HashMap<&'a [u8], u8> {
+        let mut least = HashMap::new();
+        for at in self.types.iter().filter(|at| **at != usize::MAX) {
+            let Some((name, arity)) = self.least_arity(*at) else {
+                continue;
+            };
+            let known = least.entry(name).or_insert(arity);
+            *known = arity.min(*known);
+        }
+        least
+    }
+
+    fn least_arity(&self, function: usize) -> Option<(&'a [u8], u8)> {
+        let kind = |at: usize| Some(word(self.data, at + 4)? >> 24 & 0x1f);
+        if kind(function)? != KIND_FUNCTION {
+            return None;
+        }
+        let name = self.string(word(self.data, function)? as usize)?;
+        let prototype = word(self.data, function + 8)?;
+        let prototype = *self.types.get(prototype as usize)?;
+        if prototype == usize::MAX || kind(prototype)? != KIND_PROTOTYPE {
+            return None;
+        }
+        let count = word(self.data, prototype + 4)? & 0xffff;
+        let mut arity = 0u8;
+        for index in 0..count as usize {
+            // Without a type it is the rest of the arguments.
+            let ty = word(self.data, prototype + 12 + 8 * index + 4)?;
+            arity = arity.saturating_add(u8::from(ty != 0 && self.aggregate(ty).is_none()));
+        }
+        Some((name, arity.min(6)))
     }
 
     /// `sizeof(struct name)`.
