@@ -33,6 +33,7 @@ mod slots;
 mod tables;
 mod thunks;
 mod violations;
+mod wrong;
 
 use kernel::Kernel;
 pub use kernel::KernelError;

@@ -6,12 +6,13 @@ use super::exec::calls::{Decides, Named};
 use super::exec::exits::Reports;
 use super::exec::machine::{Code, Contract, Exit, Fault, Machine};
 use super::exec::memo::{Basis, Decided};
-use super::exec::tree::{Leaf, Lookup, Node, Tree, Wrong};
+use super::exec::tree::{Leaf, Lookup, Node, Tree};
 use super::kernel::Kernel;
 use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
 use super::slots::{Original, Replacement, replacement};
 use super::violations::{self, Reported};
+use super::wrong::explain;
 use super::{Subject, decoded_tables, module};
 use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, Mnemonic};
 use penumbra_bundle::{LinkVa, Reloc, RelocKind};
@@ -573,39 +574,4 @@ fn prove_at(
     }
     proofs.decisions = decisions.len() as u64;
     proofs
-}
-
-fn explain(subject: &Subject<'_>, wrong: Wrong, slide: u64) -> String {
-    let symbols = &subject.kernel.symbols;
-    let name = |at: u64| {
-        let at = LinkVa(at.wrapping_sub(slide));
-        match symbols.name(at) {
-            Some(name) if subject.kernel.in_text(at) => format!("{} ({name})", hex(at)),
-            _ => hex(at),
-        }
-    };
-    match wrong {
-        Wrong::Unbounded(first) => format!(
-            "reads its table or traps for addresses that it has not compared with the table's range, from {}",
-            name(first)
-        ),
-        Wrong::HandsOver(first) => {
-            format!("leaves {} to another thunk", name(first))
-        }
-        Wrong::NoTable => "lets addresses through without looking in a table".to_owned(),
-        Wrong::Outside(first) => {
-            format!(
-                "reads or traps for {}, of which its tables say nothing",
-                name(first)
-            )
-        }
-        Wrong::Reads(first, at) => {
-            format!("reads {} outside the cave for {}", name(at), name(first))
-        }
-        Wrong::NotATable(first, at) => {
-            format!("reads {} outside every table for {}", name(at), name(first))
-        }
-        Wrong::Passes(first) => format!("passes {}, which its tables do not hold", name(first)),
-        Wrong::Traps(first) => format!("traps {}, which its tables hold", name(first)),
-    }
 }
