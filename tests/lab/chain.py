@@ -211,10 +211,10 @@ class Installer:
         return self.json(f"digest {GUEST} --bundle {self.bundle}")["sha256"]
 
     def host_text(self):
-        """The digest, and the bytes that differ from the file by the table that explains them; an error if
-        there are others, a view's among them."""
+        """The guest's own text: its digest, the bytes that differ from the file by the table that explains them,
+        and whether hook code is in the cave; an error if there is anything else."""
         seen = self.json(f"digest {GUEST} --bundle {self.bundle} --explain")
-        return seen["sha256"], seen["changed_bytes"]
+        return seen["sha256"], seen["changed_bytes"], seen["cave_in_use"]
 
     def processes(self):
         """The guest's processes by pid, with view and rule."""

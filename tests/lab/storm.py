@@ -130,13 +130,16 @@ class Storm:
             self.failed(f"the text is not explained: {verdict['text']}")
         if remove:
             self.installer.stop_watching()
-            self.installer.run(f"remove {chain.GUEST}")
-            self.report["text_restored"] = self._restored()
+            said = self.installer.run(f"remove {chain.GUEST}")
+            self.report["text_restored"] = self._restored("stays in the guest's cave" in said)
 
-    def _restored(self):
+    def _restored(self, hook_code_stays):
         """Is the text the guest's own again?  It may have switched some of its jump labels and static calls for good
-        meanwhile, as when its clock turns out to be unstable under load; the report names the tables."""
-        (digest, before), (digest_now, now) = self.before, self.installer.host_text()
+        meanwhile, as when its clock turns out to be unstable under load; the report names the tables.  And `remove`
+        may have said that the hook code stays, as a process stands in it."""
+        (digest, before, _), (digest_now, now, in_use) = self.before, self.installer.host_text()
         tables = {table for table in before | now if before.get(table) != now.get(table)}
         self.report["tables_changed_by_guest"] = sorted(tables)
-        return digest == digest_now or bool(tables) and tables <= {"jump-label", "static-call", "static-call-trampoline"}
+        self.report["hook_code_stays"] = hook_code_stays
+        switched = bool(tables) and tables <= {"jump-label", "static-call", "static-call-trampoline"}
+        return in_use == hook_code_stays and (digest == digest_now or switched or in_use and not tables)

@@ -71,7 +71,7 @@ after the views are gone, it could leave the view's bytes in the guest's text."
         #[arg(long, value_name = "DIR")]
         bundle: PathBuf,
         /// Also say how many bytes differ from the file, by the table of the image that explains them, or name what none
-        /// explains; nothing of a view's is accepted
+        /// explains, and whether the bundle's hook code is in the cave
         #[arg(long)]
         explain: bool,
         /// Print JSON

@@ -5,6 +5,7 @@ use crate::guest::ReadError;
 use crate::guest::explain::ExplainError;
 use crate::guest::kernel::FindError;
 use crate::views::apply::ApplyError;
+use crate::views::cave::CaveError;
 use crate::views::fill::FillError;
 use crate::views::journal::JournalError;
 use crate::views::remove::RemoveError;
@@ -129,6 +130,9 @@ pub enum CliError {
     /// The host view's text is not explained.
     #[error(transparent)]
     Explain(#[from] ExplainError),
+    /// The bundle's cave cannot be made.
+    #[error(transparent)]
+    Cave(#[from] CaveError),
     /// A storm.
     #[error(transparent)]
     Storm(#[from] StormError),

@@ -2,8 +2,10 @@
 
 use super::{CliError, Target, cli, print, print_json, stop_flag};
 use crate::exit::Exit;
+use crate::guest::Kernel;
+use crate::guest::explain::{self, Explained};
 use crate::guest::text::RunningText;
-use crate::guest::{Kernel, explain};
+use crate::views::cave::CaveImage;
 use crate::views::digest;
 use crate::views::verify::{self, Report};
 use crate::watch::storm;
@@ -28,11 +30,9 @@ pub fn digest(wanted: &str, bundle: &Path, explain: bool, json: bool) -> Result<
     let kernel = Kernel::find(xen.as_ref(), &manifest)?;
     let text = RunningText::read(xen.as_ref(), &kernel, &manifest)?;
     let sha256 = digest::sha256(&text.bytes);
-    let changed = if explain {
+    let explained = if explain {
         let bundle = Bundle::read_dir(bundle)?;
-        let expected = explain::expected(&bundle, kernel.slide);
-        let explained = explain::explain(&bundle, kernel.slide, &expected, &text.bytes, None)?;
-        Some(explained.changed)
+        Some(explain_text(&bundle, &kernel, &text)?)
     } else {
         None
     };
@@ -46,20 +46,40 @@ pub fn digest(wanted: &str, bundle: &Path, explain: bool, json: bool) -> Result<
             "slide": format!("{:#x}", kernel.slide.0),
             "build_id": manifest.kernel.build_id,
         });
-        if let Some(changed) = &changed {
-            report["changed_bytes"] = json!(changed);
+        if let Some(explained) = &explained {
+            report["changed_bytes"] = json!(explained.changed);
+            report["cave_in_use"] = json!(explained.cave_in_use);
         }
         print_json(&report)?;
     } else {
         print(&format!("{sha256}\n"))?;
-        for (table, bytes) in changed.iter().flatten() {
-            print(&format!(
-                "{bytes:8} bytes changed: {}\n",
-                json!(table).as_str().unwrap_or("?")
-            ))?;
+        if let Some(explained) = &explained {
+            for (table, bytes) in &explained.changed {
+                let table = json!(table);
+                let table = table.as_str().unwrap_or("?");
+                print(&format!("{bytes:8} bytes changed: {table}\n"))?;
+            }
+            if explained.cave_in_use {
+                print("the bundle's hook code is in the cave\n")?;
+            }
         }
     }
     Ok(Exit::Done)
+}
+
+/// What the guest's own text differs in from the file. The hook code may be in the cave: a `remove` leaves it there while
+/// something may still run in it.
+fn explain_text(
+    bundle: &Bundle,
+    kernel: &Kernel,
+    text: &RunningText,
+) -> Result<Explained, CliError> {
+    let expected = explain::expected(bundle, kernel.slide);
+    let returns = explain::return_form(bundle, &text.bytes)?;
+    let cave = CaveImage::new(bundle, kernel.slide, returns)?;
+    let allowed = Some((cave.at, cave.bytes.as_slice()));
+    let explained = explain::explain(bundle, kernel.slide, &expected, &text.bytes, allowed)?;
+    Ok(explained)
 }
 
 /// A bundle's manifest without the rest, for what only needs to know where the text is: nothing of it is mapped.
