@@ -4,6 +4,7 @@ use crate::image::{Fault, Image, ImageError};
 use crate::modules::{Modules, Refused};
 use crate::passes::{self, Analyses, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
+use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
 use crate::text::zeroing::Zeroing;
 use crate::text::{self, REGISTERS, Text, TextError};
@@ -268,10 +269,13 @@ fn bundle(
     let return_sets =
         passes::is_per_function(recipe).then(|| ReturnSets::find(image, &tables, &text));
     let zeroing = passes::is_zeroing(recipe).then(|| Zeroing::find(image, &tables, &text));
+    let profile = passes::promote_profile(recipe);
+    let promotion = profile.map(|profile| Promotion::find(image, &text, &profile));
     let analyses = Analyses {
         forward,
         return_sets: return_sets.as_ref(),
         zeroing: zeroing.as_ref(),
+        promotion: promotion.as_ref(),
     };
     let slots = modules.slots();
     let cave = thunks::build(&text, &slots, &kernel, recipe, analyses)?;

@@ -13,6 +13,7 @@ pub mod image;
 pub mod modules;
 pub mod passes;
 pub mod presets;
+pub mod profile;
 pub mod recipe;
 pub mod report;
 pub mod text;

@@ -16,7 +16,7 @@
 //!
 //! All errors of a file are found at once, each with its place.
 
-use crate::passes;
+use crate::passes::{self, FileParameter};
 use penumbra_bundle::ViolationAction;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -34,6 +34,8 @@ pub const ON_VIOLATION: &str = "on-violation";
 const SCHEMA: &str = "1";
 /// The largest recipe.
 const MAX_RECIPE: u64 = 1 << 20;
+/// The largest file that a recipe names.
+const MAX_FILE: u64 = 1 << 26;
 /// Nobody reads more of what is wrong with one file.
 const MAX_FAULTS: usize = 50;
 /// The parameter of a pass that reports what it stops.
@@ -56,8 +58,18 @@ pub struct Parameter {
 pub struct Recipe {
     /// By pass and parameter.
     set: BTreeMap<(&'static str, &'static str), &'static str>,
+    /// Files by pass: the key, the name as written, the text.
+    files: BTreeMap<&'static str, File>,
     /// The passes that it has a table of, with or without parameters.
     named: BTreeSet<&'static str>,
+}
+
+/// A file that a pass is given.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct File {
+    key: &'static str,
+    name: String,
+    text: String,
 }
 
 /// Why a recipe is refused.
@@ -117,6 +129,22 @@ pub enum RecipeFaultKind {
         expected: &'static str,
         /// What stands there.
         found: String,
+    },
+    /// A pass without its file.
+    #[error("pass `{pass}` has no `{key}`; name the file that it works by")]
+    NoFile {
+        /// The pass.
+        pass: &'static str,
+        /// The parameter.
+        key: &'static str,
+    },
+    /// A file that cannot be used.
+    #[error("{path}: {what}")]
+    File {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        what: String,
     },
     /// A key, pass, parameter or value that there is not.
     #[error("unknown {what} `{name}`; {}", known_or_near(.name, .known))]
@@ -206,6 +234,11 @@ impl Recipe {
         self.named.contains(pass)
     }
 
+    /// The text of the file that `pass` is given.
+    pub fn file(&self, pass: &str) -> Option<&str> {
+        self.files.get(pass).map(|file| file.text.as_str())
+    }
+
     /// What `parameter` of `pass` is.
     pub fn value(&self, pass: &'static str, parameter: &Parameter) -> &'static str {
         let set = self.set.get(&(pass, parameter.name));
@@ -269,14 +302,55 @@ impl Reader<'_> {
             if let Some(fields) = value.and_then(|value| self.table(value)) {
                 recipe.named.insert(name);
                 let parameters = pass.parameters();
-                let names: Vec<&str> = parameters.iter().map(|one| one.name).collect();
+                let mut names: Vec<&str> = parameters.iter().map(|one| one.name).collect();
+                let file = pass.file();
+                names.extend(file.map(|file| file.name));
                 self.only(fields, "parameter", &names);
+                if let (Some(wanted), Some(of)) = (file, table.get(name)) {
+                    let kind = RecipeFaultKind::NoFile {
+                        pass: name,
+                        key: wanted.name,
+                    };
+                    match fields.get(wanted.name) {
+                        None => self.fault(of.span(), kind),
+                        Some(value) => {
+                            let file = self.file(value, wanted);
+                            recipe.files.extend(file.map(|file| (name, file)));
+                        }
+                    }
+                }
                 for parameter in parameters {
                     let value = fields.get(parameter.name);
                     if let Some(value) = value.and_then(|value| self.choice(value, parameter)) {
                         recipe.set.insert((name, parameter.name), value);
                     }
                 }
+            }
+        }
+    }
+
+    /// Reads the file that `value` names, from the recipe's own folder.
+    fn file(&mut self, value: &Value<'_>, wanted: FileParameter) -> Option<File> {
+        let Some(name) = value.get_ref().as_str() else {
+            self.wrong_type(value, "a string");
+            return None;
+        };
+        let folder = Path::new(self.file).parent().unwrap_or(Path::new(""));
+        let path = folder.join(name);
+        let text = read_text(&path).and_then(|text| {
+            (wanted.check)(&text)?;
+            Ok(text)
+        });
+        match text {
+            Ok(text) => Some(File {
+                key: wanted.name,
+                name: name.to_owned(),
+                text,
+            }),
+            Err(what) => {
+                let path = path.display().to_string();
+                self.fault(value.span(), RecipeFaultKind::File { path, what });
+                None
             }
         }
     }
@@ -337,11 +411,27 @@ impl Reader<'_> {
     }
 }
 
+/// The text of a file that a recipe names, or what is wrong with it.
+fn read_text(path: &Path) -> Result<String, String> {
+    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
+    let mut bytes = Vec::new();
+    let read = file.take(MAX_FILE + 1).read_to_end(&mut bytes);
+    read.map_err(|error| error.to_string())?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(format!("larger than {MAX_FILE} bytes"));
+    }
+    String::from_utf8(bytes).map_err(|_| "not UTF-8".to_owned())
+}
+
 impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "schema = {SCHEMA}")?;
         for pass in &self.named {
             writeln!(f, "\n[pass.{pass}]")?;
+            if let Some(file) = self.files.get(pass) {
+                let name = file.name.replace('\\', "\\\\").replace('"', "\\\"");
+                writeln!(f, "{} = \"{name}\"", file.key)?;
+            }
             for ((_, parameter), value) in self.set.iter().filter(|((of, _), _)| of == pass) {
                 writeln!(f, "{parameter} = \"{value}\"")?;
             }

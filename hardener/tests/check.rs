@@ -8,6 +8,8 @@ mod common;
 mod functions;
 #[path = "check/modules.rs"]
 mod modules;
+#[path = "check/promotion.rs"]
+mod promotion;
 #[path = "check/scene.rs"]
 mod scene;
 #[path = "check/violations.rs"]

@@ -3,6 +3,7 @@
 use super::Subject;
 use super::dead::SUFFIX;
 use super::kernel::symbols::hex;
+use super::promoted;
 use super::report::{Findings, Rule, RuleReport};
 use super::sets;
 use goblin::elf::{Elf, header, program_header, section_header, sym};
@@ -147,10 +148,20 @@ impl CaveImage {
 
     /// Whether the thunk at `at` says by its name that it clears registers.
     pub fn clears(&self, at: LinkVa) -> bool {
+        self.name(at).is_some_and(|name| name.ends_with(SUFFIX))
+    }
+
+    /// Whether the thunk at `at` says by its name that it compares with targets and goes on without the retpoline.
+    pub fn promotes(&self, at: LinkVa) -> bool {
+        let name = self.name(at);
+        name.is_some_and(|name| name.starts_with(promoted::PREFIX))
+    }
+
+    /// The first name at `at`.
+    fn name(&self, at: LinkVa) -> Option<&str> {
         let from = self.symbols.partition_point(|(symbol, _)| *symbol < at);
-        let mut here = self.symbols[from..].iter();
-        here.next()
-            .is_some_and(|(symbol, name)| *symbol == at && name.ends_with(SUFFIX))
+        let (symbol, name) = self.symbols.get(from)?;
+        (*symbol == at).then_some(name.as_str())
     }
 
     /// The thunk or table at or before `at`, for messages.

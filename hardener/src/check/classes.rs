@@ -113,6 +113,9 @@ pub fn check(
         else {
             continue;
         };
+        if roles.promoted.contains_key(&to) {
+            continue;
+        }
         let index = claims.sites.binary_search_by_key(&edit.at, |site| site.at);
         let Ok(index) = index else {
             let what = "is checked, but the manifest claims no class for it".to_owned();

@@ -260,8 +260,8 @@ fn symbols(subject: &Subject<'_>, findings: &mut Findings<'_>) {
     }
 }
 
-/// The pass whose slots are also those of `return-cfi`.
-const SHARING: &str = "zero-regs";
+/// The passes whose slots are also those of `return-cfi` and of `no-retpoline`.
+const SHARING: [&str; 2] = ["zero-regs", "promote"];
 
 /// The manifest's counts are those of the edits, and each pass accounts for every slot of its kind.
 fn counts(subject: &Subject<'_>, findings: &mut Findings<'_>) {
@@ -277,8 +277,9 @@ fn counts(subject: &Subject<'_>, findings: &mut Findings<'_>) {
             *edited.entry(edit.slot).or_default() += 1;
         }
         let total = edits.len() as u64;
-        // The slots of this one are another's too.
-        let own = variant.passes.iter().filter(|pass| pass.name != SHARING);
+        // The slots of these are another's too.
+        let own = variant.passes.iter();
+        let own = own.filter(|pass| !SHARING.contains(&pass.name.as_str()));
         let by_passes: u64 = own.map(|pass| pass.edited).sum();
         if variant.edit_count != total || by_passes != total {
             let what = format!(

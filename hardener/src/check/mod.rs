@@ -9,8 +9,9 @@
 //! | same-boundaries | `slots.rs` | each edit is one whole instruction for one whole instruction |
 //! | one-shared-cave | `cave.rs` | thunks and tables lie in filler, apart from one another |
 //! | allowed-slots | `slots.rs` | no edit touches what the kernel pokes or depends on |
-//! | thunk-contract | `thunks.rs`, `exec/` | thunks keep what they must and pass exactly the members of their tables |
+//! | thunk-contract | `owed.rs`, `thunks.rs`, `exec/` | thunks keep what they must and pass exactly the members of their tables |
 //! | thunk-contract | `dead.rs` | what returns clear is read by nobody who is returned to |
+//! | thunk-contract | `promoted.rs` | branches that compare with hot targets go where the target says |
 //! | thunk-contract | `violations.rs` | what they stop is reported as the manifest says, with all that the slot had in place |
 //! | exact-sets | `tables.rs`, `sets.rs` | the tables hold exactly the legal addresses |
 //! | exact-sets | `returns.rs`, `callers.rs` | returns by function go back to that function's callers |
@@ -26,6 +27,8 @@ mod exec;
 mod image;
 mod kernel;
 mod module;
+mod owed;
+mod promoted;
 mod report;
 mod returns;
 mod sets;

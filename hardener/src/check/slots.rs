@@ -176,6 +176,11 @@ pub fn boundaries(subject: &Subject<'_>) -> RuleReport {
                         Replacement::CallRegister(_) | Replacement::JumpRegister(_) => {
                             drops.insert(Mitigation::Retpoline)
                         }
+                        Replacement::Call(to) | Replacement::Jump(to)
+                            if subject.cave.as_ref().is_ok_and(|image| image.promotes(to)) =>
+                        {
+                            drops.insert(Mitigation::Retpoline)
+                        }
                         _ => false,
                     };
                 }

@@ -5,6 +5,7 @@ use super::cave::CaveImage;
 use super::classes;
 use super::kernel::KernelError;
 use super::kernel::symbols::hex;
+use super::promoted;
 use super::report::{Findings, Rule, RuleReport};
 use super::returns;
 use super::sets::{self, Legal};
@@ -130,6 +131,7 @@ pub fn check(subject: &Subject<'_>, roles: &Roles) -> Result<RuleReport, KernelE
     let (return_sites, entries) = (sets::return_sites(kernel)?, sets::entries(kernel)?);
     returns::check(subject, roles, &return_sites, &mut findings)?;
     classes::check(subject, roles, &entries, &mut findings)?;
+    promoted::are_entries(&roles.promoted, &entries, &mut findings);
     for (sets, what, legal) in [
         (&roles.returns, "return sites", return_sites),
         (&roles.entries, "entries", entries),

@@ -7,8 +7,9 @@ use super::exec::exits::Reports;
 use super::exec::machine::{Code, Contract, Exit, Fault, Machine};
 use super::exec::memo::{Basis, Decided};
 use super::exec::tree::{Leaf, Lookup, Node, Tree};
-use super::kernel::Kernel;
 use super::kernel::symbols::hex;
+use super::owed::{computed_gotos, contract, has_fentry};
+use super::promoted::{self, Promoted};
 use super::report::{Findings, Rule, RuleReport};
 use super::slots::{Original, Replacement, replacement};
 use super::violations::{self, Reported};
@@ -22,9 +23,6 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, btree_map};
 /// where it was linked and at this slide; relocations are linear, and rule 4 also proves that none is missing or too many.
 const SLIDES: [u64; 2] = [0, 0x2ca0_0000];
 
-/// r10 and r11 as a set of register numbers.
-const R10_R11: u16 = 1 << 10 | 1 << 11;
-
 /// Where the kernel's image may be mapped (`__START_KERNEL_map`, `KERNEL_IMAGE_SIZE`).
 const MAPPING: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
 
@@ -37,6 +35,8 @@ pub struct Roles {
     pub entries: BTreeSet<Vec<usize>>,
     /// What thunks that read no table, or the words of hashed ones, let through of the text, by thunk. Sorted.
     pub classes: BTreeMap<LinkVa, Vec<LinkVa>>,
+    /// With which targets thunks compare that stop nobody. Sorted.
+    pub promoted: BTreeMap<LinkVa, Vec<LinkVa>>,
     /// Return thunks that pass the members of tables.
     pub by_table: BTreeSet<LinkVa>,
     /// Return thunks that look at the call, and what they decide.
@@ -78,6 +78,7 @@ fn groups<'a>(
     let gotos = computed_gotos(kernel);
     let mut slots = Vec::new();
     let mut cleared = Cleared::of(subject);
+    let mut promoted = Promoted::of(subject);
     for (variant, edit) in subject.edits() {
         let at = subject.place(edit);
         let to = match replacement(&edit.bytes, at) {
@@ -111,9 +112,15 @@ fn groups<'a>(
             contract.cleared = dead::CLEARED;
             cleared.slot(variant, at, traced);
         }
+        let compares = subject.cave.as_ref().is_ok_and(|image| image.promotes(to));
+        if original != Original::Return && compares {
+            contract.plain = true;
+            promoted.slot(variant);
+        }
         slots.push((variant, at, to, contract));
     }
     cleared.check(findings);
+    promoted.check(findings);
     let of_modules = module::thunk_slots(subject).into_iter();
     slots.extend(of_modules.map(|slot| (slot.variant, slot.at, slot.thunk, slot.contract)));
     let mut groups = BTreeMap::new();
@@ -131,56 +138,6 @@ fn groups<'a>(
         group.slots += 1;
     }
     groups
-}
-
-/// What a slot asks of its thunk: whether its function is traced by ftrace, and whether it jumps to labels in itself.
-pub fn contract(original: Original, traced: bool, goto: bool) -> Contract {
-    match original {
-        // The call that reports a freed module asks for nothing; it is proved by its instructions.
-        Original::Return | Original::ModuleFree(_) => Contract {
-            target: None,
-            scratch: if traced { R10_R11 } else { 0 },
-            flags: traced,
-            cleared: 0,
-        },
-        Original::Call(register) | Original::Jump(register) => {
-            // A call and a tail call may clobber r11 and flags, which carry no argument (System V psABI, 3.2.1 and
-            // figure 3.4); r10 may be a static chain. A computed goto stays in its function, where all may be live.
-            let inside = matches!(original, Original::Jump(_)) && goto;
-            let scratch = if inside || register == 11 { 0 } else { 1 << 11 };
-            Contract {
-                target: Some(register),
-                scratch,
-                flags: !inside,
-                cleared: 0,
-            }
-        }
-    }
-}
-
-/// A function traced by ftrace: compiled with -pg, so without -fipa-ra, so its callers expect r10, r11 and flags to be
-/// lost. With IBT the call follows a 4-byte ENDBR64.
-fn has_fentry(kernel: &Kernel, traced: &HashSet<LinkVa>, start: LinkVa) -> bool {
-    traced.contains(&start)
-        || traced.contains(&LinkVa(start.0 + 4))
-            && kernel.vmlinux.bytes(start, 4) == Some(&[0xf3, 0x0f, 0x1e, 0xfa])
-}
-
-/// Functions with labels that data points to.
-fn computed_gotos(kernel: &Kernel) -> HashSet<LinkVa> {
-    let places = kernel.vmlinux.relocs.abs64.iter();
-    let places = places.filter(|place| {
-        let tables = &kernel.tables.descriptive;
-        !tables.iter().any(|table| table.contains(**place))
-    });
-    let labels = places.filter_map(|place| kernel.vmlinux.u64(*place).map(LinkVa));
-    labels
-        .filter(|label| kernel.in_text(*label))
-        .filter_map(|label| {
-            let function = kernel.symbols.around(label)?;
-            (function.start != label).then_some(function.start)
-        })
-        .collect()
 }
 
 /// Absolute addresses in thunks are exactly the relocations, and jumps to the return thunk exactly the return tails.
@@ -318,6 +275,8 @@ enum Passes {
     Tables(Vec<usize>),
     /// These entries, and all that lies outside the text; the tables that were read for it.
     Entries(Vec<LinkVa>, BTreeSet<usize>),
+    /// Everybody, who is one of these or not.
+    All(Vec<LinkVa>),
 }
 
 /// What is proved of all thunks at one slide.
@@ -383,9 +342,15 @@ fn prove(
                 roles.returns.insert(seen.clone());
                 roles.by_table.insert(*thunk);
             }
-            (_, Passes::Entries(entries, seen)) => {
-                roles.hashed.extend(seen);
-                let other = roles.classes.insert(*thunk, entries.clone());
+            (_, Passes::Entries(entries, _) | Passes::All(entries)) => {
+                let role = match seen {
+                    Passes::Entries(_, read) => {
+                        roles.hashed.extend(read);
+                        &mut roles.classes
+                    }
+                    _ => &mut roles.promoted,
+                };
+                let other = role.insert(*thunk, entries.clone());
                 if other.is_some_and(|other| other != *entries) {
                     let what = "decides otherwise when the kernel is moved".to_owned();
                     findings.broken(group.map(|group| group.variant), Some(*thunk), what);
@@ -537,6 +502,11 @@ fn prove_at(
                 }
                 let seen = seen.into_iter().collect();
                 return Ok((Passes::Tables(seen), home(reports)));
+            }
+            if contract.plain {
+                let targets = promoted::targets(&tree).map_err(|what| (thunk, what))?;
+                let targets = targets.into_iter().map(down).collect();
+                return Ok((Passes::All(targets), home(reports)));
             }
             // What compares only is proved by that.
             let compared = tree.compared().filter(|_| contract.target.is_some());

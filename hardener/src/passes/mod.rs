@@ -4,14 +4,17 @@ mod forward_cfi;
 mod module_free;
 mod no_rethunk;
 mod no_retpoline;
+mod promote;
 mod return_cfi;
 mod zero_regs;
 
 pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
+pub use promote::profile as promote_profile;
 pub use return_cfi::{NAME as RETURN_CFI, is_per_function};
 pub use zero_regs::is_wanted as is_zeroing;
 
 use crate::recipe::{Parameter, Recipe};
+use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
 use crate::text::zeroing::Zeroing;
 use crate::text::{Indirect, Return, Slots, Text};
@@ -44,6 +47,8 @@ pub struct Analyses<'a> {
     pub return_sets: Option<&'a ReturnSets>,
     /// Which returns may clear registers.
     pub zeroing: Option<&'a Zeroing>,
+    /// Which indirect branches compare with which targets.
+    pub promotion: Option<&'a Promotion>,
 }
 
 /// A pass: edits slots of one kind.
@@ -77,6 +82,11 @@ pub trait Pass: Sync {
         &[]
     }
 
+    /// The file that a recipe must give it.
+    fn file(&self) -> Option<FileParameter> {
+        None
+    }
+
     /// What it measured on this kernel.
     fn figures(&self, _context: &Context<'_>) -> BTreeMap<String, u64> {
         BTreeMap::new()
@@ -87,6 +97,15 @@ pub trait Pass: Sync {
 
     /// Its edits, and the slots of its kind that it left alone, by reason.
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError>;
+}
+
+/// A parameter that is the name of a file, from the recipe's folder.
+#[derive(Clone, Copy)]
+pub struct FileParameter {
+    /// Its key.
+    pub name: &'static str,
+    /// What is wrong with the file's text, if anything is.
+    pub check: fn(&str) -> Result<(), String>,
 }
 
 /// Why a variant cannot be made. Each is a mistake in a pass: the slots were checked before.
@@ -119,6 +138,7 @@ pub const VARIANTS: [(&str, &[&dyn Pass]); 3] = [
         "fast",
         &[
             &no_retpoline::NoRetpoline,
+            &promote::Promote,
             &no_rethunk::NoRethunk,
             &module_free::ModuleFree,
         ],

@@ -4,6 +4,7 @@ use super::cave::CaveView;
 use super::listing::{Lister, Names, spaced};
 use super::place::{self, Place};
 use crate::passes;
+use crate::thunks::promote;
 use crate::thunks::return_cfi::Mode;
 use penumbra_bundle::{
     Bundle, Edit, LinkVa, PassSummary, SiteKind, SlotKind, TextOff, VaRange, Variant,
@@ -211,8 +212,9 @@ impl Explainer<'_> {
             .map(|pass| pass.does());
         let also = thunk.as_ref().and_then(|thunk| {
             let clears = thunk.name.ends_with(&Mode::Zeroing.named(""));
+            let compares = thunk.name.starts_with(promote::PREFIX);
             let mut sharing = known.values().filter(|pass| pass.shares_slots());
-            sharing.find(|pass| clears && pass.slot() == edit.slot)
+            sharing.find(|pass| (clears || compares) && pass.slot() == edit.slot)
         });
         let also = also.map_or(String::new(), |pass| {
             format!("; {}: {}", pass.name(), pass.does())

@@ -9,6 +9,7 @@ mod functions;
 mod liveness;
 pub mod model;
 pub mod module;
+pub mod promotion;
 mod regions;
 pub mod return_sets;
 mod returns;

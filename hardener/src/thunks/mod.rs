@@ -8,6 +8,7 @@ pub mod forward_class;
 mod hashed;
 mod lookup;
 pub mod module_free;
+pub mod promote;
 pub mod return_cfi;
 pub mod return_function;
 mod tables;
@@ -132,6 +133,7 @@ fn build_with(
         forward,
         return_sets,
         zeroing,
+        promotion,
     } = analyses;
     let start = text.cave.pages.start;
     let dense_end = text.cave.run.start;
@@ -229,6 +231,9 @@ fn build_with(
     }
     if let Some(cleanup) = kernel.module_cleanup {
         module_free::emit(&mut code, cleanup, &on_return);
+    }
+    if let Some(promotion) = promotion {
+        promote::emit(&mut code, promotion, &text.slots, &on_call);
     }
     let code_end = LinkVa(code_start.0 + code.bytes().len() as u64);
     let range = VaRange {

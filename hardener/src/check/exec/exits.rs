@@ -81,13 +81,19 @@ impl Machine<'_> {
             ));
         }
         let wanted = match self.contract.target {
+            Some(register) if self.contract.plain => Exit::Plain(register),
             Some(register) => Exit::Indirect(register),
             None => Exit::Return,
         };
-        if exit != wanted {
+        // Only a contract without the retpoline lets the machine find such an end.
+        if exit != wanted && exit != Exit::Direct {
             let name = |exit| match exit {
                 Exit::Return => "a return".to_owned(),
                 Exit::Indirect(register) => format!("a jump to *%{}", register_name(register)),
+                Exit::Plain(register) => {
+                    format!("a jump to *%{} without retpoline", register_name(register))
+                }
+                Exit::Direct => "a direct jump".to_owned(),
                 Exit::Panic => "panic".to_owned(),
                 Exit::Thunk => "another thunk".to_owned(),
             };

@@ -72,6 +72,10 @@ pub enum Exit {
     Return,
     /// Through the retpoline of this register.
     Indirect(u8),
+    /// By the plain branch through this register.
+    Plain(u8),
+    /// To a fixed address, by the only subject that is this address.
+    Direct,
     /// To the kernel's `panic`.
     Panic,
     /// To another thunk, which is proved by itself.
@@ -89,6 +93,8 @@ pub struct Contract {
     pub flags: bool,
     /// Registers, by number, that must be 0 when a return goes on.
     pub cleared: u16,
+    /// Whether it goes on without the retpoline, and stops nobody.
+    pub plain: bool,
 }
 
 /// What is wrong, and where.
@@ -182,6 +188,14 @@ impl<'a> Machine<'a> {
         let mut touched: Vec<(Term, Set, u64)> = Vec::new();
         let end = loop {
             let at = state.ip;
+            let (low, high) = self.code.executable;
+            if self.contract.plain
+                && !(low..high).contains(&at)
+                && state.subjects == Set::span(at, at)
+            {
+                let leaf = self.leave(&state, Exit::Direct)?;
+                break self.node(at, Node::Leaf(leaf, state.subjects.clone()))?;
+            }
             match (self.exit)(at) {
                 // As if the slot had jumped there; otherwise it is a piece of this one, as all is of thunks of indirect branches.
                 Some(Exit::Thunk)
@@ -198,7 +212,6 @@ impl<'a> Machine<'a> {
                 }
                 None => {}
             }
-            let (low, high) = self.code.executable;
             if !(low..high).contains(&at) {
                 return Err(fault(
                     at,
@@ -228,6 +241,12 @@ impl<'a> Machine<'a> {
                 }
                 Mnemonic::Jmp if instruction.op0_kind() == OpKind::NearBranch64 => {
                     state.ip = instruction.near_branch_target();
+                }
+                Mnemonic::Jmp if instruction.op0_kind() == OpKind::Register => {
+                    let register = instruction.op0_register().number() as u8;
+                    state.ip = at;
+                    let leaf = self.leave(&state, Exit::Plain(register))?;
+                    break self.node(at, Node::Leaf(leaf, state.subjects.clone()))?;
                 }
                 _ if instruction.is_jcc_short_or_near() => {
                     let cond = self.condition(&state, &instruction)?;

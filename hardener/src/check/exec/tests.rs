@@ -20,18 +20,21 @@ const FREE: Contract = Contract {
     scratch: 1 << 10 | 1 << 11,
     flags: true,
     cleared: 0,
+    plain: false,
 };
 const STRICT: Contract = Contract {
     target: None,
     scratch: 0,
     flags: false,
     cleared: 0,
+    plain: false,
 };
 const RAX: Contract = Contract {
     target: Some(0),
     scratch: 1 << 11,
     flags: true,
     cleared: 0,
+    plain: false,
 };
 
 /// Nothing was saved.
@@ -419,6 +422,7 @@ const CLEARING: Contract = Contract {
     scratch: 1 << 10 | 1 << 11,
     flags: true,
     cleared: 1 << 1 | 1 << 6,
+    plain: false,
 };
 
 #[test]
@@ -444,6 +448,7 @@ fn a_computed_goto_may_lose_nothing() {
         scratch: 0,
         flags: false,
         cleared: 0,
+        plain: false,
     };
     assert_eq!(
         judge(inside, |a| forward(a, RETPOLINE_RAX)),

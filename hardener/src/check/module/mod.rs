@@ -13,7 +13,7 @@ use super::kernel::sweep::Sweep;
 use super::kernel::{Kernel, KernelError};
 use super::report::{Findings, Rule, RuleReport};
 use super::slots::{KernelThunks, Original, Replacement, fits, replacement};
-use super::{Subject, thunks};
+use super::{Subject, owed};
 use crate::image::unpacked_module;
 use load::{Loaded, Part, load};
 use penumbra_bundle::{
@@ -487,6 +487,6 @@ impl<'a> Read<'a> {
             || fentry.contains(&(start + 4, 0)) && endbr == Some(&[0xf3, 0x0f, 0x1e, 0xfa]);
         let labels = self.loaded.pointers.range(start..end);
         let goto = labels.into_iter().any(|label| *label != start);
-        thunks::contract(original, traced, goto)
+        owed::contract(original, traced, goto)
     }
 }
