@@ -14,6 +14,8 @@
 //! [pass.zero-regs]         # runs only where it is named
 //! ```
 //!
+//! A pass that works by a file (`[pass.promote]`, `profile = "FILE"`) is given its name, from the recipe's folder.
+//!
 //! All errors of a file are found at once, each with its place.
 
 use crate::passes::{self, FileParameter};
