@@ -196,6 +196,8 @@ pub fn run(
         made.edits.0.extend(edits);
     }
     made.drops.sort();
+    // Passes that share slots leave out the same.
+    made.drops.dedup();
     made.edits.0.sort_by_key(|edit| edit.at);
     self_check(name, context.text, &made.edits)?;
     Ok(made)

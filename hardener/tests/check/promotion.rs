@@ -92,6 +92,10 @@ fn the_bundle_is_proved_and_differs_from_fast_at_two_branches() {
     ] {
         assert_eq!(pass.figures[figure], value, "{figure}");
     }
+    assert_eq!(
+        bundle.manifest.variants[1].drops,
+        plain.manifest.variants[1].drops
+    );
     // The rest of `fast` is as without it.
     let both = bundle.edits[1].0.iter().zip(&plain.edits[1].0);
     let differs = both.filter(|(a, b)| a != b && a.slot == SlotKind::Indirect);
