@@ -275,6 +275,9 @@ fn emit_bundle(
         .write_dir(output, force)
         .map_err(emit::EmitError::from)?;
     drop(progress);
+    for less in &emitted.given_up {
+        eprintln!("hardener: this kernel has no room for all that the recipe lists first; {less}");
+    }
     for refused in &emitted.refused {
         eprintln!("hardener: left out: {refused}");
     }

@@ -212,6 +212,8 @@ pub struct Emitted {
     pub bundle: Bundle,
     /// Modules found in a folder that cannot be taken.
     pub refused: Vec<Refused>,
+    /// What the kernel has no room for, and what takes its place, for people.
+    pub given_up: Vec<String>,
 }
 
 /// Like [`emit`], with the modules in `modules`: files, or folders of them.
@@ -261,29 +263,45 @@ fn bundle(
     }
     let mut modules = Modules::read(image, &kernel, modules).map_err(Failure::Module)?;
     progress(Stage::Thunks);
-    let forward = match passes::is_typed(recipe) {
+    let choices = recipe.choices();
+    let asked = |wants: fn(&Recipe) -> bool| choices.iter().any(wants);
+    let forward = match asked(passes::is_typed) {
         true => Some(types::analyse(image, &tables, &text)?),
         false => None,
     };
-    let forward = forward.as_ref();
     let return_sets =
-        passes::is_per_function(recipe).then(|| ReturnSets::find(image, &tables, &text));
-    let zeroing = passes::is_zeroing(recipe).then(|| Zeroing::find(image, &tables, &text));
+        asked(passes::is_per_function).then(|| ReturnSets::find(image, &tables, &text));
+    let zeroing = asked(passes::is_zeroing).then(|| Zeroing::find(image, &tables, &text));
     let profile = passes::promote_profile(recipe);
     let promotion = profile.map(|profile| Promotion::find(image, &text, &profile));
-    let analyses = Analyses {
-        forward,
-        return_sets: return_sets.as_ref(),
+    let for_choice = |choice: &Recipe| Analyses {
+        forward: forward.as_ref().filter(|_| passes::is_typed(choice)),
+        return_sets: return_sets
+            .as_ref()
+            .filter(|_| passes::is_per_function(choice)),
         zeroing: zeroing.as_ref(),
         promotion: promotion.as_ref(),
     };
     let slots = modules.slots();
-    let cave = thunks::build(&text, &slots, &kernel, recipe, analyses)?;
+    let build = |choice| thunks::build(&text, &slots, &kernel, choice, for_choice(choice));
+    let mut recipe_used = recipe;
+    let mut cave = None;
+    for choice in &choices {
+        recipe_used = choice;
+        let made = cave.insert(build(choice));
+        // The next one may need less.
+        if !matches!(made, Err(TextError::Cave { .. })) {
+            break;
+        }
+    }
+    let cave = cave.unwrap_or_else(|| build(recipe))?;
+    let analyses = for_choice(recipe_used);
+    let forward = analyses.forward;
     progress(Stage::Passes);
     let context = Context {
         text: &text,
         cave: &cave,
-        recipe,
+        recipe: recipe_used,
         analyses,
     };
     let (mut variants, mut edits) = (Vec::new(), Vec::new());
@@ -314,7 +332,11 @@ fn bundle(
         forward: forward.map(|forward| forward.claims()),
         modules,
     };
-    Ok(Emitted { bundle, refused })
+    Ok(Emitted {
+        bundle,
+        refused,
+        given_up: recipe.given_up(recipe_used),
+    })
 }
 
 /// Names the modules, if there are any.

@@ -5,7 +5,7 @@
 //!
 //! [pass.return-cfi]
 //! on-violation = "log"     # kill (the default), log or panic
-//! policy = "function"      # return-sites (the default) or function
+//! policy = ["function", "return-sites"]   # or one of them alone; return-sites is the default
 //!
 //! [pass.forward-cfi]
 //! on-violation = "panic"
@@ -13,6 +13,8 @@
 //!
 //! [pass.zero-regs]         # runs only where it is named
 //! ```
+//!
+//! Of several policies the first is used for which the kernel has room.
 //!
 //! A pass that works by a file (`[pass.promote]`, `profile = "FILE"`) is given its name, from the recipe's folder.
 //!
@@ -44,6 +46,7 @@ const MAX_FAULTS: usize = 50;
 pub const VIOLATION: Parameter = Parameter {
     name: ON_VIOLATION,
     values: &["kill", "log", "panic"],
+    takes_list: false,
 };
 
 /// What a recipe may set of a pass.
@@ -53,6 +56,8 @@ pub struct Parameter {
     pub name: &'static str,
     /// What it may be; the first is the default.
     pub values: &'static [&'static str],
+    /// Whether a recipe may list several, of which the first is used that the kernel has room for.
+    pub takes_list: bool,
 }
 
 /// What the passes do.
@@ -60,6 +65,8 @@ pub struct Parameter {
 pub struct Recipe {
     /// By pass and parameter.
     set: BTreeMap<(&'static str, &'static str), &'static str>,
+    /// What may take its place where there is no room for it, in this order.
+    instead: BTreeMap<(&'static str, &'static str), Vec<&'static str>>,
     /// Files by pass: the key, the name as written, the text.
     files: BTreeMap<&'static str, File>,
     /// The passes that it has a table of, with or without parameters.
@@ -241,6 +248,42 @@ impl Recipe {
         self.files.get(pass).map(|file| file.text.as_str())
     }
 
+    /// What is to be tried in turn where the kernel lacks room: all choices of the recipe, its first ones first. A later
+    /// pass gives way before an earlier one (by name).
+    pub fn choices(&self) -> Vec<Recipe> {
+        let mut choices = vec![Recipe {
+            instead: BTreeMap::new(),
+            ..self.clone()
+        }];
+        for (key, instead) in &self.instead {
+            choices = choices
+                .into_iter()
+                .flat_map(|choice| {
+                    let others = instead.iter().map(|value| {
+                        let mut other = choice.clone();
+                        other.set.insert(*key, value);
+                        other
+                    });
+                    let others: Vec<Recipe> = others.collect();
+                    std::iter::once(choice).chain(others)
+                })
+                .collect();
+        }
+        choices
+    }
+
+    /// What `choice` has in place of this recipe's first choices, for people.
+    pub fn given_up(&self, choice: &Recipe) -> Vec<String> {
+        let differ = self.set.iter().filter_map(|(key, first)| {
+            let value = choice.set.get(key).filter(|value| *value != first)?;
+            let (pass, parameter) = key;
+            Some(format!(
+                "{pass}: {parameter} `{value}` instead of `{first}`"
+            ))
+        });
+        differ.collect()
+    }
+
     /// What `parameter` of `pass` is.
     pub fn value(&self, pass: &'static str, parameter: &Parameter) -> &'static str {
         let set = self.set.get(&(pass, parameter.name));
@@ -323,8 +366,14 @@ impl Reader<'_> {
                 }
                 for parameter in parameters {
                     let value = fields.get(parameter.name);
-                    if let Some(value) = value.and_then(|value| self.choice(value, parameter)) {
-                        recipe.set.insert((name, parameter.name), value);
+                    let values = value.map(|value| self.choices(value, parameter));
+                    let mut values = values.unwrap_or_default().into_iter();
+                    if let Some(first) = values.next() {
+                        recipe.set.insert((name, parameter.name), first);
+                        let instead: Vec<&str> = values.collect();
+                        if !instead.is_empty() {
+                            recipe.instead.insert((name, parameter.name), instead);
+                        }
                     }
                 }
             }
@@ -357,9 +406,35 @@ impl Reader<'_> {
         }
     }
 
-    fn choice(&mut self, value: &Value<'_>, parameter: &Parameter) -> Option<&'static str> {
+    /// One value, or a list of them where the parameter takes one.
+    fn choices(&mut self, value: &Value<'_>, parameter: &Parameter) -> Vec<&'static str> {
+        let list = value.get_ref().as_array().filter(|_| parameter.takes_list);
+        let Some(list) = list else {
+            let expected = match parameter.takes_list {
+                true => "a string or a list of strings",
+                false => "a string",
+            };
+            return Vec::from_iter(self.choice(value, parameter, expected));
+        };
+        if list.is_empty() {
+            self.wrong_type(value, "at least one string");
+        }
+        let mut values = Vec::new();
+        for value in list {
+            let choice = self.choice(value, parameter, "a string");
+            values.extend(choice.filter(|choice| !values.contains(choice)));
+        }
+        values
+    }
+
+    fn choice(
+        &mut self,
+        value: &Value<'_>,
+        parameter: &Parameter,
+        expected: &'static str,
+    ) -> Option<&'static str> {
         let Some(name) = value.get_ref().as_str() else {
-            self.wrong_type(value, "a string");
+            self.wrong_type(value, expected);
             return None;
         };
         let choice = parameter.values.iter().find(|known| **known == name);
@@ -434,8 +509,16 @@ impl fmt::Display for Recipe {
                 let name = file.name.replace('\\', "\\\\").replace('"', "\\\"");
                 writeln!(f, "{} = \"{name}\"", file.key)?;
             }
-            for ((_, parameter), value) in self.set.iter().filter(|((of, _), _)| of == pass) {
-                writeln!(f, "{parameter} = \"{value}\"")?;
+            for (key, value) in self.set.iter().filter(|((of, _), _)| of == pass) {
+                let (_, parameter) = key;
+                match self.instead.get(key) {
+                    None => writeln!(f, "{parameter} = \"{value}\"")?,
+                    Some(instead) => {
+                        let all = std::iter::once(value).chain(instead);
+                        let all: Vec<String> = all.map(|one| format!("\"{one}\"")).collect();
+                        writeln!(f, "{parameter} = [{}]", all.join(", "))?;
+                    }
+                }
             }
         }
         Ok(())
@@ -445,7 +528,7 @@ impl fmt::Display for Recipe {
 #[cfg(test)]
 mod tests {
     use super::{MAX_RECIPE, Recipe};
-    use crate::passes::{FORWARD_CFI, RETURN_CFI};
+    use crate::passes::{self, FORWARD_CFI, RETURN_CFI};
     use penumbra_bundle::ViolationAction;
 
     fn said(src: impl AsRef<[u8]>) -> String {
@@ -462,6 +545,31 @@ mod tests {
         assert_eq!(recipe.on_violation(RETURN_CFI), ViolationAction::Log);
         assert_eq!(recipe.on_violation(FORWARD_CFI), ViolationAction::Kill);
         assert_eq!(recipe.to_string(), src);
+    }
+
+    #[test]
+    fn of_a_list_each_value_is_a_choice_and_the_first_ones_come_first() {
+        let src = "schema = 1\n\n[pass.forward-cfi]\npolicy = [\"typed\", \"address-taken\"]\n\n\
+                   [pass.return-cfi]\npolicy = [\"function\", \"return-sites\"]\n";
+        let recipe = Recipe::parse("r.toml", src.as_bytes()).unwrap();
+        assert_eq!(recipe.to_string(), src);
+        let choices = recipe.choices();
+        let policies = choices.iter().map(|choice| {
+            let has = (passes::is_typed(choice), passes::is_per_function(choice));
+            (has, recipe.given_up(choice))
+        });
+        let no_function = "return-cfi: policy `return-sites` instead of `function`".to_owned();
+        let no_types = "forward-cfi: policy `address-taken` instead of `typed`".to_owned();
+        assert_eq!(
+            policies.collect::<Vec<_>>(),
+            [
+                ((true, true), vec![]),
+                ((true, false), vec![no_function.clone()]),
+                ((false, true), vec![no_types.clone()]),
+                ((false, false), vec![no_types, no_function]),
+            ]
+        );
+        assert_eq!(Recipe::default().choices(), [Recipe::default()]);
     }
 
     #[test]
@@ -525,6 +633,22 @@ mod tests {
             (
                 "schema = 1\n[pass.forward-cfi]\npolicy = \"type\"\n",
                 "r.toml:3:10: unknown policy `type`; did you mean `typed`?",
+            ),
+            (
+                "schema = 1\n[pass.return-cfi]\npolicy = []\n",
+                "r.toml:3:10: expected at least one string, found an array",
+            ),
+            (
+                "schema = 1\n[pass.return-cfi]\npolicy = [\"function\", 1]\n",
+                "r.toml:3:22: expected a string, found an integer",
+            ),
+            (
+                "schema = 1\n[pass.return-cfi]\npolicy = 1\n",
+                "r.toml:3:10: expected a string or a list of strings, found an integer",
+            ),
+            (
+                "schema = 1\n[pass.return-cfi]\non-violation = [\"log\"]\n",
+                "r.toml:3:16: expected a string, found an array",
             ),
             (
                 "schema = 1\n[pass.return-cfi]\npolicy = \"functions\"\n",

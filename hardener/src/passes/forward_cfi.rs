@@ -16,6 +16,7 @@ pub const NAME: &str = "forward-cfi";
 const POLICY: Parameter = Parameter {
     name: "policy",
     values: &["address-taken", "typed"],
+    takes_list: true,
 };
 
 /// Whether `recipe` asks for types.

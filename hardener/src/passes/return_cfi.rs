@@ -16,6 +16,7 @@ pub const NAME: &str = "return-cfi";
 const POLICY: Parameter = Parameter {
     name: "policy",
     values: &["return-sites", "function"],
+    takes_list: true,
 };
 
 /// Whether `recipe` asks for each function's own return addresses.
