@@ -640,7 +640,7 @@ mod tests {
             ),
             (
                 "schema = 1\n[pass.return-cfi]\npolicy = [\"function\", 1]\n",
-                "r.toml:3:22: expected a string, found an integer",
+                "r.toml:3:23: expected a string, found an integer",
             ),
             (
                 "schema = 1\n[pass.return-cfi]\npolicy = 1\n",
