@@ -194,3 +194,27 @@ fn all_that_a_kernel_lacks_is_said_at_once() {
     }
     assert_eq!(lines.len(), 4, "{said}");
 }
+
+/// Addresses at the very top: the end of what lies there is not a number of 64 bits.
+#[test]
+fn addresses_that_wrap_are_refused() {
+    let whole = unpacked(fs::read(common::cloud()).unwrap()).unwrap();
+    let elf = goblin::elf::Elf::parse(&whole).unwrap();
+    let name = |header: &goblin::elf::SectionHeader| elf.shdr_strtab.get_at(header.sh_name);
+    let index = elf
+        .section_headers
+        .iter()
+        .position(|header| name(header) == Some("__ksymtab"))
+        .unwrap();
+    // sh_addr is the third field of a section header, e_shoff stands at 0x28 of the file.
+    let address = elf.header.e_shoff as usize + index * 64 + 16;
+    let mut damaged = whole.clone();
+    damaged[address..address + 8].copy_from_slice(&(u64::MAX - 7).to_le_bytes());
+    let exports = |file| Image::parse(file).unwrap().exports().unwrap().len();
+    // Not one entry fits there.
+    assert!(exports(damaged) < exports(whole.clone()));
+
+    let mut damaged = whole;
+    damaged[0x28..0x30].copy_from_slice(&(u64::MAX - 7).to_le_bytes());
+    assert!(Image::parse(damaged).is_err());
+}

@@ -85,7 +85,8 @@ pub fn read(bytes: &[u8]) -> Result<Elf, Fault> {
             });
         }
     }
-    let headers_end = header.e_shoff + u64::from(header.e_shnum) * u64::from(header.e_shentsize);
+    let headers_len = u64::from(header.e_shnum) * u64::from(header.e_shentsize);
+    let headers_end = header.e_shoff.saturating_add(headers_len);
     let mut end = headers_end.min(bytes.len() as u64) as usize;
     let mut sections = Vec::new();
     for section in &elf.section_headers {

@@ -71,15 +71,16 @@ impl Image {
             };
             let (mut at, end) = (section.range.start.0, section.range.end.0);
             let damaged = || Fault::damaged(table, "an entry leaves the image");
-            while size > 0 && at + size as u64 <= end {
+            let next = |at: u64| at.checked_add(size as u64).filter(|next| *next <= end);
+            while let Some(behind) = next(at).filter(|_| size > 0) {
                 let follow = |member: u32| {
-                    let place = at + u64::from(member);
+                    let place = at.checked_add(u64::from(member))?;
                     let offset = self.u32_at(LinkVa(place))? as i32;
                     Some(LinkVa(place.wrapping_add_signed(i64::from(offset))))
                 };
                 let (value, name) = follow(value).zip(follow(name)).ok_or_else(damaged)?;
                 exports.insert(self.string(name).ok_or_else(damaged)?, value);
-                at += size as u64;
+                at = behind;
             }
         }
         Ok(exports)
@@ -87,7 +88,7 @@ impl Image {
 
     fn string(&self, at: LinkVa) -> Option<String> {
         let mut len = 0;
-        while *self.at(LinkVa(at.0 + len), 1)?.first()? != 0 {
+        while *self.at(LinkVa(at.0.checked_add(len)?), 1)?.first()? != 0 {
             len += 1;
             (len < 512).then_some(())?;
         }
