@@ -1,7 +1,8 @@
 //! What each return may go back to, and how its thunk tells.
 //!
 //! A direct call names its callee in the four bytes before the return address. So the thunk of a function compares these with
-//! the function's own address, and with those of the functions that jump to it; no table is read. Where indirect calls return
+//! the function's own address, and with those of the functions that jump to it; or, where calls are few, the return address
+//! with theirs. No table is read. Where indirect calls return
 //! to is one set for all.
 
 use super::callgraph::{CallGraph, Callers};
@@ -24,6 +25,8 @@ pub enum Check {
     Callers {
         /// Entries, most called first.
         called: Vec<TextOff>,
+        /// Where their direct calls return to, when it is shorter to compare with that. Sorted.
+        sites: Option<Vec<TextOff>>,
         /// Whether an indirect call will do.
         indirect: bool,
         /// Whether the call's first byte has to be looked at: elsewhere in the text the four bytes before some address name
@@ -91,6 +94,14 @@ fn check(graph: &CallGraph, text: &Text, named: &Bitmap, callers: &Callers) -> C
         let calls = graph.direct[*number as usize].len();
         (std::cmp::Reverse(calls), *number)
     });
+    let sites = called.iter().map(|number| &graph.direct[*number as usize]);
+    // One more comparison than with callees costs what finding out the callee does.
+    let few = sites.clone().map(Vec::len).sum::<usize>() <= called.len() + 1;
+    let sites = (few && !called.is_empty()).then(|| {
+        let mut sites: Vec<TextOff> = sites.flatten().copied().collect();
+        sites.sort_unstable();
+        sites
+    });
     let called = called.into_iter();
     let called: Vec<TextOff> = called
         .map(|number| text.functions.start(number as usize))
@@ -98,6 +109,7 @@ fn check(graph: &CallGraph, text: &Text, named: &Bitmap, callers: &Callers) -> C
     Check::Callers {
         indirect: callers.indirect,
         opcode: called.iter().any(|at| named.get(at.0 as usize)),
+        sites,
         called,
     }
 }

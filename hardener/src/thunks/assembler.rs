@@ -139,15 +139,18 @@ impl Section {
             .inner;
         for index in thunk.absolute {
             let constants = done.constant_offsets[index];
-            let inside = match (constants.has_displacement(), constants.has_immediate()) {
-                (true, false) => (
+            let both = [
+                (
                     constants.displacement_offset(),
                     constants.displacement_size(),
                 ),
-                (false, true) => (constants.immediate_offset(), constants.immediate_size()),
-                both => panic!("{name}: one constant expected, {both:?}"),
+                (constants.immediate_offset(), constants.immediate_size()),
+            ];
+            // An absolute address has 32 bits; a displacement beside it is the stack's, and short.
+            let mut wide = both.iter().filter(|(_, size)| *size == 4);
+            let (Some(inside), None) = (wide.next(), wide.next()) else {
+                panic!("{name}: one constant of 32 bits expected, {both:?}");
             };
-            assert_eq!(inside.1, 4, "{name}: an absolute address has 32 bits");
             self.relocs.push(Reloc {
                 at: LinkVa(at + u64::from(done.new_instruction_offsets[index]) + inside.0 as u64),
                 kind: RelocKind::Abs32,

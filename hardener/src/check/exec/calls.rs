@@ -2,7 +2,7 @@
 //!
 //! A direct call names its callee: its last four bytes, added to the return address, give it. A thunk that compares them with a
 //! constant asks whether they name one function, and the text says for which addresses they do. So a thunk that only asks
-//! that, and leaves all others to another thunk, is followed for the few addresses for which it has an answer; any other one
+//! that, or whether the return address is a constant, and leaves all others to another thunk, is followed for the few addresses for which it has an answer; any other one
 //! is followed for every address in the text.
 
 use super::machine::Code;
@@ -11,6 +11,8 @@ use std::collections::BTreeSet;
 
 /// The text is mapped in whole pages; what fills the last one is nowhere to return to.
 const PAGE: u64 = 0xfff;
+/// No thunk looks further before its subject (see [`super::term::Arena::before_subject`]).
+const MOST_BEFORE: u64 = 8;
 
 /// Addresses by what the four bytes before them name, both as offsets from the text's start.
 #[derive(Default)]
@@ -100,12 +102,15 @@ impl Tree {
         self.names.values().copied()
     }
 
-    /// Where all subjects end before which none of [`Tree::names`] is named, when that is one place.
+    /// Where all subjects end before which none of [`Tree::names`] is named and that are none of those compared with, when that
+    /// is one place.
     fn end_of_others(&self, at: NodeId) -> Option<Leaf> {
         match &self.nodes[at.0] {
             Node::Leaf(leaf, _) => Some(*leaf),
             Node::Touch { .. } => None,
-            Node::Branch { cond, no, .. } if self.names.contains_key(cond) => {
+            Node::Branch { cond, no, .. }
+                if self.names.contains_key(cond) || self.exact.contains_key(cond) =>
+            {
                 self.end_of_others(*no)
             }
             Node::Branch { yes, no, .. } => {
@@ -137,10 +142,15 @@ impl Tree {
             }
         }
         let Some(Leaf::HandOver(others)) = self.end_of_others(self.root) else {
-            let ended = self.evaluate(code, tables, start, last, seen)?;
+            let mut ended = self.evaluate(code, tables, start, last, seen)?;
+            // What stands before an address in the cave is the thunks' own and moves with the slide. Who is left to another
+            // thunk there is no member of its tables.
+            let cave = code.start..=code.start + code.bytes.len() as u64 + MOST_BEFORE;
+            ended.handed_over.retain(|(_, at)| !cave.contains(at));
             return Ok(Decides::Each(ended));
         };
-        let mut subjects: Vec<u64> = Vec::new();
+        let inside = |at: &u64| (start..=last).contains(at);
+        let mut subjects: Vec<u64> = self.exact.values().copied().filter(inside).collect();
         for name in self.names() {
             let after = named.after(name.wrapping_sub(start as u32));
             subjects.extend(after.map(|after| start + u64::from(after)));

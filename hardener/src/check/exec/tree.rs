@@ -61,6 +61,8 @@ pub struct Tree {
     pub(super) root: NodeId,
     /// Conditions that hold when the call before the subject names this address, modulo 2^32.
     pub(super) names: HashMap<Term, u32>,
+    /// Conditions that hold for one subject only.
+    pub(super) exact: HashMap<Term, u64>,
     /// Whether anything stands before the subject that it looks at.
     looks_before: bool,
 }
@@ -115,15 +117,17 @@ impl Tree {
             nodes: Vec::new(),
             root,
             names: HashMap::new(),
+            exact: HashMap::new(),
             looks_before: false,
         };
         let mut map = HashMap::new();
         for node in &mut nodes {
             match node {
                 Node::Branch { cond, .. } => {
-                    let named = named(arena, *cond);
+                    let (named, exact) = (named(arena, *cond), exact(arena, *cond));
                     *cond = tree.adopt(arena, &mut map, *cond);
                     tree.names.extend(named.map(|name| (*cond, name)));
+                    tree.exact.extend(exact.map(|subject| (*cond, subject)));
                 }
                 Node::Touch { load, .. } => *load = tree.adopt(arena, &mut map, *load),
                 Node::Leaf(..) => {}
@@ -446,6 +450,16 @@ fn named(arena: &Arena, cond: Term) -> Option<u32> {
     match difference {
         (1, 1, constant) => Some(constant.wrapping_neg()),
         (u32::MAX, u32::MAX, constant) => Some(constant),
+        _ => None,
+    }
+}
+
+/// The one subject for which `cond` holds, when it compares the whole of it with a constant.
+fn exact(arena: &Arena, cond: Term) -> Option<u64> {
+    match arena.op(cond) {
+        Op::Bin(super::term::Bin::Eq, left, right) if arena.op(left) == Op::Subject => {
+            arena.value(right)
+        }
         _ => None,
     }
 }
