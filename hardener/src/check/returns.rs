@@ -39,6 +39,17 @@ struct Compare {
     wrong: Vec<(LinkVa, String)>,
 }
 
+impl Compare {
+    /// A thunk passes `at`, which is not legal there.
+    fn passed(&mut self, compared: &Compared<'_>, at: LinkVa, what: &str) {
+        if !compared.after_calls.contains(&at) && compared.looks_like_call(at) {
+            self.accidents += 1;
+        } else {
+            self.wrong.push((at, what.to_owned()));
+        }
+    }
+}
+
 /// Proves it; `sites` are all return sites.
 pub fn check(
     subject: &Subject<'_>,
@@ -207,6 +218,24 @@ impl Compared<'_> {
         let (callees, indirect) = match (goes, own) {
             (_, None) if !self.roles.by_table.contains(&thunk) => return compare,
             (Goes::Anywhere, None) => return compare,
+            // It looks at the call first, and leaves what it does not know to a table.
+            (
+                Goes::Anywhere,
+                Some(Decides::Some {
+                    passed,
+                    stopped,
+                    others,
+                    ..
+                }),
+            ) if stopped.is_empty() && self.roles.by_table.contains(&LinkVa(*others)) => {
+                for at in passed.iter().copied().map(LinkVa) {
+                    if self.any.contains(&at) {
+                        continue;
+                    }
+                    compare.passed(self, at, "is passed, though it is no return site");
+                }
+                return compare;
+            }
             (Goes::Anywhere, Some(_)) => {
                 let what = "may return to any site, and its thunk does not let it".to_owned();
                 compare.wrong.push((thunk, what));
@@ -267,12 +296,8 @@ impl Compared<'_> {
             if legal.contains(&at) || common.contains(&at) {
                 continue;
             }
-            if !self.after_calls.contains(&at) && self.looks_like_call(at) {
-                compare.accidents += 1;
-                continue;
-            }
-            let what = "is passed, though no call that gets there returns to it".to_owned();
-            compare.wrong.push((at, what));
+            let what = "is passed, though no call that gets there returns to it";
+            compare.passed(self, at, what);
         }
         compare.legal = legal.len() as u64;
         compare

@@ -20,7 +20,10 @@ const CALL: u8 = 0xe8;
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Check {
     /// Any return site will do.
-    AnySite,
+    AnySite {
+        /// The function's own entry, when it is called: most return addresses follow such a call, and need no table.
+        own: Option<Called>,
+    },
     /// It follows a call of one of these functions, or an indirect call.
     Callers {
         /// Entries, most called first.
@@ -33,6 +36,15 @@ pub enum Check {
         /// one of these functions too, a jump's mostly.
         opcode: bool,
     },
+}
+
+/// A function that a call names.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Called {
+    /// Its entry.
+    pub at: TextOff,
+    /// As in [`Check::Callers`].
+    pub opcode: bool,
 }
 
 /// What the returns of one kernel may go back to.
@@ -67,9 +79,9 @@ impl ReturnSets {
                 sets.of_slot.push(check);
                 continue;
             }
-            let check = number.map_or(Check::AnySite, |number| {
+            let check = number.map_or(Check::AnySite { own: None }, |number| {
                 let callers = graph.callers(number);
-                let check = check(&graph, text, &named, &callers);
+                let check = check(&graph, text, &named, number, &callers);
                 sizes.add(&graph, text, number, &callers, &check);
                 check
             });
@@ -85,9 +97,18 @@ impl ReturnSets {
     }
 }
 
-fn check(graph: &CallGraph, text: &Text, named: &Bitmap, callers: &Callers) -> Check {
+fn check(
+    graph: &CallGraph,
+    text: &Text,
+    named: &Bitmap,
+    number: usize,
+    callers: &Callers,
+) -> Check {
     if callers.unknown || callers.called.len() > MAX_COMPARED {
-        return Check::AnySite;
+        let at = text.functions.start(number);
+        let opcode = named.get(at.0 as usize);
+        let own = (!graph.direct[number].is_empty()).then_some(Called { at, opcode });
+        return Check::AnySite { own };
     }
     let mut called = callers.called.clone();
     called.sort_by_key(|number| {
@@ -146,7 +167,7 @@ impl Sizes {
         check: &Check,
     ) {
         let size = match check {
-            Check::AnySite => {
+            Check::AnySite { .. } => {
                 self.any_site += 1;
                 text.return_targets.len()
             }

@@ -47,11 +47,13 @@ pub struct Needs<'a> {
 /// The thunk of the check of this number; none when any return site will do.
 pub fn name(sets: &ReturnSets, check: u32, mode: Mode) -> Option<String> {
     match &sets.checks[check as usize] {
-        Check::AnySite => None,
+        Check::AnySite { own: None } => None,
         Check::Callers {
             called, indirect, ..
         } if called.is_empty() => Some(mode.named(if *indirect { INDIRECT } else { DIRECT })),
-        Check::Callers { .. } => Some(mode.named(&format!("return_cfi_{check}"))),
+        Check::Callers { .. } | Check::AnySite { own: Some(_) } => {
+            Some(mode.named(&format!("return_cfi_{check}")))
+        }
     }
 }
 
@@ -79,7 +81,7 @@ pub fn emit(
         .iter()
         .filter_map(|(mode, index)| match &needs.sets.checks[*index as usize] {
             Check::Callers { indirect, .. } => Some((*mode, *indirect)),
-            Check::AnySite => None,
+            Check::AnySite { .. } => None,
         })
         .collect();
     let mut tails = BTreeMap::new();
@@ -107,17 +109,18 @@ pub fn emit(
     }
     let mut shared = BTreeMap::new();
     for (mode, index) in used {
-        let Check::Callers {
-            called,
-            sites,
-            indirect,
-            opcode,
-        } = &needs.sets.checks[index as usize]
-        else {
+        let Some(name) = name(needs.sets, index, mode) else {
             continue;
         };
-        let (Some(name), false) = (name(needs.sets, index, mode), called.is_empty()) else {
-            continue;
+        let (called, sites, opcode, miss) = match &needs.sets.checks[index as usize] {
+            Check::AnySite { own: Some(own) } => (&vec![own.at], &None, own.opcode, any[&mode]),
+            Check::Callers {
+                called,
+                sites,
+                indirect,
+                opcode,
+            } if !called.is_empty() => (called, sites, *opcode, misses[&(mode, *indirect)]),
+            _ => continue,
         };
         let text = needs.sites.text.start;
         let absolute = |list: &[TextOff]| -> Vec<LinkVa> {
@@ -125,16 +128,16 @@ pub fn emit(
             list.map(|at| LinkVa(text.0 + u64::from(at.0))).collect()
         };
         let called = absolute(called);
-        let (tail, miss) = (tails[&mode], misses[&(mode, *indirect)]);
+        let tail = tails[&mode];
         if let (Some(sites), false) = (sites, needs.shared) {
             section.packed(&name, violation, |thunk| {
                 compare_sites(thunk, &absolute(sites), mode, tail, miss)
             });
         } else if let ([only], true) = (&called[..], needs.shared) {
-            let key = (mode, *indirect, *opcode);
+            let key = (mode, miss, opcode);
             let rest = *shared.entry(key).or_insert_with(|| {
                 section.thunk_or_piece(None, violation, |thunk| {
-                    compare_shared(thunk, *opcode, mode, tail, miss)
+                    compare_shared(thunk, opcode, mode, tail, miss)
                 })
             });
             section.packed(&name, violation, |thunk| {
@@ -143,7 +146,7 @@ pub fn emit(
             });
         } else {
             section.packed(&name, violation, |thunk| {
-                compare_callees(thunk, &called, *opcode, mode, tail, miss)
+                compare_callees(thunk, &called, opcode, mode, tail, miss)
             });
         }
     }
