@@ -1,7 +1,7 @@
 //! Rule 2: thunks and tables lie in filler that no code uses, apart from one another.
 
 use super::Subject;
-use super::dead::SUFFIX;
+use super::dead::{SAVING, SUFFIX};
 use super::kernel::symbols::hex;
 use super::promoted;
 use super::report::{Findings, Rule, RuleReport};
@@ -149,6 +149,11 @@ impl CaveImage {
     /// Whether the thunk at `at` says by its name that it clears registers.
     pub fn clears(&self, at: LinkVa) -> bool {
         self.name(at).is_some_and(|name| name.ends_with(SUFFIX))
+    }
+
+    /// Whether the thunk at `at` says by its name that it saves what it uses.
+    pub fn saves(&self, at: LinkVa) -> bool {
+        self.name(at).is_some_and(|name| name.ends_with(SAVING))
     }
 
     /// Whether the thunk at `at` says by its name that it compares with targets and goes on without the retpoline.

@@ -4,16 +4,20 @@
 //! a look at them (`-pg`, see `thunks.rs`). Here it is put to the test: from every address to which such a function is known to
 //! return, all ways are walked until the next call or return. Assembly promises nothing, so it may not be among
 //! the callers; nor may code that only the run knows.
+//!
+//! The same walk, on behind calls and to where a traced function returns, shows that r10, r11 and the flags are free at returns
+//! of functions that are not traced: their callers may have been compiled with a look at what they leave alone.
 
 use super::Subject;
 use super::callers::{Goes, Parts};
 use super::exec::machine::register_name;
 use super::kernel::symbols::hex;
 use super::kernel::{Kernel, KernelError};
+use super::owed::{computed_gotos, has_fentry};
 use super::report::Findings;
 use iced_x86::{
     Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpKind, Register,
+    OpKind, Register, RflagsBits,
 };
 use penumbra_bundle::LinkVa;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -21,6 +25,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 /// rcx, rsi, rdi, r8, r9, r10 and r11: what a call may change, less rax and rdx, which may hold its value (System V psABI,
 /// figure 3.4).
 pub const CLEARED: u16 = 0b1111_1100_0010;
+/// How the symbols of thunks end that save what they use.
+pub const SAVING: &str = "_saving";
 /// How the symbols of thunks end that clear them.
 pub const SUFFIX: &str = "_zeroing";
 /// No stretch from one call to the next has more instructions.
@@ -34,10 +40,42 @@ pub struct Dead<'a> {
     silent: BTreeMap<LinkVa, Vec<LinkVa>>,
     /// What replacements read, by where they are put.
     replaced: BTreeMap<LinkVa, Bytes>,
+    /// Where a replacement may stand.
+    patched: HashSet<LinkVa>,
     retpolines: HashMap<LinkVa, Bytes>,
     ends: HashSet<LinkVa>,
-    walked: HashMap<LinkVa, Option<String>>,
-    of_part: HashMap<u32, Option<String>>,
+    /// Functions with an `__fentry__` site, and functions with labels that data points to.
+    traced: HashSet<LinkVa>,
+    gotos: HashSet<LinkVa>,
+    walked: HashMap<(LinkVa, Ask), Option<String>>,
+    of_part: HashMap<(u32, Ask), Option<String>>,
+}
+
+/// What is asked of the callers.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Ask {
+    /// That [`CLEARED`] is dead. They were compiled without a look at the callee, so that calls and returns end a way.
+    Cleared,
+    /// That r10, r11 and the flags are, whatever is known of their callees.
+    Scratch,
+}
+
+impl Ask {
+    /// The bytes in question.
+    fn bytes(self) -> Bytes {
+        match self {
+            Ask::Cleared => cleared(),
+            Ask::Scratch => 0xffff << (8 * 10) | FLAGS,
+        }
+    }
+
+    /// What the slots do to them.
+    fn does(self) -> &'static str {
+        match self {
+            Ask::Cleared => "clears",
+            Ask::Scratch => "uses",
+        }
+    }
 }
 
 impl<'a> Dead<'a> {
@@ -61,6 +99,8 @@ impl<'a> Dead<'a> {
             }
             *replaced.entry(alternative.site.start).or_default() |= seen;
         }
+        let sites = kernel.tables.alternatives.iter().map(|one| one.site);
+        let patched = sites.flat_map(|site| (site.start.0..site.end.0).map(LinkVa));
         let ends = kernel.symbols.find("__x86_return_thunk");
         let retpolines = retpolines.iter();
         Ok(Dead {
@@ -68,34 +108,38 @@ impl<'a> Dead<'a> {
             parts: Parts::of(kernel)?,
             silent,
             replaced,
+            patched: patched.collect(),
             retpolines: retpolines
                 .map(|(at, number)| (*at, 0xff << (8 * u32::from(*number))))
                 .collect(),
             ends: ends.into_iter().collect(),
+            traced: kernel.tables.fentry.iter().copied().collect(),
+            gotos: computed_gotos(kernel),
             walked: HashMap::new(),
             of_part: HashMap::new(),
         })
     }
 
-    /// Why the return at `at` may not clear [`CLEARED`]; none when all of it is dead.
-    pub fn lives(&mut self, at: LinkVa) -> Option<String> {
+    /// Why the return at `at` may not lose what is asked about; none when all of it is dead.
+    pub fn lives(&mut self, at: LinkVa, ask: Ask) -> Option<String> {
         let Some(part) = self.parts.part(at) else {
             return Some("belongs to no function".to_owned());
         };
-        if let Some(known) = self.of_part.get(&part) {
+        if let Some(known) = self.of_part.get(&(part, ask)) {
             return known.clone();
         }
-        let found = self.part(part);
-        self.of_part.insert(part, found.clone());
+        let found = self.part(part, ask);
+        self.of_part.insert((part, ask), found.clone());
         found
     }
 
-    fn part(&mut self, part: u32) -> Option<String> {
+    fn part(&mut self, part: u32, ask: Ask) -> Option<String> {
+        let does = ask.does();
         let Goes::Behind { callees, indirect } = self.parts.goes[part as usize].clone() else {
-            return Some("clears registers, and its callers are not known".to_owned());
+            return Some(format!("{does} registers, and its callers are not known"));
         };
         if indirect {
-            return Some("clears registers, and indirect calls may reach it".to_owned());
+            return Some(format!("{does} registers, and indirect calls may reach it"));
         }
         for callee in callees {
             let places =
@@ -105,11 +149,11 @@ impl<'a> Dead<'a> {
                 let caller = self.parts.part(LinkVa(back.0 - 1));
                 if caller.is_none_or(|caller| self.parts.assembly.contains(&caller)) {
                     return Some(format!(
-                        "clears registers, and returns into assembly at {}",
+                        "{does} registers, and returns into assembly at {}",
                         hex(back)
                     ));
                 }
-                if let Some(what) = self.behind(back) {
+                if let Some(what) = self.behind(back, ask) {
                     return Some(what);
                 }
             }
@@ -117,19 +161,19 @@ impl<'a> Dead<'a> {
         None
     }
 
-    fn behind(&mut self, back: LinkVa) -> Option<String> {
-        if let Some(known) = self.walked.get(&back) {
+    fn behind(&mut self, back: LinkVa, ask: Ask) -> Option<String> {
+        if let Some(known) = self.walked.get(&(back, ask)) {
             return known.clone();
         }
-        let found = self.walk(back);
-        self.walked.insert(back, found.clone());
+        let found = self.walk(back, ask);
+        self.walked.insert((back, ask), found.clone());
         found
     }
 
     /// Walks all ways from `back` on; what is read there, and where.
-    fn walk(&self, back: LinkVa) -> Option<String> {
+    fn walk(&self, back: LinkVa, ask: Ask) -> Option<String> {
         let mut seen: HashMap<LinkVa, Bytes> = HashMap::new();
-        let mut open = vec![(back, cleared())];
+        let mut open = vec![(back, ask.bytes())];
         while let Some((at, unwritten)) = open.pop() {
             let known = seen.entry(at).or_default();
             if *known & unwritten == unwritten || !self.kernel.in_text(at) {
@@ -154,29 +198,42 @@ impl<'a> Dead<'a> {
             }
             let branch = instruction.op0_kind() == OpKind::NearBranch64;
             let to = branch.then(|| LinkVa(instruction.near_branch_target()));
-            let (mut reads, writes) = operands(&instruction);
+            let (mut reads, mut writes) = operands(&instruction);
+            if self.patched.contains(&at) {
+                writes = 0;
+            }
             reads |= self.replaced.get(&at).copied().unwrap_or_default();
             let register = to.and_then(|to| self.retpolines.get(&to));
             reads |= register.copied().unwrap_or_default();
+            let flow = instruction.flow_control();
+            if ask == Ask::Scratch && self.may_read_all(&instruction, to) {
+                reads = Bytes::MAX;
+            }
             let alive = reads & unwritten;
             if alive != 0 {
-                let name = register_name((alive.trailing_zeros() / 8) as u8);
-                let (back, at) = (hex(back), hex(at));
+                let name = match alive & FLAGS {
+                    0 => register_name((alive.trailing_zeros() / 8) as u8),
+                    _ => "the flags",
+                };
+                let (does, back, at) = (ask.does(), hex(back), hex(at));
                 return Some(format!(
-                    "clears {name}, which is read at {at} behind the call before {back}"
+                    "{does} {name}, which is read at {at} behind the call before {back}"
                 ));
             }
             let on = self.silent.get(&at).into_iter().flatten();
             open.extend(on.map(|to| (*to, unwritten)));
             let next = (LinkVa(instruction.next_ip()), unwritten & !writes);
             let goes = to.filter(|to| !self.ends.contains(to) && register.is_none());
-            match instruction.flow_control() {
+            match flow {
                 FlowControl::ConditionalBranch => {
                     open.push(next);
                     open.extend(goes.map(|to| (to, unwritten & !writes)));
                 }
                 FlowControl::UnconditionalBranch => {
                     open.extend(goes.map(|to| (to, unwritten & !writes)));
+                }
+                FlowControl::Call | FlowControl::IndirectCall if ask == Ask::Scratch => {
+                    open.push(next);
                 }
                 FlowControl::Return | FlowControl::Call | FlowControl::IndirectCall => {}
                 // What an indirect jump in assembly goes to, nobody knows.
@@ -187,6 +244,26 @@ impl<'a> Dead<'a> {
             }
         }
         None
+    }
+
+    /// Whether nothing is known of who goes on: assembly that is called, the caller of a function that is not traced, a label.
+    fn may_read_all(&self, instruction: &Instruction, to: Option<LinkVa>) -> bool {
+        let function = self.kernel.symbols.around(LinkVa(instruction.ip()));
+        let start = function.map(|range| range.start);
+        let returns = || !start.is_some_and(|start| has_fentry(self.kernel, &self.traced, start));
+        let goto = || start.is_none_or(|start| self.gotos.contains(&start));
+        let retpoline = to.is_some_and(|to| self.retpolines.contains_key(&to));
+        match instruction.flow_control() {
+            FlowControl::Call => to.is_some_and(|to| {
+                let part = self.parts.part(to).filter(|_| self.kernel.in_text(to));
+                !retpoline && part.is_none_or(|part| self.parts.assembly.contains(&part))
+            }),
+            FlowControl::Return => returns(),
+            FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
+                to.is_some_and(|to| self.ends.contains(&to)) && returns() || retpoline && goto()
+            }
+            _ => false,
+        }
     }
 }
 
@@ -199,6 +276,8 @@ pub struct Cleared<'s, 'k> {
     dead: Option<Result<Dead<'k>, KernelError>>,
     slots: BTreeMap<&'k str, u64>,
     wrong: Vec<(&'k str, LinkVa, String)>,
+    /// Returns that may lose r10, r11 and the flags though their functions are not traced.
+    scratch: u64,
 }
 
 impl<'s, 'k> Cleared<'s, 'k> {
@@ -209,6 +288,7 @@ impl<'s, 'k> Cleared<'s, 'k> {
             dead: None,
             slots: BTreeMap::new(),
             wrong: Vec::new(),
+            scratch: 0,
         }
     }
 
@@ -221,10 +301,24 @@ impl<'s, 'k> Cleared<'s, 'k> {
             .get_or_insert_with(|| Dead::of(kernel, &thunks.indirect));
         let lives = match dead {
             _ if !traced => Some("clears registers of a function that is not traced".to_owned()),
-            Ok(dead) => dead.lives(at),
+            Ok(dead) => dead.lives(at, Ask::Cleared),
             Err(error) => Some(error.to_string()),
         };
         self.wrong.extend(lives.map(|what| (variant, at, what)));
+    }
+
+    /// A return in a function that is not traced, whose thunk is not one that saves: none when nothing is lost by it.
+    pub fn loses(&mut self, at: LinkVa) -> Option<String> {
+        let (kernel, thunks) = (self.subject.kernel, self.subject.thunks);
+        let dead = self
+            .dead
+            .get_or_insert_with(|| Dead::of(kernel, &thunks.indirect));
+        let lives = match dead {
+            Ok(dead) => dead.lives(at, Ask::Scratch),
+            Err(error) => Some(error.to_string()),
+        };
+        self.scratch += u64::from(lives.is_none());
+        lives
     }
 
     /// Says what is wrong, also with the counts in the manifest.
@@ -244,14 +338,30 @@ impl<'s, 'k> Cleared<'s, 'k> {
             }
         }
         let all: u64 = self.slots.values().sum();
+        if self.scratch > 0 {
+            findings.proved(
+                "returns behind which r10, r11 and flags are dead",
+                self.scratch,
+            );
+        }
         if all > 0 {
             findings.proved("returns that clear dead registers", all - wrong);
         }
     }
 }
 
-/// Bytes of registers: bit 8n + i is byte i of register n.
+/// Bytes of registers: bit 8n + i is byte i of register n. RSP is never asked about; its place is the flags'.
 type Bytes = u128;
+
+/// CF, PF, AF, ZF, SF and OF, as one: only what changes all of them writes them.
+const FLAGS: Bytes = 1 << (8 * 4);
+/// The same, as iced has them.
+const STATUS: u32 = RflagsBits::CF
+    | RflagsBits::PF
+    | RflagsBits::AF
+    | RflagsBits::ZF
+    | RflagsBits::SF
+    | RflagsBits::OF;
 
 /// All bytes of [`CLEARED`].
 fn cleared() -> Bytes {
@@ -259,7 +369,7 @@ fn cleared() -> Bytes {
     numbers.fold(0, |all, number| all | 0xff << (8 * number))
 }
 
-/// What of [`CLEARED`] an instruction reads, and what it certainly writes.
+/// What of [`CLEARED`] and the flags an instruction reads, and what it certainly writes.
 fn operands(instruction: &Instruction) -> (Bytes, Bytes) {
     let mut factory = InstructionInfoFactory::new();
     let (mut reads, mut writes) = (0, 0);
@@ -287,6 +397,12 @@ fn operands(instruction: &Instruction) -> (Bytes, Bytes) {
             OpAccess::None | OpAccess::NoMemAccess | OpAccess::CondWrite => {}
             _ => reads |= bytes,
         }
+    }
+    if instruction.rflags_read() & STATUS != 0 {
+        reads |= FLAGS;
+    }
+    if instruction.rflags_modified() & STATUS == STATUS {
+        writes |= FLAGS;
     }
     (reads, writes)
 }

@@ -9,14 +9,15 @@ use std::collections::HashSet;
 /// r10 and r11 as a set of register numbers.
 const R10_R11: u16 = 1 << 10 | 1 << 11;
 
-/// What a slot asks of its thunk: whether its function is traced by ftrace, and whether it jumps to labels in itself.
-pub fn contract(original: Original, traced: bool, goto: bool) -> Contract {
+/// What a slot asks of its thunk: whether r10, r11 and the flags are free at a return there, and whether its function jumps to
+/// labels in itself.
+pub fn contract(original: Original, free: bool, goto: bool) -> Contract {
     match original {
         // The call that reports a freed module asks for nothing; it is proved by its instructions.
         Original::Return | Original::ModuleFree(_) => Contract {
             target: None,
-            scratch: if traced { R10_R11 } else { 0 },
-            flags: traced,
+            scratch: if free { R10_R11 } else { 0 },
+            flags: free,
             cleared: 0,
             plain: false,
         },

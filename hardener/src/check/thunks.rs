@@ -105,7 +105,12 @@ fn groups<'a>(
         let function = kernel.symbols.around(at);
         let traced = function.is_some_and(|range| has_fentry(kernel, &traced, range.start));
         let goto = function.is_some_and(|range| gotos.contains(&range.start));
-        let mut contract = contract(original, traced, goto);
+        let image = subject.cave.as_ref();
+        // So is this name: a thunk that does not say that it saves asks for a proof that nothing is lost.
+        let saves = image.is_ok_and(|image| image.saves(to));
+        let free = original == Original::Return && !traced && !saves;
+        let free = traced || free && cleared.loses(at).is_none();
+        let mut contract = contract(original, free, goto);
         // The name is a claim: it asks for more of the thunk, and for the proof that nothing is lost by it.
         let clears = subject.cave.as_ref().is_ok_and(|image| image.clears(to));
         if original == Original::Return && clears {

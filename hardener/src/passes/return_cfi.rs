@@ -63,11 +63,7 @@ impl Pass for ReturnCfi {
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {
         let edits = context.returns().enumerate().map(|(index, slot)| {
             // Where registers are cleared too, there is one thunk for both.
-            let zeroing = context.analyses.zeroing;
-            let mode = match zeroing.is_some_and(|zeroing| zeroing.of_slot[index]) {
-                true => Mode::Zeroing,
-                false => Mode::of(slot),
-            };
+            let mode = Mode::of(index, slot, &context.analyses);
             Ok(Edit {
                 at: slot.at,
                 slot: SlotKind::Return,

@@ -1,12 +1,14 @@
-//! Which caller-saved registers the code behind an address reads before it writes them: a backward data flow over the whole
-//! text, one instruction at a time. Calls and returns end it: behind them the ABI speaks (see `zeroing`).
+//! Which caller-saved registers, and flags, the code behind an address reads before it writes them: a backward data flow over
+//! the whole text, one instruction at a time. Where the ABI speaks, calls and returns end it (see `zeroing`); where a compiler
+//! may have looked at what a callee leaves alone (`-fipa-ra`), it goes on behind calls (see `scratch`).
 
-use super::{Span, Text};
+use super::callgraph::CallGraph;
+use super::{Bitmap, Span, Text};
 use crate::image::{Image, Tables};
 use crate::text::REGISTERS;
 use iced_x86::{
     Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpKind, Register,
+    OpKind, Register, RflagsBits,
 };
 use penumbra_bundle::{LinkVa, TextOff};
 use std::collections::{BTreeMap, HashMap};
@@ -16,6 +18,9 @@ const INT3: u8 = 0xcc;
 /// A set of registers' parts. Of register n, as x86 numbers them, bit n is the lowest byte, bit 16 + n the next, bit 32 + n the
 /// rest: a byte may be set and read (SETcc, MOVZX) while the rest is nobody's.
 pub type Set = u64;
+
+/// The status flags: CF, PF, AF, ZF, SF and OF. They count as one, which only an instruction that changes all of them writes.
+pub const FLAGS: Set = 1 << 48;
 
 /// Every part of the registers of these numbers.
 pub const fn whole(numbers: u16) -> Set {
@@ -39,14 +44,43 @@ struct Step {
 }
 
 impl Liveness {
-    /// Follows the `wanted` registers through the text.
+    /// Follows the `wanted` registers through the text, to calls and returns.
     pub fn find(image: &Image, tables: &Tables, text: &Text, wanted: Set) -> Liveness {
+        Liveness::follow(image, tables, text, wanted, None)
+    }
+
+    /// The same, on behind calls too. Where assembly is called, a function returns that is not compiled for tracing, or a jump
+    /// goes to a label in one of the functions `labelled` (by their text), all of `wanted` is read.
+    pub fn behind_calls(
+        image: &Image,
+        tables: &Tables,
+        text: &Text,
+        wanted: Set,
+        graph: &CallGraph,
+        labelled: &Bitmap,
+    ) -> Liveness {
+        Liveness::follow(image, tables, text, wanted, Some((graph, labelled)))
+    }
+
+    fn follow(
+        image: &Image,
+        tables: &Tables,
+        text: &Text,
+        wanted: Set,
+        behind_calls: Option<(&CallGraph, &Bitmap)>,
+    ) -> Liveness {
         let span = text.span;
         let code = &text.bytes[..span.code.len() as usize];
         let thunks = thunks(image);
         let ends = |va: LinkVa| text.regions.is_x86_thunk(va) || text.regions.is_return_thunk(va);
         let mut also = also(span, tables);
         let replaced = replaced(image, tables, span, wanted);
+        let mut patched = Bitmap::new(code.len());
+        for entry in &tables.alternatives {
+            let site = (0..u64::from(entry.site_len)).map(|at| LinkVa(entry.site.0 + at));
+            site.filter_map(|va| span.offset(va))
+                .for_each(|at| patched.set(at.0 as usize));
+        }
         let mut places = Vec::new();
         let mut steps: Vec<Step> = Vec::new();
         let mut targets: Vec<Vec<TextOff>> = Vec::new();
@@ -59,7 +93,11 @@ impl Liveness {
             if code[at] == INT3 {
                 continue;
             }
-            let (mut reads, writes) = accesses(&mut factory, &instruction, wanted);
+            let (mut reads, mut writes) = accesses(&mut factory, &instruction, wanted);
+            // Something else may stand there when the kernel runs.
+            if patched.get(at) {
+                writes = 0;
+            }
             let at = TextOff(at as u32);
             reads |= replaced.get(&at).copied().unwrap_or_default();
             let mut goes = also.remove(&at).unwrap_or_default();
@@ -68,14 +106,34 @@ impl Liveness {
             if let Some(register) = direct.and_then(|to| thunks.get(&to)) {
                 reads |= register & wanted;
             }
-            let falls = match instruction.flow_control() {
+            let flow = instruction.flow_control();
+            let mut falls = match flow {
                 // A WARN's UD2 is gone on behind.
                 FlowControl::Next | FlowControl::Exception | FlowControl::Interrupt => true,
                 FlowControl::ConditionalBranch => true,
                 _ => false,
             };
+            if let Some((graph, labelled)) = behind_calls {
+                let called = matches!(flow, FlowControl::Call | FlowControl::IndirectCall);
+                let own = direct.and_then(|to| span.offset(to)).filter(|_| called);
+                let own = own.and_then(|to| text.functions.number(to));
+                let assembly = own.is_some_and(|number| {
+                    !graph.facts[number].compiled && !direct.is_some_and(ends)
+                });
+                let returns = flow == FlowControl::Return
+                    || direct.is_some_and(|to| text.regions.is_return_thunk(to));
+                let open = flow == FlowControl::IndirectBranch
+                    || direct.is_some_and(|to| !called && thunks.contains_key(&to));
+                if assembly
+                    || returns && !text.functions.has_fentry(at)
+                    || open && labelled.get(at.0 as usize)
+                {
+                    reads |= wanted;
+                }
+                falls |= called;
+            }
             let jump = matches!(
-                instruction.flow_control(),
+                flow,
                 FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch
             );
             let to = direct.filter(|to| jump && !ends(*to));
@@ -152,8 +210,22 @@ fn accesses(
             _ => {}
         }
     }
+    if instruction.rflags_read() & STATUS != 0 {
+        reads |= FLAGS & wanted;
+    }
+    if instruction.rflags_modified() & STATUS == STATUS {
+        writes |= FLAGS & wanted;
+    }
     (reads, writes)
 }
+
+/// [`FLAGS`] as iced has them.
+const STATUS: u32 = RflagsBits::OF
+    | RflagsBits::SF
+    | RflagsBits::ZF
+    | RflagsBits::AF
+    | RflagsBits::CF
+    | RflagsBits::PF;
 
 /// The parts that an operand is. A 32-bit result clears the upper half (SDM volume 1, 3.4.1.1), and a 32-bit operand counts as a
 /// whole.

@@ -13,6 +13,7 @@ pub mod promotion;
 mod regions;
 pub mod return_sets;
 mod returns;
+mod scratch;
 mod slots;
 mod sweep;
 pub mod zeroing;

@@ -6,7 +6,7 @@
 //! to is one set for all.
 
 use super::callgraph::{CallGraph, Callers};
-use super::{Bitmap, Text};
+use super::{Bitmap, Text, scratch};
 use crate::image::{Image, Tables};
 use penumbra_bundle::TextOff;
 use std::collections::{BTreeMap, HashMap};
@@ -51,6 +51,8 @@ pub struct Called {
 pub struct ReturnSets {
     /// The check of each R slot, in the order of the slots.
     pub of_slot: Vec<u32>,
+    /// Whether r10, r11 and the flags are free at each.
+    pub scratch_free: Vec<bool>,
     /// The checks.
     pub checks: Vec<Check>,
     /// Where indirect calls return to. Sorted.
@@ -66,6 +68,7 @@ impl ReturnSets {
         let named = named_elsewhere(text);
         let mut sets = ReturnSets {
             of_slot: Vec::with_capacity(text.slots.returns.len()),
+            scratch_free: scratch::find(image, tables, text, &graph),
             checks: Vec::new(),
             indirect: graph.indirect.clone(),
             figures: BTreeMap::new(),

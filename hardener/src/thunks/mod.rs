@@ -202,7 +202,7 @@ fn build_with(
         let needs = return_function::Needs {
             sets,
             slots: &text.slots,
-            zeroing,
+            analyses: &analyses,
             sites: return_targets,
             indirect: indirect.hashed(),
             special: &text.return_specials,

@@ -3,7 +3,10 @@
 use super::assembler::{Section, Thunk, imm32};
 use super::tables::Dense;
 use super::{Targets, Violation, lookup};
+use crate::passes::Analyses;
 use crate::text::Return;
+use crate::text::return_sets::ReturnSets;
+use crate::text::zeroing::Zeroing;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use penumbra_bundle::{LinkVa, Offending};
@@ -12,7 +15,7 @@ use std::collections::BTreeMap;
 /// What a return's thunk does with the registers beside its check.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Mode {
-    /// For functions compiled with `-pg`: r10, r11 and the flags are free at their return.
+    /// For functions compiled with `-pg`, and those of whose callers it is proved: r10, r11 and the flags are free at their return.
     Plain,
     /// For all other functions: everything is kept.
     Saving,
@@ -21,11 +24,16 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// The mode of a slot, as long as nothing is cleared.
-    pub fn of(slot: &Return) -> Mode {
-        match slot.scratch_free {
-            true => Mode::Plain,
-            false => Mode::Saving,
+    /// The mode of the R slot of this number: what was found out may say more than the slot does.
+    pub fn of(index: usize, slot: &Return, analyses: &Analyses<'_>) -> Mode {
+        let clears = |zeroing: &Zeroing| zeroing.of_slot[index];
+        let free = |sets: &ReturnSets| sets.scratch_free[index];
+        if analyses.zeroing.is_some_and(clears) {
+            Mode::Zeroing
+        } else if slot.scratch_free || analyses.return_sets.is_some_and(free) {
+            Mode::Plain
+        } else {
+            Mode::Saving
         }
     }
 

@@ -9,9 +9,9 @@
 use super::assembler::{Section, Thunk, imm32};
 use super::return_cfi::Mode;
 use super::{Hashed, Targets, Violation};
+use crate::passes::Analyses;
 use crate::text::Slots;
 use crate::text::return_sets::{Check, ReturnSets};
-use crate::text::zeroing::Zeroing;
 use iced_x86::code_asm::*;
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 use penumbra_bundle::{LinkVa, Offending, TextOff};
@@ -30,8 +30,8 @@ pub struct Needs<'a> {
     pub sets: &'a ReturnSets,
     /// The kernel's slots.
     pub slots: &'a Slots,
-    /// Which returns clear registers, if any do.
-    pub zeroing: Option<&'a Zeroing>,
+    /// What was found out about them.
+    pub analyses: &'a Analyses<'a>,
     /// All return sites.
     pub sites: Targets,
     /// Where indirect calls return to.
@@ -67,12 +67,7 @@ pub fn emit(
     let slots = needs.slots.returns.iter().enumerate();
     let used: BTreeSet<(Mode, u32)> = slots
         .map(|(index, slot)| {
-            let zeroing = needs.zeroing.is_some_and(|zeroing| zeroing.of_slot[index]);
-            let mode = if zeroing {
-                Mode::Zeroing
-            } else {
-                Mode::of(slot)
-            };
+            let mode = Mode::of(index, slot, needs.analyses);
             (mode, needs.sets.of_slot[index])
         })
         .collect();
