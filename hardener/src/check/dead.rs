@@ -172,6 +172,13 @@ impl<'a> Dead<'a> {
 
     /// Walks all ways from `back` on; what is read there, and where.
     fn walk(&self, back: LinkVa, ask: Ask) -> Option<String> {
+        if !self.kernel.sweep.is_boundary(back) {
+            return Some(format!(
+                "{} registers, and returns into a replacement at {}",
+                ask.does(),
+                hex(back)
+            ));
+        }
         let mut seen: HashMap<LinkVa, Bytes> = HashMap::new();
         let mut open = vec![(back, ask.bytes())];
         while let Some((at, unwritten)) = open.pop() {
@@ -208,6 +215,13 @@ impl<'a> Dead<'a> {
             let flow = instruction.flow_control();
             if ask == Ask::Scratch && self.may_read_all(&instruction, to) {
                 reads = Bytes::MAX;
+            }
+            let ends = to.is_some_and(|to| self.ends.contains(&to)) || flow == FlowControl::Return;
+            if ask == Ask::Scratch && ends && !self.is_traced(at) {
+                match self.returns_to(at) {
+                    Some(places) => open.extend(places.into_iter().map(|back| (back, unwritten))),
+                    None => reads = Bytes::MAX,
+                }
             }
             let alive = reads & unwritten;
             if alive != 0 {
@@ -246,21 +260,51 @@ impl<'a> Dead<'a> {
         None
     }
 
-    /// Whether nothing is known of who goes on: assembly that is called, the caller of a function that is not traced, a label.
+    /// Where the part around `at` returns to, when all that is known, compiled, and in the file.
+    fn returns_to(&self, at: LinkVa) -> Option<Vec<LinkVa>> {
+        let part = self.parts.part(at)?;
+        let Goes::Behind {
+            callees,
+            indirect: false,
+        } = &self.parts.goes[part as usize]
+        else {
+            return None;
+        };
+        let callees = callees.iter().map(|callee| *callee as usize);
+        if callees
+            .clone()
+            .any(|one| !self.parts.replaced[one].is_empty())
+        {
+            return None;
+        }
+        let places = callees.flat_map(|callee| &self.parts.back[callee]);
+        let places: Vec<LinkVa> = places.copied().collect();
+        let compiled = |back: &LinkVa| {
+            let caller = self.parts.part(LinkVa(back.0 - 1));
+            caller.is_some_and(|caller| !self.parts.assembly.contains(&caller))
+                && self.kernel.sweep.is_boundary(*back)
+        };
+        places.iter().all(compiled).then_some(places)
+    }
+
+    /// Whether the function around `at` is one whose callers expect the three to be lost.
+    fn is_traced(&self, at: LinkVa) -> bool {
+        let function = self.kernel.symbols.around(at);
+        function.is_some_and(|range| has_fentry(self.kernel, &self.traced, range.start))
+    }
+
+    /// Whether nothing is known of who goes on: assembly that is called, a label that is jumped to.
     fn may_read_all(&self, instruction: &Instruction, to: Option<LinkVa>) -> bool {
         let function = self.kernel.symbols.around(LinkVa(instruction.ip()));
-        let start = function.map(|range| range.start);
-        let returns = || !start.is_some_and(|start| has_fentry(self.kernel, &self.traced, start));
-        let goto = || start.is_none_or(|start| self.gotos.contains(&start));
+        let goto = || function.is_none_or(|range| self.gotos.contains(&range.start));
         let retpoline = to.is_some_and(|to| self.retpolines.contains_key(&to));
         match instruction.flow_control() {
             FlowControl::Call => to.is_some_and(|to| {
                 let part = self.parts.part(to).filter(|_| self.kernel.in_text(to));
                 !retpoline && part.is_none_or(|part| self.parts.assembly.contains(&part))
             }),
-            FlowControl::Return => returns(),
             FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
-                to.is_some_and(|to| self.ends.contains(&to)) && returns() || retpoline && goto()
+                retpoline && goto()
             }
             _ => false,
         }
@@ -353,8 +397,8 @@ impl<'s, 'k> Cleared<'s, 'k> {
 /// Bytes of registers: bit 8n + i is byte i of register n. RSP is never asked about; its place is the flags'.
 type Bytes = u128;
 
-/// CF, PF, AF, ZF, SF and OF, as one: only what changes all of them writes them.
-const FLAGS: Bytes = 1 << (8 * 4);
+/// CF, PF, AF, ZF, SF and OF, in iced's order.
+const FLAGS: Bytes = (STATUS as Bytes) << (8 * 4);
 /// The same, as iced has them.
 const STATUS: u32 = RflagsBits::CF
     | RflagsBits::PF
@@ -398,11 +442,12 @@ fn operands(instruction: &Instruction) -> (Bytes, Bytes) {
             _ => reads |= bytes,
         }
     }
-    if instruction.rflags_read() & STATUS != 0 {
-        reads |= FLAGS;
-    }
-    if instruction.rflags_modified() & STATUS == STATUS {
-        writes |= FLAGS;
+    reads |= Bytes::from(instruction.rflags_read() & STATUS) << (8 * 4);
+    // A count of 0 leaves them as they are (SDM volume 2, SAL/SAR/SHL/SHR).
+    let by_cl = (0..instruction.op_count())
+        .any(|operand| instruction.op_register(operand) == Register::CL && operand > 0);
+    if !by_cl {
+        writes |= Bytes::from(instruction.rflags_modified() & STATUS) << (8 * 4);
     }
     (reads, writes)
 }

@@ -289,6 +289,20 @@ impl CallGraph {
         callers
     }
 
+    /// Where the function `number` returns to, when all callers are known and compiled, and call it directly.
+    pub fn returns_to(&self, text: &Text, number: usize) -> Option<Vec<TextOff>> {
+        let callers = self.callers(number);
+        let back = callers.called.iter();
+        let back = back.flat_map(|called| &self.direct[*called as usize]);
+        let back: Vec<TextOff> = back.copied().collect();
+        let compiled = |at: &TextOff| {
+            let caller = text.functions.number(TextOff(at.0 - 1));
+            caller.is_some_and(|caller| self.facts[caller].compiled)
+        };
+        let known = !callers.unknown && !callers.indirect && back.iter().all(compiled);
+        known.then_some(back)
+    }
+
     fn is_taken(&self, reached: &FxHashSet<u32>) -> bool {
         let mut reached = reached.iter();
         reached.any(|number| self.facts[*number as usize].taken)

@@ -19,8 +19,8 @@ const INT3: u8 = 0xcc;
 /// rest: a byte may be set and read (SETcc, MOVZX) while the rest is nobody's.
 pub type Set = u64;
 
-/// The status flags: CF, PF, AF, ZF, SF and OF. They count as one, which only an instruction that changes all of them writes.
-pub const FLAGS: Set = 1 << 48;
+/// The status flags: CF, PF, AF, ZF, SF and OF, from bit 48 on in iced's order.
+pub const FLAGS: Set = (STATUS as Set) << 48;
 
 /// Every part of the registers of these numbers.
 pub const fn whole(numbers: u16) -> Set {
@@ -49,8 +49,9 @@ impl Liveness {
         Liveness::follow(image, tables, text, wanted, None)
     }
 
-    /// The same, on behind calls too. Where assembly is called, a function returns that is not compiled for tracing, or a jump
-    /// goes to a label in one of the functions `labelled` (by their text), all of `wanted` is read.
+    /// The same, on behind calls too, and behind returns of functions that are not compiled for tracing. Where assembly is
+    /// called, it is not known to whom one returns, or a jump goes to a label in one of the functions `labelled` (by their
+    /// text), all of `wanted` is read.
     pub fn behind_calls(
         image: &Image,
         tables: &Tables,
@@ -122,12 +123,16 @@ impl Liveness {
                 });
                 let returns = flow == FlowControl::Return
                     || direct.is_some_and(|to| text.regions.is_return_thunk(to));
+                let mut lost = false;
+                if returns && !text.functions.has_fentry(at) {
+                    let back = text.functions.number(at);
+                    let back = back.and_then(|number| graph.returns_to(text, number));
+                    lost = back.is_none();
+                    goes.extend(back.unwrap_or_default());
+                }
                 let open = flow == FlowControl::IndirectBranch
                     || direct.is_some_and(|to| !called && thunks.contains_key(&to));
-                if assembly
-                    || returns && !text.functions.has_fentry(at)
-                    || open && labelled.get(at.0 as usize)
-                {
+                if assembly || lost || open && labelled.get(at.0 as usize) {
                     reads |= wanted;
                 }
                 falls |= called;
@@ -148,6 +153,10 @@ impl Liveness {
             targets.push(goes);
         }
         for (step, targets) in steps.iter_mut().zip(targets) {
+            let known = |to: &TextOff| places.binary_search(&to.0).is_ok();
+            if behind_calls.is_some() && !targets.iter().all(known) {
+                step.reads |= wanted;
+            }
             let found = targets
                 .iter()
                 .filter_map(|to| places.binary_search(&to.0).ok());
@@ -157,10 +166,10 @@ impl Liveness {
         Liveness { places, live }
     }
 
-    /// What is read behind `at`; nothing where no instruction stands.
+    /// What is read behind `at`; where no instruction starts, as behind a call that a replacement brings, that is not known.
     pub fn at(&self, at: TextOff) -> Set {
         let found = self.places.binary_search(&at.0);
-        found.map_or(0, |step| self.live[step])
+        found.map_or(Set::MAX, |step| self.live[step])
     }
 }
 
@@ -210,11 +219,11 @@ fn accesses(
             _ => {}
         }
     }
-    if instruction.rflags_read() & STATUS != 0 {
-        reads |= FLAGS & wanted;
-    }
-    if instruction.rflags_modified() & STATUS == STATUS {
-        writes |= FLAGS & wanted;
+    // A shift by a count that may be 0 may leave them all.
+    let shifts = instruction.op_count() == 2 && instruction.op1_register() == Register::CL;
+    reads |= Set::from(instruction.rflags_read() & STATUS) << 48 & wanted;
+    if !shifts {
+        writes |= Set::from(instruction.rflags_modified() & STATUS) << 48 & wanted;
     }
     (reads, writes)
 }

@@ -23,15 +23,8 @@ pub fn find(image: &Image, tables: &Tables, text: &Text, graph: &CallGraph) -> V
         &labelled(image, tables, text),
     );
     let is_free = |number: usize| {
-        let callers = graph.callers(number);
-        let back = callers.called.iter();
-        let mut back = back.flat_map(|called| &graph.direct[*called as usize]);
-        !callers.unknown
-            && !callers.indirect
-            && back.all(|at| {
-                let caller = text.functions.number(super::TextOff(at.0 - 1));
-                caller.is_some_and(|caller| graph.facts[caller].compiled) && live.at(*at) == 0
-            })
+        let back = graph.returns_to(text, number);
+        back.is_some_and(|back| back.iter().all(|at| live.at(*at) == 0))
     };
     let mut last = None;
     let slots = text.slots.returns.iter();
