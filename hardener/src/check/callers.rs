@@ -6,6 +6,7 @@
 
 use super::kernel::btf::Btf;
 use super::kernel::{Kernel, KernelError};
+use super::owed::has_fentry;
 use super::sets;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, OpKind};
 use penumbra_bundle::LinkVa;
@@ -43,6 +44,10 @@ pub struct Parts {
     pub indirect: BTreeSet<LinkVa>,
     /// Parts that no compiler made.
     pub assembly: BTreeSet<u32>,
+    /// Parts with an `__fentry__` site.
+    pub traced: BTreeSet<u32>,
+    /// Whether each part may be left with the frame of a part that is not traced, and whose callers are not all known.
+    pub open: Vec<bool>,
 }
 
 /// What is gathered about the parts before frames are followed.
@@ -136,7 +141,11 @@ impl Parts {
         let between = kernel.symbols.find("module_arch_cleanup");
         let between = between.and_then(|at| gathered.part(at));
         gathered.odd.extend(between);
-        Ok(follow(gathered, &taken, assembly))
+        let traced: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
+        let starts = gathered.starts.iter().zip(0..);
+        let starts = starts.filter(|(start, _)| has_fentry(kernel, &traced, **start));
+        let traced = starts.map(|(_, part)| part).collect();
+        Ok(follow(gathered, &taken, assembly, traced))
     }
 
     /// Where a part starts.
@@ -317,7 +326,12 @@ fn outside(kernel: &Kernel, at: LinkVa) -> Vec<LinkVa> {
 }
 
 /// Follows the frames of every part that is called to where they can get by jumps.
-fn follow(gathered: Gathered, taken: &BTreeSet<u32>, assembly: BTreeSet<u32>) -> Parts {
+fn follow(
+    gathered: Gathered,
+    taken: &BTreeSet<u32>,
+    assembly: BTreeSet<u32>,
+    traced: BTreeSet<u32>,
+) -> Parts {
     let count = gathered.starts.len();
     let mut entered = vec![false; count];
     for to in gathered.jumps.iter().flatten() {
@@ -325,6 +339,7 @@ fn follow(gathered: Gathered, taken: &BTreeSet<u32>, assembly: BTreeSet<u32>) ->
     }
     let mut callees: Vec<BTreeSet<u32>> = vec![BTreeSet::new(); count];
     let mut open = vec![false; count];
+    let mut untraced = vec![false; count];
     let mut odd = vec![false; count];
     // Of parts that nobody is seen to call, their own frames are as good as any.
     let mut known = vec![false; count];
@@ -348,6 +363,7 @@ fn follow(gathered: Gathered, taken: &BTreeSet<u32>, assembly: BTreeSet<u32>) ->
             }
             known[to] |= called || is_taken;
             open[to] |= is_taken || alone;
+            untraced[to] |= (is_taken || alone) && !traced.contains(&part);
             odd[to] |= is_odd;
             escapes |= gathered.open.contains(&reached);
             next.extend(gathered.jumps[to].iter().filter(|to| seen.insert(**to)));
@@ -373,6 +389,8 @@ fn follow(gathered: Gathered, taken: &BTreeSet<u32>, assembly: BTreeSet<u32>) ->
         replaced: gathered.replaced,
         indirect,
         assembly,
+        traced,
+        open: untraced,
     }
 }
 

@@ -138,9 +138,18 @@ impl<'a> Dead<'a> {
         let Goes::Behind { callees, indirect } = self.parts.goes[part as usize].clone() else {
             return Some(format!("{does} registers, and its callers are not known"));
         };
+        let indirect = match ask {
+            Ask::Cleared => indirect,
+            Ask::Scratch => self.parts.open[part as usize],
+        };
         if indirect {
             return Some(format!("{does} registers, and indirect calls may reach it"));
         }
+        // Who calls a traced function expects no more of it than the ABI says, whoever returns in its stead.
+        let callees = callees.into_iter();
+        let callees: Vec<u32> = callees
+            .filter(|callee| ask == Ask::Cleared || !self.parts.traced.contains(callee))
+            .collect();
         for callee in callees {
             let places =
                 [&self.parts.back, &self.parts.replaced].map(|list| &list[callee as usize]);
@@ -260,17 +269,19 @@ impl<'a> Dead<'a> {
         None
     }
 
-    /// Where the part around `at` returns to, when all that is known, compiled, and in the file.
+    /// Where the part around `at` returns to with frames of parts that are not traced, when all that is known, compiled, and in
+    /// the file.
     fn returns_to(&self, at: LinkVa) -> Option<Vec<LinkVa>> {
         let part = self.parts.part(at)?;
-        let Goes::Behind {
-            callees,
-            indirect: false,
-        } = &self.parts.goes[part as usize]
-        else {
+        let Goes::Behind { callees, .. } = &self.parts.goes[part as usize] else {
             return None;
         };
-        let callees = callees.iter().map(|callee| *callee as usize);
+        if self.parts.open[part as usize] {
+            return None;
+        }
+        let callees = callees.iter();
+        let callees = callees.filter(|callee| !self.parts.traced.contains(callee));
+        let callees = callees.map(|callee| *callee as usize);
         if callees
             .clone()
             .any(|one| !self.parts.replaced[one].is_empty())

@@ -3,6 +3,7 @@
 //! A function here is what stands between two starts: a compiler's function, its split-off `.cold` part, or a piece of assembly.
 //! A jump from one to another passes the frame on, so the other returns to where the one's callers are.
 
+use super::return_sets::MAX_COMPARED;
 use super::sweep::{Branch, branches};
 use super::{Bitmap, Functions, Regions, Span, Text};
 use crate::image::{Image, Tables};
@@ -289,18 +290,36 @@ impl CallGraph {
         callers
     }
 
-    /// Where the function `number` returns to, when all callers are known and compiled, and call it directly.
+    /// Where the function `number` returns to, but for calls of functions that are compiled for tracing: those who call these
+    /// expect nothing of the registers that a call may change. None unless the others' callers are all known and compiled.
     pub fn returns_to(&self, text: &Text, number: usize) -> Option<Vec<TextOff>> {
+        // The proof follows no more callees than a thunk compares with.
         let callers = self.callers(number);
-        let back = callers.called.iter();
-        let back = back.flat_map(|called| &self.direct[*called as usize]);
-        let back: Vec<TextOff> = back.copied().collect();
+        if callers.unknown || callers.called.len() > MAX_COMPARED {
+            return None;
+        }
+        let mut seen = FxHashSet::from_iter([number as u32]);
+        let mut open = vec![number as u32];
+        let mut places = Vec::new();
+        while let Some(at) = open.pop() {
+            let facts = self.facts[at as usize];
+            let (direct, sources) = (&self.direct[at as usize], &self.jumped_from[at as usize]);
+            if facts.called_inside || !facts.compiled {
+                return None;
+            }
+            if !text.functions.calls_fentry(at as usize) {
+                if facts.taken || direct.is_empty() && sources.is_empty() {
+                    return None;
+                }
+                places.extend(direct);
+            }
+            open.extend(sources.iter().filter(|source| seen.insert(**source)));
+        }
         let compiled = |at: &TextOff| {
             let caller = text.functions.number(TextOff(at.0 - 1));
             caller.is_some_and(|caller| self.facts[caller].compiled)
         };
-        let known = !callers.unknown && !callers.indirect && back.iter().all(compiled);
-        known.then_some(back)
+        places.iter().all(compiled).then_some(places)
     }
 
     fn is_taken(&self, reached: &FxHashSet<u32>) -> bool {
