@@ -6,6 +6,7 @@ mod common;
 use hardener::check::{Checker, Rule};
 use hardener::recipe::Recipe;
 use penumbra_bundle::{Bundle, SlotKind, TableKind, TextOff};
+use std::collections::HashSet;
 use std::sync::OnceLock;
 
 const TYPED: &str = "schema = 1\n[pass.forward-cfi]\npolicy = \"typed\"\n";
@@ -186,6 +187,17 @@ fn both_policies_fit_into_the_cave_of_each_kernel_and_are_proved() {
     }
 }
 
+/// What the text's direct calls name, as offsets, and what looks like one.
+fn named_by_calls(text: &[u8]) -> HashSet<i64> {
+    let calls = text.windows(5).enumerate();
+    let calls = calls.filter(|(_, bytes)| bytes[0] == 0xe8);
+    let named = calls.map(|(at, bytes)| {
+        let displacement = i32::from_le_bytes(bytes[1..].try_into().unwrap());
+        at as i64 + 5 + i64::from(displacement)
+    });
+    named.collect()
+}
+
 /// The bundle with a return's thunk that has another function's address in it, and where that return is.
 fn named_otherwise(bundle: &Bundle) -> (Bundle, u64) {
     let mut broken = bundle.clone();
@@ -202,13 +214,17 @@ fn named_otherwise(bundle: &Bundle) -> (Bundle, u64) {
         (code[..3] == [0x4c, 0x8d, 0x15] && code[7] == 0xe9).then_some((at, place))
     });
     let (at, place) = found.expect("a thunk that shares code");
-    // Sixteen bytes on: no function's start, or the next one's.
+    // The next function that anybody calls.
     let field = &mut broken.cave[place + 3..place + 7];
     let rel = i32::from_le_bytes(field.try_into().unwrap());
     let next = bundle.symbols.0.iter().map(|symbol| i64::from(symbol.at.0));
     let thunk = edits_target(bundle, at);
     let own = thunk as i64 + 7 + i64::from(rel) - start as i64;
-    let called = next.filter(|to| *to > own).min().unwrap();
+    let named = named_by_calls(&bundle.text);
+    let called = next
+        .filter(|to| *to > own && named.contains(to))
+        .min()
+        .unwrap();
     field.copy_from_slice(&(rel + (called - own) as i32).to_le_bytes());
     (broken, at)
 }

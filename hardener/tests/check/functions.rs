@@ -142,3 +142,55 @@ fn a_manifest_that_claims_the_other_policy_is_caught() {
         );
     }
 }
+
+/// `cmp $imm32,(%rsp)`, 64 bits: a thunk that compares the return address itself.
+const COMPARES_SITE: [u8; 4] = [0x48, 0x81, 0x3c, 0x24];
+
+#[test]
+fn a_return_address_that_is_compared_with_another_site_is_caught() {
+    let mut scene = Scene::of(by_function());
+    let direct = scene.named("return_cfi_direct");
+    let start = scene.va(penumbra_bundle::TextOff(0));
+    let edits = scene.edits("hardened").clone();
+    let edits = edits.iter().filter(|edit| edit.slot == SlotKind::Return);
+    let thunks: Vec<LinkVa> = edits
+        .map(|edit| target(&edit.bytes, start.0 + u64::from(edit.at.0)))
+        .collect();
+    let mut compares = thunks
+        .into_iter()
+        .filter(|thunk| scene.cave(*thunk, 8)[..4] == COMPARES_SITE);
+    let (one, other) = (compares.next().unwrap(), compares.next_back().unwrap());
+    assert_ne!([one, other], [direct, direct]);
+    let site: [u8; 4] = scene.cave(other, 8)[4..].try_into().unwrap();
+    scene.cave(one, 8)[4..].copy_from_slice(&site);
+    let report = sets(&scene.bundle);
+    let site = i64::from(i32::from_le_bytes(site)) as u64;
+    let passed = report.violations.iter().any(|violation| {
+        violation.what.contains("is passed, though no call")
+            && violation.address == Some(LinkVa(site))
+    });
+    assert!(passed, "{report:?}");
+    assert!(says(&report, "is killed, though a call"), "{report:?}");
+}
+
+#[test]
+fn a_return_behind_which_registers_may_live_has_to_save_them() {
+    let (checker, _) = real();
+    let mut scene = Scene::of(by_function());
+    // Not compiled for tracing, and exported: who calls it is not known.
+    let from = scene.off(scene.symbol("__list_add_valid"));
+    let plain = scene.named("return_cfi_indirect");
+    let start = scene.va(penumbra_bundle::TextOff(0));
+    let edits = scene.edits("hardened").iter_mut();
+    let mut returns = edits.filter(|edit| edit.at >= from && edit.slot == SlotKind::Return);
+    let edit = returns.next().unwrap();
+    let at = LinkVa(start.0 + u64::from(edit.at.0));
+    edit.bytes = branch(&[0xe9], at, plain);
+    let mut rules = checker
+        .prove(&scene.bundle, &[Rule::ThunkContract])
+        .unwrap();
+    let report = rules.pop().unwrap();
+    assert!(says(&report, "changed"), "{report:?}");
+    let first = format!("the first is {:#x}", at.0);
+    assert!(says(&report, &first), "{report:?}");
+}
