@@ -92,7 +92,12 @@ impl<'a> Dead<'a> {
             let (mut seen, mut written) = (0, 0);
             for instruction in Decoder::with_ip(64, code, at, DecoderOptions::NONE) {
                 let (reads, writes) = operands(&instruction);
-                seen |= reads & !written;
+                let passes = matches!(
+                    instruction.flow_control(),
+                    FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall
+                );
+                // Where a replacement jumps is not followed.
+                seen |= if passes { reads & !written } else { Bytes::MAX };
                 if instruction.flow_control() == FlowControl::Next {
                     written |= writes;
                 }
@@ -192,8 +197,15 @@ impl<'a> Dead<'a> {
         let mut open = vec![(back, ask.bytes())];
         while let Some((at, unwritten)) = open.pop() {
             let known = seen.entry(at).or_default();
-            if *known & unwritten == unwritten || !self.kernel.in_text(at) {
+            if *known & unwritten == unwritten {
                 continue;
+            }
+            if !self.kernel.in_text(at) {
+                return Some(format!(
+                    "{} registers, and the text is left behind the call before {}",
+                    ask.does(),
+                    hex(back)
+                ));
             }
             *known |= unwritten;
             let unwritten = *known;
@@ -215,13 +227,20 @@ impl<'a> Dead<'a> {
             let branch = instruction.op0_kind() == OpKind::NearBranch64;
             let to = branch.then(|| LinkVa(instruction.near_branch_target()));
             let (mut reads, mut writes) = operands(&instruction);
+            let flow = instruction.flow_control();
             if self.patched.contains(&at) {
                 writes = 0;
+                let passes = matches!(
+                    flow,
+                    FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall
+                );
+                if !passes {
+                    reads = Bytes::MAX;
+                }
             }
             reads |= self.replaced.get(&at).copied().unwrap_or_default();
             let register = to.and_then(|to| self.retpolines.get(&to));
             reads |= register.copied().unwrap_or_default();
-            let flow = instruction.flow_control();
             if ask == Ask::Scratch && self.may_read_all(&instruction, to) {
                 reads = Bytes::MAX;
             }

@@ -39,8 +39,6 @@ struct Step {
     writes: Set,
     /// Goes on behind itself, to the next step.
     falls: bool,
-    /// Where it may also go, as step numbers.
-    goes: Vec<u32>,
 }
 
 impl Liveness {
@@ -84,7 +82,8 @@ impl Liveness {
         }
         let mut places = Vec::new();
         let mut steps: Vec<Step> = Vec::new();
-        let mut targets: Vec<Vec<TextOff>> = Vec::new();
+        // Where steps may also go, by step.
+        let mut targets: Vec<(u32, TextOff)> = Vec::new();
         let mut decoder = Decoder::with_ip(64, code, span.range.start.0, DecoderOptions::NONE);
         let mut factory = InstructionInfoFactory::new();
         let mut instruction = Instruction::default();
@@ -141,28 +140,37 @@ impl Liveness {
                 flow,
                 FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch
             );
-            let to = direct.filter(|to| jump && !ends(*to));
-            goes.extend(to.and_then(|to| span.offset(to)));
+            if let Some(to) = direct.filter(|to| jump && !ends(*to)) {
+                match span.offset(to) {
+                    Some(to) => goes.push(to),
+                    // A test that the kernel replaces (`static_cpu_has`), or nobody knows what.
+                    None => reads |= wanted,
+                }
+            }
+            let passes = matches!(
+                flow,
+                FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall
+            );
+            if patched.get(at.0 as usize) && !passes {
+                reads |= wanted;
+            }
+            let number = steps.len() as u32;
+            targets.extend(goes.into_iter().map(|to| (number, to)));
             places.push(at.0);
             steps.push(Step {
                 reads,
                 writes,
                 falls,
-                goes: Vec::new(),
             });
-            targets.push(goes);
         }
-        for (step, targets) in steps.iter_mut().zip(targets) {
-            let known = |to: &TextOff| places.binary_search(&to.0).is_ok();
-            if behind_calls.is_some() && !targets.iter().all(known) {
-                step.reads |= wanted;
+        let mut edges = Vec::with_capacity(targets.len());
+        for (from, to) in targets {
+            match places.binary_search(&to.0) {
+                Ok(step) => edges.push((from, step as u32)),
+                Err(_) => steps[from as usize].reads |= wanted,
             }
-            let found = targets
-                .iter()
-                .filter_map(|to| places.binary_search(&to.0).ok());
-            step.goes = found.map(|step| step as u32).collect();
         }
-        let live = solve(&steps);
+        let live = solve(&steps, &edges);
         Liveness { places, live }
     }
 
@@ -174,14 +182,15 @@ impl Liveness {
 }
 
 /// Goes through the text backwards until nothing changes.
-fn solve(steps: &[Step]) -> Vec<Set> {
+fn solve(steps: &[Step], edges: &[(u32, u32)]) -> Vec<Set> {
     let mut live = vec![0; steps.len()];
     loop {
         let mut changed = false;
+        let mut edges = edges.iter().rev().peekable();
         for (number, step) in steps.iter().enumerate().rev() {
             let next = live.get(number + 1).copied().unwrap_or(0);
             let mut behind = if step.falls { next } else { 0 };
-            for to in &step.goes {
+            while let Some((_, to)) = edges.next_if(|(from, _)| *from as usize == number) {
                 behind |= live[*to as usize];
             }
             let before = step.reads | behind & !step.writes;
@@ -294,7 +303,12 @@ fn replaced(image: &Image, tables: &Tables, span: Span, wanted: Set) -> BTreeMap
         let mut written = 0;
         for instruction in decoder {
             let (reads, writes) = accesses(&mut factory, &instruction, wanted);
-            *read.entry(at).or_default() |= reads & !written;
+            let jumps = !matches!(
+                instruction.flow_control(),
+                FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall
+            );
+            let reads = if jumps { wanted } else { reads & !written };
+            *read.entry(at).or_default() |= reads;
             // Behind a branch, what was written may not have been.
             if instruction.flow_control() == FlowControl::Next {
                 written |= writes;
