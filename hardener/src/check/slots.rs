@@ -11,6 +11,9 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use yaxpeax_arch::LengthedInstruction;
 use yaxpeax_x86::amd64::InstDecoder;
 
+/// The pass that edits every return that it may.
+const RETURN_CFI: &str = "return-cfi";
+
 /// What stands in a slot in the image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Original {
@@ -311,11 +314,37 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
             _ => i += u64::from(clean),
         }
     }
+    unchecked(subject, &forbidden, &mut findings);
     findings.proved("return sites", r);
     findings.proved("retpoline sites", i);
     findings.proved("calls before a module is freed", c);
     findings.proved("forbidden stretches avoided", forbidden.len() as u64);
     Ok(findings.done())
+}
+
+/// A variant that checks returns leaves none alone that it could edit.
+fn unchecked(subject: &Subject<'_>, forbidden: &[Forbidden], findings: &mut Findings<'_>) {
+    let kernel = subject.kernel;
+    let mut left = 0;
+    for (variant, edits) in subject.variants() {
+        if !variant.passes.iter().any(|pass| pass.name == RETURN_CFI) {
+            continue;
+        }
+        let edited: HashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
+        let sites = kernel.tables.return_sites.iter();
+        for at in sites.filter(|at| kernel.in_text(**at) && !edited.contains(at)) {
+            let from = forbidden.partition_point(|part| part.range.end <= *at);
+            let end = LinkVa(at.0 + 5);
+            match forbidden.get(from).filter(|part| part.range.start < end) {
+                Some(_) => left += 1,
+                None => {
+                    let what = "is a return that is not checked, and nothing forbids to";
+                    findings.broken(Some(&variant.name), Some(*at), what.to_owned());
+                }
+            }
+        }
+    }
+    findings.proved("returns left alone for a reason", left);
 }
 
 fn forbidden(kernel: &Kernel) -> Result<Vec<Forbidden>, KernelError> {

@@ -228,6 +228,18 @@ pub const EDITS: &[Case] = &[
         "is not a slot that .return_sites lists",
         |scene| Some(scene.change("hardened", is_call, |edit| edit.slot = SlotKind::Return)),
     ),
+    case(
+        Rule::AllowedSlots,
+        "a return left alone",
+        "is a return that is not checked, and nothing forbids to",
+        |scene| {
+            let edits = scene.edits("hardened");
+            let is_return = |edit: &Edit| edit.slot == SlotKind::Return;
+            let index = edits.iter().rposition(is_return)?;
+            let edit = edits.remove(index);
+            Some(scene.va(edit.at))
+        },
+    ),
 ];
 
 /// The cave: invariant 2.
