@@ -92,12 +92,11 @@ impl<'a> Dead<'a> {
             let (mut seen, mut written) = (0, 0);
             for instruction in Decoder::with_ip(64, code, at, DecoderOptions::NONE) {
                 let (reads, writes) = operands(&instruction);
-                let passes = matches!(
-                    instruction.flow_control(),
-                    FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall
-                );
                 // Where a replacement jumps is not followed.
-                seen |= if passes { reads & !written } else { Bytes::MAX };
+                seen |= match goes_on_behind(&instruction) {
+                    true => reads & !written,
+                    false => Bytes::MAX,
+                };
                 if instruction.flow_control() == FlowControl::Next {
                     written |= writes;
                 }
@@ -230,11 +229,7 @@ impl<'a> Dead<'a> {
             let flow = instruction.flow_control();
             if self.patched.contains(&at) {
                 writes = 0;
-                let passes = matches!(
-                    flow,
-                    FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall
-                );
-                if !passes {
+                if !goes_on_behind(&instruction) {
                     reads = Bytes::MAX;
                 }
             }
@@ -369,30 +364,30 @@ impl<'s, 'k> Cleared<'s, 'k> {
     /// One of them, in a function that is traced by ftrace or not.
     pub fn slot(&mut self, variant: &'k str, at: LinkVa, traced: bool) {
         *self.slots.entry(variant).or_default() += 1;
-        let (kernel, thunks) = (self.subject.kernel, self.subject.thunks);
-        let dead = self
-            .dead
-            .get_or_insert_with(|| Dead::of(kernel, &thunks.indirect));
-        let lives = match dead {
-            _ if !traced => Some("clears registers of a function that is not traced".to_owned()),
-            Ok(dead) => dead.lives(at, Ask::Cleared),
-            Err(error) => Some(error.to_string()),
+        let lives = match traced {
+            false => Some("clears registers of a function that is not traced".to_owned()),
+            true => self.lives(at, Ask::Cleared),
         };
         self.wrong.extend(lives.map(|what| (variant, at, what)));
     }
 
     /// A return in a function that is not traced, whose thunk is not one that saves: none when nothing is lost by it.
     pub fn loses(&mut self, at: LinkVa) -> Option<String> {
+        let lives = self.lives(at, Ask::Scratch);
+        self.scratch += u64::from(lives.is_none());
+        lives
+    }
+
+    /// Asks about the return at `at`; what is needed to answer is read when it is first asked.
+    fn lives(&mut self, at: LinkVa, ask: Ask) -> Option<String> {
         let (kernel, thunks) = (self.subject.kernel, self.subject.thunks);
         let dead = self
             .dead
             .get_or_insert_with(|| Dead::of(kernel, &thunks.indirect));
-        let lives = match dead {
-            Ok(dead) => dead.lives(at, Ask::Scratch),
+        match dead {
+            Ok(dead) => dead.lives(at, ask),
             Err(error) => Some(error.to_string()),
-        };
-        self.scratch += u64::from(lives.is_none());
-        lives
+        }
     }
 
     /// Says what is wrong, also with the counts in the manifest.
@@ -441,6 +436,14 @@ const STATUS: u32 = RflagsBits::CF
 fn cleared() -> Bytes {
     let numbers = (0..16u32).filter(|number| CLEARED >> number & 1 == 1);
     numbers.fold(0, |all, number| all | 0xff << (8 * number))
+}
+
+/// Whether what stands behind an instruction is what comes next, at once or after a call.
+fn goes_on_behind(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.flow_control(),
+        FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall
+    )
 }
 
 /// What of [`CLEARED`] and the flags an instruction reads, and what it certainly writes.

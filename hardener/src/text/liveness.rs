@@ -147,11 +147,7 @@ impl Liveness {
                     None => reads |= wanted,
                 }
             }
-            let passes = matches!(
-                flow,
-                FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall
-            );
-            if patched.get(at.0 as usize) && !passes {
+            if patched.get(at.0 as usize) && !comes_next(flow) {
                 reads |= wanted;
             }
             let number = steps.len() as u32;
@@ -245,6 +241,14 @@ const STATUS: u32 = RflagsBits::OF
     | RflagsBits::CF
     | RflagsBits::PF;
 
+/// Whether what stands behind an instruction comes next, at once or after a call.
+fn comes_next(flow: FlowControl) -> bool {
+    matches!(
+        flow,
+        FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall
+    )
+}
+
 /// The parts that an operand is. A 32-bit result clears the upper half (SDM volume 1, 3.4.1.1), and a 32-bit operand counts as a
 /// whole.
 fn part(register: Register) -> Set {
@@ -303,12 +307,10 @@ fn replaced(image: &Image, tables: &Tables, span: Span, wanted: Set) -> BTreeMap
         let mut written = 0;
         for instruction in decoder {
             let (reads, writes) = accesses(&mut factory, &instruction, wanted);
-            let jumps = !matches!(
-                instruction.flow_control(),
-                FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall
-            );
-            let reads = if jumps { wanted } else { reads & !written };
-            *read.entry(at).or_default() |= reads;
+            *read.entry(at).or_default() |= match comes_next(instruction.flow_control()) {
+                true => reads & !written,
+                false => wanted,
+            };
             // Behind a branch, what was written may not have been.
             if instruction.flow_control() == FlowControl::Next {
                 written |= writes;

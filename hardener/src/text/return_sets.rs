@@ -2,8 +2,7 @@
 //!
 //! A direct call names its callee in the four bytes before the return address. So the thunk of a function compares these with
 //! the function's own address, and with those of the functions that jump to it; or, where calls are few, the return address
-//! with theirs. No table is read. Where indirect calls return
-//! to is one set for all.
+//! with theirs. No table is read. Where indirect calls return to is one set for all.
 
 use super::callgraph::{CallGraph, Callers};
 use super::{Bitmap, Text, scratch};

@@ -1,10 +1,11 @@
 //! `return_cfi_N`: the return address must follow a call of one of a function's callers' targets.
 //!
 //! Every function has a short thunk, which compares the return address, or what the call before it names, with a few constants:
-//! three instructions more than a plain return in the best case, five in the usual one. What it does not know it hands over, with the stack as it found it, to one of a few
-//! shared thunks: these let through what lies outside the text (modules, BPF, trampolines), what pushes return addresses
-//! itself, the returns of indirect calls where the function has such callers, and any return site whose call a kprobe
-//! replaces by INT3 (arch/x86/kernel/kprobes/core.c; an optimised kprobe covers no call, `can_boost`).
+//! three instructions more than a plain return in the best case, five in the usual one. What it does not know it hands over,
+//! with the stack as it found it, to one of a few shared thunks: these let through what lies outside the text (modules, BPF,
+//! trampolines), what pushes return addresses itself, the returns of indirect calls where the function has such callers, and any
+//! return site whose call a kprobe replaces by INT3 (arch/x86/kernel/kprobes/core.c; an optimised kprobe covers no call,
+//! `can_boost`).
 
 use super::assembler::{Section, Thunk, imm32};
 use super::return_cfi::Mode;

@@ -101,15 +101,19 @@ fn a_return_of_direct_calls_that_lets_indirect_ones_through_is_caught() {
 }
 
 impl Scene {
+    /// The thunks of all returns of `hardened`, in the returns' order.
+    fn return_thunks(&mut self) -> Vec<LinkVa> {
+        let start = self.va(penumbra_bundle::TextOff(0));
+        let edits = self.edits("hardened").iter();
+        let edits = edits.filter(|edit| edit.slot == SlotKind::Return);
+        edits
+            .map(|edit| target(&edit.bytes, start.0 + u64::from(edit.at.0)))
+            .collect()
+    }
+
     /// A thunk that some return goes through and that leaves the rest to the thunk at `to`, another one than `not`.
     fn hands_over(&mut self, to: LinkVa, not: LinkVa) -> LinkVa {
-        let start = self.va(penumbra_bundle::TextOff(0));
-        let edits = self.edits("hardened").clone();
-        let edits = edits.iter().filter(|edit| edit.slot == SlotKind::Return);
-        let thunks: Vec<LinkVa> = edits
-            .map(|edit| target(&edit.bytes, start.0 + u64::from(edit.at.0)))
-            .collect();
-        let found = thunks.into_iter().find(|thunk| {
+        let found = self.return_thunks().into_iter().find(|thunk| {
             // Until its first unconditional jump.
             let code = self.cave(*thunk, 64).to_vec();
             let decoder =
@@ -150,13 +154,8 @@ const COMPARES_SITE: [u8; 4] = [0x48, 0x81, 0x3c, 0x24];
 fn a_return_address_that_is_compared_with_another_site_is_caught() {
     let mut scene = Scene::of(by_function());
     let direct = scene.named("return_cfi_direct");
-    let start = scene.va(penumbra_bundle::TextOff(0));
-    let edits = scene.edits("hardened").clone();
-    let edits = edits.iter().filter(|edit| edit.slot == SlotKind::Return);
-    let thunks: Vec<LinkVa> = edits
-        .map(|edit| target(&edit.bytes, start.0 + u64::from(edit.at.0)))
-        .collect();
-    let mut compares = thunks
+    let mut compares = scene
+        .return_thunks()
         .into_iter()
         .filter(|thunk| scene.cave(*thunk, 8)[..4] == COMPARES_SITE);
     let (one, other) = (compares.next().unwrap(), compares.next_back().unwrap());
