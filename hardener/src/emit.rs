@@ -6,6 +6,7 @@ use crate::passes::{self, Analyses, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
 use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
+use crate::text::stack_use::StackUse;
 use crate::text::zeroing::Zeroing;
 use crate::text::{self, REGISTERS, Text, TextError};
 use crate::thunks::{self, CaveContents, KernelThunks};
@@ -272,6 +273,7 @@ fn bundle(
     let return_sets =
         asked(passes::is_per_function).then(|| ReturnSets::find(image, &tables, &text));
     let zeroing = asked(passes::is_zeroing).then(|| Zeroing::find(image, &tables, &text));
+    let stack = asked(passes::is_clearing).then(|| StackUse::find(image, &tables, &text));
     let profile = passes::promote_profile(recipe);
     let promotion = profile.map(|profile| Promotion::find(image, &text, &profile));
     let for_choice = |choice: &Recipe| Analyses {
@@ -280,6 +282,7 @@ fn bundle(
             .as_ref()
             .filter(|_| passes::is_per_function(choice)),
         zeroing: zeroing.as_ref(),
+        stack: stack.as_ref(),
         promotion: promotion.as_ref(),
     };
     let slots = modules.slots();

@@ -163,7 +163,7 @@ impl CaveImage {
     }
 
     /// The first name at `at`.
-    fn name(&self, at: LinkVa) -> Option<&str> {
+    pub fn name(&self, at: LinkVa) -> Option<&str> {
         let from = self.symbols.partition_point(|(symbol, _)| *symbol < at);
         let (symbol, name) = self.symbols.get(from)?;
         (*symbol == at).then_some(name.as_str())

@@ -261,7 +261,7 @@ fn symbols(subject: &Subject<'_>, findings: &mut Findings<'_>) {
 }
 
 /// The passes whose slots are also those of `return-cfi` and of `no-retpoline`.
-const SHARING: [&str; 2] = ["zero-regs", "promote"];
+const SHARING: [&str; 3] = ["zero-regs", "stack-clear", "promote"];
 
 /// The manifest's counts are those of the edits, and each pass accounts for every slot of its kind.
 fn counts(subject: &Subject<'_>, findings: &mut Findings<'_>) {

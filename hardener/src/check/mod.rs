@@ -11,6 +11,7 @@
 //! | allowed-slots | `slots.rs` | no edit touches what the kernel pokes or depends on; no return is left unchecked without such a reason |
 //! | thunk-contract | `owed.rs`, `thunks.rs`, `exec/` | thunks keep what they must and pass exactly the members of their tables |
 //! | thunk-contract | `dead.rs` | what returns clear is read by nobody who is returned to |
+//! | thunk-contract | `stack.rs`, `stack/` | the stack is cleared before user mode as far down as it was used, and nothing else is |
 //! | thunk-contract | `promoted.rs` | branches that compare with hot targets go where the target says |
 //! | thunk-contract | `violations.rs` | what they stop is reported as the manifest says, with all that the slot had in place |
 //! | exact-sets | `tables.rs`, `sets.rs` | the tables hold exactly the legal addresses |
@@ -33,6 +34,7 @@ mod report;
 mod returns;
 mod sets;
 mod slots;
+mod stack;
 mod tables;
 mod thunks;
 mod violations;
@@ -46,7 +48,7 @@ use crate::image::{ImageError, unpacked};
 use cave::CaveImage;
 use exec::memo::Memo;
 use penumbra_bundle::{Bundle, Edit, LinkVa, ReadError, Variant};
-use slots::KernelThunks;
+use slots::{KernelThunks, Replacement};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -270,6 +272,17 @@ impl<'a> Subject<'a> {
     fn edits(&self) -> impl Iterator<Item = (&'a str, &'a Edit)> {
         self.variants()
             .flat_map(|(variant, edits)| edits.iter().map(|edit| (variant.name.as_str(), edit)))
+    }
+
+    /// What an edit puts there, seen past what its thunk does to the stack first (see `stack.rs`).
+    fn check_of(&self, edit: &Edit) -> Option<Replacement> {
+        let found = slots::replacement(&edit.bytes, self.place(edit))?;
+        let Replacement::Jump(to) = found else {
+            return Some(found);
+        };
+        let image = self.cave.as_ref().ok();
+        let behind = image.and_then(|image| image.behind(&self.bundle.manifest.cave, to));
+        Some(Replacement::Jump(behind.unwrap_or(to)))
     }
 
     /// Where an edit stands.

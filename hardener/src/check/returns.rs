@@ -7,7 +7,7 @@ use super::kernel::KernelError;
 use super::kernel::symbols::hex;
 use super::report::Findings;
 use super::sets::Legal;
-use super::slots::{Original, Replacement, replacement};
+use super::slots::{Original, Replacement};
 use super::thunks::Roles;
 use penumbra_bundle::{LinkVa, PassSummary};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -89,8 +89,7 @@ fn policies(subject: &Subject<'_>, roles: &Roles, findings: &mut Findings<'_>) {
             continue;
         };
         let by_function = edits.iter().any(|edit| {
-            let at = subject.place(edit);
-            let thunk = replacement(&edit.bytes, at);
+            let thunk = subject.check_of(edit);
             matches!(thunk, Some(Replacement::Jump(to)) if roles.followed.contains_key(&to))
         });
         let found = if by_function { BY_FUNCTION } else { BY_SITE };
@@ -177,7 +176,7 @@ impl Compared<'_> {
             let at = self.subject.place(edit);
             let original = self.subject.thunks.original(self.subject.kernel, at);
             let (Some((Original::Return, _)), Some(Replacement::Jump(thunk))) =
-                (original, replacement(&edit.bytes, at))
+                (original, self.subject.check_of(edit))
             else {
                 continue;
             };

@@ -11,10 +11,10 @@ use super::kernel::symbols::hex;
 use super::owed::{computed_gotos, contract, has_fentry};
 use super::promoted::{self, Promoted};
 use super::report::{Findings, Rule, RuleReport};
-use super::slots::{Original, Replacement, replacement};
+use super::slots::{Original, Replacement};
 use super::violations::{self, Reported};
 use super::wrong::explain;
-use super::{Subject, decoded_tables, module};
+use super::{Subject, decoded_tables, module, stack};
 use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, Mnemonic};
 use penumbra_bundle::{LinkVa, Reloc, RelocKind};
 use std::collections::{BTreeMap, BTreeSet, HashSet, btree_map};
@@ -57,6 +57,7 @@ pub fn check(subject: &Subject<'_>) -> (RuleReport, Roles) {
     let mut findings = Findings::new(Rule::ThunkContract, subject.kernel);
     let mut roles = Roles::default();
     let groups = groups(subject, &mut findings);
+    stack::check(subject, &mut findings);
     match subject.cave {
         Ok(image) => {
             fields(subject, image, &mut findings);
@@ -81,7 +82,7 @@ fn groups<'a>(
     let mut promoted = Promoted::of(subject);
     for (variant, edit) in subject.edits() {
         let at = subject.place(edit);
-        let to = match replacement(&edit.bytes, at) {
+        let to = match subject.check_of(edit) {
             Some(Replacement::Call(to) | Replacement::Jump(to)) => to,
             // No thunk is reached, or rule 1 says what is wrong.
             _ => continue,

@@ -6,16 +6,19 @@ mod no_rethunk;
 mod no_retpoline;
 mod promote;
 mod return_cfi;
+mod stack_clear;
 mod zero_regs;
 
 pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
 pub use promote::profile as promote_profile;
-pub use return_cfi::{NAME as RETURN_CFI, is_per_function};
+pub use return_cfi::{NAME as RETURN_CFI, is_per_function, thunk_name as return_check};
+pub use stack_clear::is_wanted as is_clearing;
 pub use zero_regs::is_wanted as is_zeroing;
 
 use crate::recipe::{Parameter, Recipe};
 use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
+use crate::text::stack_use::StackUse;
 use crate::text::zeroing::Zeroing;
 use crate::text::{Indirect, Return, Slots, Text};
 use crate::thunks::CaveContents;
@@ -47,6 +50,8 @@ pub struct Analyses<'a> {
     pub return_sets: Option<&'a ReturnSets>,
     /// Which returns may clear registers.
     pub zeroing: Option<&'a Zeroing>,
+    /// Which returns clear the stack, and which mark it.
+    pub stack: Option<&'a StackUse>,
     /// Which indirect branches compare with which targets.
     pub promotion: Option<&'a Promotion>,
 }
@@ -149,6 +154,7 @@ pub const VARIANTS: [(&str, &[&dyn Pass]); 3] = [
             &return_cfi::ReturnCfi,
             &forward_cfi::ForwardCfi,
             &zero_regs::ZeroRegs,
+            &stack_clear::StackClear,
             &module_free::ModuleFree,
         ],
     ),

@@ -1,7 +1,7 @@
 //! `return-cfi`: every return checks that its address follows a call; with the policy `function`, a call that can reach the
 //! function that returns.
 
-use super::{Context, JMP, Pass, PassError, thunk};
+use super::{Analyses, Context, JMP, Pass, PassError, thunk};
 use crate::recipe::{Parameter, Recipe, VIOLATION};
 use crate::text::Slots;
 use crate::thunks::return_cfi::Mode;
@@ -79,9 +79,14 @@ impl Pass for ReturnCfi {
 
 /// The thunk that checks the return in the R slot of this number.
 pub fn thunk_of(context: &Context<'_>, slot: usize, mode: Mode) -> Result<LinkVa, PassError> {
-    let own = context.analyses.return_sets.and_then(|sets| {
+    context.thunk(NAME, &thunk_name(&context.analyses, slot, mode))
+}
+
+/// What that thunk is called.
+pub fn thunk_name(analyses: &Analyses<'_>, slot: usize, mode: Mode) -> String {
+    let own = analyses.return_sets.and_then(|sets| {
         let check = sets.of_slot[slot];
         return_function::name(sets, check, mode)
     });
-    context.thunk(NAME, &own.unwrap_or_else(|| return_cfi::name(mode)))
+    own.unwrap_or_else(|| return_cfi::name(mode))
 }

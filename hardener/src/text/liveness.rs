@@ -275,7 +275,7 @@ fn thunks(image: &Image) -> HashMap<LinkVa, Set> {
 }
 
 /// Where the text goes on though its bytes do not say so: jump labels, and the fixups of what faults.
-fn also(span: Span, tables: &Tables) -> BTreeMap<TextOff, Vec<TextOff>> {
+pub(super) fn also(span: Span, tables: &Tables) -> BTreeMap<TextOff, Vec<TextOff>> {
     let labels = tables.jump_labels.iter();
     let labels = labels.map(|label| (label.code, label.target));
     let faults = tables.faulting.iter().copied();

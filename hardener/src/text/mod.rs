@@ -5,6 +5,7 @@ mod callgraph;
 mod caves;
 mod entries;
 mod error;
+mod frames;
 mod functions;
 mod liveness;
 pub mod model;
@@ -15,6 +16,7 @@ pub mod return_sets;
 mod returns;
 mod scratch;
 mod slots;
+pub mod stack_use;
 mod sweep;
 pub mod zeroing;
 

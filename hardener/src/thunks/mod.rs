@@ -11,6 +11,7 @@ pub mod module_free;
 pub mod promote;
 pub mod return_cfi;
 pub mod return_function;
+pub mod stack_clear;
 mod tables;
 mod violation;
 
@@ -133,6 +134,7 @@ fn build_with(
         forward,
         return_sets,
         zeroing,
+        stack,
         promotion,
     } = analyses;
     let start = text.cave.pages.start;
@@ -210,6 +212,9 @@ fn build_with(
             shared: layout.shared,
         };
         return_function::emit(&mut code, &needs, &any, &on_return);
+    }
+    if let Some(stack) = stack {
+        stack_clear::emit(&mut code, &text.slots, stack, &analyses, &on_return);
     }
     // A slot of a class of its own has a thunk of its own.
     let own = |slot: &&Indirect| {

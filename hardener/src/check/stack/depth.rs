@@ -1,0 +1,177 @@
+//! How much stack every way to a return has used: for each return the way that went least deep, found first.
+
+use crate::check::kernel::Kernel;
+use iced_x86::{
+    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpKind, Register,
+};
+use penumbra_bundle::LinkVa;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+
+/// No frame goes deeper.
+const DEEPEST: i64 = 4096;
+/// No function has more places, counted once for each depth.
+const MOST: usize = 1 << 17;
+
+/// A place on a way: the address, how far RSP is below the return address there, and the same of RBP where that is known.
+type Place = (LinkVa, i64, Option<i64>);
+
+/// By return site, what is surely in use below the return address, in bytes.
+pub fn surely_used(kernel: &Kernel) -> HashMap<LinkVa, u32> {
+    let mut starts: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
+    // Behind ENDBR64 a site starts nothing that its symbol does not.
+    let code = kernel.symbols.iter();
+    let code = code.filter(|symbol| matches!(symbol.letter, b't' | b'T' | b'w' | b'W'));
+    let named: HashSet<LinkVa> = code.map(|symbol| symbol.at).collect();
+    starts.retain(|site| !named.contains(&LinkVa(site.0.wrapping_sub(4))));
+    starts.extend(named);
+    starts.retain(|at| kernel.in_text(*at));
+    let mut silent: BTreeMap<LinkVa, Vec<LinkVa>> = BTreeMap::new();
+    for (at, to) in &kernel.tables.silent_jumps {
+        silent.entry(*at).or_default().push(*to);
+    }
+    let returns = kernel.tables.return_sites.iter().copied().collect();
+    let walk = Walk {
+        kernel,
+        starts: &starts,
+        silent,
+        returns,
+    };
+    let mut least: HashMap<LinkVa, u32> = HashMap::new();
+    let mut factory = InstructionInfoFactory::new();
+    for start in &starts {
+        for (at, depth) in walk.from(*start, &mut factory) {
+            let known = least.entry(at).or_insert(depth);
+            *known = (*known).min(depth);
+        }
+    }
+    least
+}
+
+struct Walk<'a> {
+    kernel: &'a Kernel,
+    starts: &'a HashSet<LinkVa>,
+    silent: BTreeMap<LinkVa, Vec<LinkVa>>,
+    returns: HashSet<LinkVa>,
+}
+
+impl Walk<'_> {
+    /// The returns that are reached from `start`. Ways are followed in the order of how deep they have been, so the first that
+    /// comes to a place is the one that counts there.
+    fn from(&self, start: LinkVa, factory: &mut InstructionInfoFactory) -> Vec<(LinkVa, u32)> {
+        let mut found = Vec::new();
+        let mut seen: HashSet<Place> = HashSet::new();
+        let mut open = BinaryHeap::from([Reverse((0, (start, 0, None)))]);
+        while let Some(Reverse((deepest, place))) = open.pop() {
+            let (at, depth, frame) = place;
+            if !seen.insert(place) {
+                continue;
+            }
+            if seen.len() > MOST {
+                return Vec::new();
+            }
+            if depth == 0 && self.returns.contains(&at) {
+                found.push((at, deepest as u32));
+                continue;
+            }
+            let room = self.kernel.text.end.0.saturating_sub(at.0).min(15);
+            let bytes = self.kernel.vmlinux.bytes(at, room as usize);
+            let Some(bytes) = bytes.filter(|bytes| bytes.first().is_some_and(|byte| *byte != 0xcc))
+            else {
+                continue;
+            };
+            let instruction = Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE).decode();
+            let mut goes: Vec<Place> = Vec::new();
+            let silent = self.silent.get(&at).into_iter().flatten();
+            goes.extend(silent.map(|to| (*to, depth, frame)));
+            let flow = instruction.flow_control();
+            let behind = LinkVa(instruction.next_ip());
+            if instruction.op0_kind() == OpKind::NearBranch64 && flow != FlowControl::Call {
+                let to = LinkVa(instruction.near_branch_target());
+                // A tail call, with nothing of its own left on the stack.
+                if self.kernel.in_text(to) && !(depth == 0 && self.starts.contains(&to)) {
+                    goes.push((to, depth, frame));
+                }
+            }
+            match flow {
+                FlowControl::ConditionalBranch => goes.push((behind, depth, frame)),
+                FlowControl::Next
+                | FlowControl::Exception
+                | FlowControl::Interrupt
+                | FlowControl::Call
+                | FlowControl::IndirectCall
+                    if !self.starts.contains(&behind) =>
+                {
+                    let moved = moved(&instruction, factory, depth, frame);
+                    goes.extend(moved.map(|(depth, frame)| (behind, depth, frame)));
+                }
+                _ => {}
+            }
+            let goes = goes.into_iter();
+            let goes = goes.filter(|(_, depth, _)| (0..=DEEPEST).contains(depth));
+            open.extend(goes.map(|next| Reverse((deepest.max(next.1), next))));
+        }
+        found
+    }
+}
+
+/// RSP and RBP behind an instruction; none where RSP is lost.
+fn moved(
+    instruction: &Instruction,
+    factory: &mut InstructionInfoFactory,
+    depth: i64,
+    frame: Option<i64>,
+) -> Option<(i64, Option<i64>)> {
+    if instruction.flow_control() != FlowControl::Next {
+        return Some((depth, frame));
+    }
+    let mut writes = (false, false);
+    for used in factory.info(instruction).used_registers() {
+        let written = matches!(
+            used.access(),
+            OpAccess::Write | OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite
+        );
+        match used.register().full_register() {
+            Register::RSP => writes.0 |= written,
+            Register::RBP => writes.1 |= written,
+            _ => {}
+        }
+    }
+    let (to, from) = (instruction.op0_register(), instruction.op1_register());
+    let whole = |register| to == register && instruction.op_count() >= 1;
+    let immediate = || instruction.try_immediate(1).ok().map(|value| value as i64);
+    let mnemonic = instruction.mnemonic();
+    let rbp = match mnemonic {
+        Mnemonic::Mov if to == Register::RBP && from == Register::RSP => Some(depth),
+        _ if writes.1 => None,
+        _ => frame,
+    };
+    if !writes.0 {
+        return Some((depth, rbp));
+    }
+    let base = |register| match register {
+        Register::RSP => Some(depth),
+        Register::RBP => frame,
+        _ => None,
+    };
+    let rsp = match mnemonic {
+        Mnemonic::Leave => frame? - 8,
+        Mnemonic::Pop if whole(Register::RSP) => return None,
+        Mnemonic::Push | Mnemonic::Pushfq | Mnemonic::Pop | Mnemonic::Popfq => {
+            depth - i64::from(instruction.stack_pointer_increment())
+        }
+        _ if !whole(Register::RSP) => return None,
+        // How much an array of variable size takes is not known: nothing, at least.
+        Mnemonic::Sub => depth.checked_add(immediate().unwrap_or(0))?,
+        Mnemonic::Add => depth.checked_sub(immediate()?)?,
+        Mnemonic::And => depth,
+        Mnemonic::Mov => base(from)?,
+        Mnemonic::Lea if instruction.memory_index() == Register::None => {
+            let displacement = instruction.memory_displacement64() as i64;
+            base(instruction.memory_base())?.checked_sub(displacement)?
+        }
+        _ => return None,
+    };
+    Some((rsp, rbp))
+}

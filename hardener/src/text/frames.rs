@@ -1,0 +1,194 @@
+//! How much stack a function surely used before it returns: what lies below its return address and was written by it, by its
+//! callees or by nobody.
+//!
+//! A forward walk from each function's start, over all ways, that counts what PUSH, SUB and the like do to RSP. Of all ways to a
+//! return, the one that went least deep counts: no further down may anything be assumed to be stack. An alignment (`and
+//! $-64,%rsp`) and an array of variable size move RSP by nothing, at least.
+
+use super::liveness::also;
+use super::{Functions, Return, Span};
+use crate::image::Tables;
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use penumbra_bundle::{LinkVa, TextOff};
+use std::collections::{BTreeMap, HashMap};
+
+/// Deeper than any frame: the guard page below the stack has this many bytes.
+const DEEPEST: i32 = 4096;
+/// No function has more; one that does is given up.
+const MAX_STATES: usize = 1 << 17;
+const INT3: u8 = 0xcc;
+
+/// The bytes below the return address that were surely in use at each of `returns`, by number; none where no way there is known.
+pub fn depths(
+    bytes: &[u8],
+    span: Span,
+    tables: &Tables,
+    functions: &Functions,
+    returns: &[Return],
+) -> Vec<Option<u32>> {
+    let numbers = returns.iter().map(|slot| slot.at).zip(0..);
+    let mut walk = Walk {
+        code: &bytes[..span.code.len() as usize],
+        span,
+        functions,
+        also: also(span, tables),
+        numbers: numbers.collect(),
+        depths: vec![None; returns.len()],
+    };
+    for number in 0..functions.count() {
+        walk.function(functions.start(number));
+    }
+    walk.depths
+}
+
+/// Where a way has got to.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct State {
+    at: TextOff,
+    /// How far RSP is below the return address.
+    depth: i32,
+    /// The same of RBP, where it is a frame pointer.
+    frame: Option<i32>,
+}
+
+struct Walk<'a> {
+    code: &'a [u8],
+    span: Span,
+    functions: &'a Functions,
+    also: BTreeMap<TextOff, Vec<TextOff>>,
+    numbers: HashMap<TextOff, usize>,
+    depths: Vec<Option<u32>>,
+}
+
+impl Walk<'_> {
+    /// Follows all ways from `start`, a shallower one again where a deeper one has been.
+    fn function(&mut self, start: TextOff) {
+        let entry = State {
+            at: start,
+            depth: 0,
+            frame: None,
+        };
+        let mut reached = HashMap::from([(entry, 0)]);
+        let mut open = vec![entry];
+        let mut found = Vec::new();
+        while let Some(state) = open.pop() {
+            if reached.len() > MAX_STATES {
+                return;
+            }
+            let deepest = reached[&state];
+            if state.depth == 0
+                && let Some(number) = self.numbers.get(&state.at)
+            {
+                found.push((*number, deepest));
+                continue;
+            }
+            for next in self.step(state) {
+                let deepest = deepest.max(next.depth);
+                let known = reached.entry(next).or_insert(i32::MAX);
+                if deepest < *known && (0..=DEEPEST).contains(&next.depth) {
+                    *known = deepest;
+                    open.push(next);
+                }
+            }
+        }
+        for (number, deepest) in found {
+            let depth = self.depths[number].get_or_insert(u32::MAX);
+            *depth = (*depth).min(deepest as u32);
+        }
+    }
+
+    /// Where an instruction leads.
+    fn step(&self, state: State) -> Vec<State> {
+        let at = state.at;
+        let Some(code) = self.code.get(at.0 as usize..) else {
+            return Vec::new();
+        };
+        if code.first() == Some(&INT3) {
+            return Vec::new();
+        }
+        let ip = self.span.va(at).0;
+        let instruction = Decoder::with_ip(64, code, ip, DecoderOptions::NONE).decode();
+        let silent = self.also.get(&at).into_iter().flatten();
+        let mut next: Vec<State> = silent.map(|to| State { at: *to, ..state }).collect();
+        let behind = TextOff(at.0 + instruction.len() as u32);
+        let branch = instruction.op0_kind() == OpKind::NearBranch64;
+        let to = branch.then(|| LinkVa(instruction.near_branch_target()));
+        let to = to.and_then(|to| self.span.offset(to));
+        match instruction.flow_control() {
+            FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
+                // With nothing on the stack, what starts a function is one.
+                let goes = to.filter(|to| state.depth != 0 || !self.functions.is_start(*to));
+                next.extend(goes.map(|at| State { at, ..state }));
+                if instruction.flow_control() == FlowControl::ConditionalBranch {
+                    next.push(State {
+                        at: behind,
+                        ..state
+                    });
+                }
+            }
+            // A WARN's UD2 is gone on behind.
+            FlowControl::Next
+            | FlowControl::Exception
+            | FlowControl::Interrupt
+            | FlowControl::Call
+            | FlowControl::IndirectCall => {
+                // Behind a call that does not come back stands another function.
+                if !self.functions.is_start(behind) {
+                    next.extend(moved(state, behind, &instruction));
+                }
+            }
+            _ => {}
+        }
+        next
+    }
+}
+
+/// The state behind an instruction; none when RSP cannot be followed through it.
+fn moved(state: State, behind: TextOff, instruction: &Instruction) -> Option<State> {
+    let State { depth, frame, .. } = state;
+    let to = instruction.op0_register();
+    let from = instruction.op1_register();
+    let constant = || {
+        let value = instruction.try_immediate(1).ok()?;
+        i32::try_from(value as i64).ok()
+    };
+    let calls = matches!(
+        instruction.flow_control(),
+        FlowControl::Call | FlowControl::IndirectCall
+    );
+    let (depth, frame) = match (instruction.mnemonic(), to) {
+        _ if calls => (depth, frame),
+        (Mnemonic::Pop, Register::RSP) => return None,
+        (Mnemonic::Pop, Register::RBP) => (depth - 8, None),
+        (Mnemonic::Leave, _) => (frame? - 8, None),
+        (Mnemonic::Sub, Register::RSP) => (depth.checked_add(constant().unwrap_or(0))?, frame),
+        (Mnemonic::Add, Register::RSP) => (depth.checked_sub(constant()?)?, frame),
+        (Mnemonic::And, Register::RSP) => (depth, frame),
+        (Mnemonic::Mov, Register::RSP) if from == Register::RBP => (frame?, frame),
+        (Mnemonic::Mov, Register::RBP) if from == Register::RSP => (depth, Some(depth)),
+        (Mnemonic::Lea, Register::RSP) if instruction.memory_index() == Register::None => {
+            let from = match instruction.memory_base() {
+                Register::RSP => depth,
+                Register::RBP => frame?,
+                _ => return None,
+            };
+            let by = i32::try_from(instruction.memory_displacement64() as i64).ok()?;
+            (from.checked_sub(by)?, frame)
+        }
+        (Mnemonic::Cmp | Mnemonic::Test, _) => (depth, frame),
+        (Mnemonic::Push | Mnemonic::Pushfq | Mnemonic::Pop | Mnemonic::Popfq, _) => {
+            (depth - instruction.stack_pointer_increment(), frame)
+        }
+        (Mnemonic::Xchg, _) if to == Register::RSP || from == Register::RSP => return None,
+        (Mnemonic::Xchg, _) if from == Register::RBP => (depth, None),
+        (_, Register::RSP | Register::ESP | Register::SP | Register::SPL) => return None,
+        (_, register) if register.full_register() == Register::RBP => (depth, None),
+        _ if instruction.stack_pointer_increment() != 0 => return None,
+        _ => (depth, frame),
+    };
+    Some(State {
+        at: behind,
+        depth,
+        frame,
+    })
+}

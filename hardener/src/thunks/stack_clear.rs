@@ -1,0 +1,141 @@
+//! `stack_clear_*` and `stack_mark_N_*`: each does its part below the stack pointer and goes on to the thunk that it is named
+//! after, which checks the return.
+//!
+//! Nothing below the stack pointer is anybody's: an interrupt that comes in between writes there and comes back before it is
+//! looked at again. Before the return to user mode interrupts are off.
+
+use super::Violation;
+use super::assembler::{Section, Thunk};
+use super::return_cfi::Mode;
+use crate::passes::{Analyses, return_check};
+use crate::text::Slots;
+use crate::text::stack_use::{SPACING, StackUse, UNUSED};
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use penumbra_bundle::LinkVa;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// How thunks that clear are called.
+const CLEAR: &str = "stack_clear";
+/// How thunks that mark are called.
+const MARK: &str = "stack_mark";
+/// Bytes that are looked at together.
+const BLOCK: i32 = UNUSED as i32 / 2;
+/// The stack's size, to a multiple of which it is aligned (arch/x86/include/asm/page_64_types.h, `THREAD_SIZE`; `THREAD_ALIGN`).
+const STACK: i32 = 0x4000;
+/// The stack's lowest bytes are left alone: at its end stands `STACK_END_MAGIC`.
+const END: i32 = 2 * BLOCK;
+
+/// The thunk of the R slot of this number in front of the check `check`; none where there is nothing to do.
+pub fn name(stack: &StackUse, slot: usize, check: &str) -> Option<String> {
+    match (stack.clears[slot], stack.marks[slot]) {
+        (true, _) => Some(format!("{CLEAR}_{check}")),
+        (false, 0) => None,
+        (false, marks) => Some(format!("{MARK}_{marks}_{check}")),
+    }
+}
+
+/// Assembles the thunks of all slots behind those of the checks.
+pub fn emit(
+    section: &mut Section,
+    slots: &Slots,
+    stack: &StackUse,
+    analyses: &Analyses<'_>,
+    violation: &Violation,
+) {
+    let named = section.named().iter();
+    let checks: BTreeMap<String, LinkVa> = named
+        .map(|named| (named.name.clone(), named.range.start))
+        .collect();
+    let mut made = BTreeSet::new();
+    for (index, slot) in slots.returns.iter().enumerate() {
+        let check = return_check(analyses, index, Mode::of(index, slot, analyses));
+        let Some(name) = name(stack, index, &check) else {
+            continue;
+        };
+        let Some(next) = checks.get(&check).copied() else {
+            continue;
+        };
+        if !made.insert(name.clone()) {
+            continue;
+        }
+        match stack.clears[index] {
+            true => {
+                let mode = match slot.scratch_free {
+                    true => Mode::Plain,
+                    false => Mode::Saving,
+                };
+                section.thunk(&name, violation, |thunk| clear(thunk, mode, next))
+            }
+            false => section.packed(&name, violation, |thunk| {
+                mark(thunk, stack.marks[index], next)
+            }),
+        };
+    }
+}
+
+/// Leaves words that are not zero in the frame that has just been left: whatever address the stack has is one.
+fn mark(thunk: &mut Thunk, marks: u16, next: LinkVa) -> Result<(), IcedError> {
+    for number in 1..=i32::from(marks) {
+        let below = number * SPACING as i32;
+        thunk.asm.mov(qword_ptr(rsp - below), rsp)?;
+    }
+    thunk.asm.jmp(next.0)
+}
+
+/// Clears block by block downwards, r10 at the end of the next one, until two blocks of zeros follow each other or the stack
+/// ends. The first block is never empty: what was called last left its return address there. What was saved to do so is cleared
+/// last.
+fn clear(thunk: &mut Thunk, mode: Mode, next: LinkVa) -> Result<(), IcedError> {
+    mode.save(thunk)?;
+    let a = &mut thunk.asm;
+    let (mut one, mut two, mut dirty, mut done) = (
+        a.create_label(),
+        a.create_label(),
+        a.create_label(),
+        a.create_label(),
+    );
+    a.mov(r10, rsp)?;
+    ends(a, done)?;
+    a.sub(r10, BLOCK)?;
+    a.set_label(&mut dirty)?;
+    zero(a)?;
+    a.set_label(&mut one)?;
+    ends(a, done)?;
+    look(a)?;
+    a.jne(dirty)?;
+    a.set_label(&mut two)?;
+    ends(a, done)?;
+    look(a)?;
+    a.jne(dirty)?;
+    a.set_label(&mut done)?;
+    mode.restore(thunk)?;
+    for word in 1..=mode.saved() / 8 {
+        thunk.asm.mov(qword_ptr(rsp - word * 8), 0)?;
+    }
+    thunk.asm.jmp(next.0)
+}
+
+/// Goes to `done` when the block below r10 is one of the stack's lowest.
+fn ends(a: &mut CodeAssembler, done: CodeLabel) -> Result<(), IcedError> {
+    a.test(r10d, STACK - END)?;
+    a.je(done)
+}
+
+/// Moves r10 down by a block; ZF says whether all of it is zero. Uses r11.
+fn look(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(r11, qword_ptr(r10 - 8))?;
+    for word in 2..=BLOCK / 8 {
+        a.or(r11, qword_ptr(r10 - word * 8))?;
+    }
+    a.lea(r10, qword_ptr(r10 - BLOCK))
+}
+
+/// Clears the block that begins at r10.
+fn zero(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.xor(r11d, r11d)?;
+    for word in 0..BLOCK / 8 {
+        a.mov(qword_ptr(r10 + word * 8), r11)?;
+    }
+    Ok(())
+}
