@@ -23,8 +23,10 @@ const MARK: &str = "stack_mark";
 const BLOCK: i32 = UNUSED as i32 / 2;
 /// The stack's size, to a multiple of which it is aligned (arch/x86/include/asm/page_64_types.h, `THREAD_SIZE`; `THREAD_ALIGN`).
 const STACK: i32 = 0x4000;
+/// Blocks that are cleared when one is not zero: the next ones seldom are, and clearing costs no more than looking.
+const RUN: i32 = 4;
 /// The stack's lowest bytes are left alone: at its end stands `STACK_END_MAGIC`.
-const END: i32 = 2 * BLOCK;
+const END: i32 = 2 * RUN * BLOCK;
 
 /// The thunk of the R slot of this number in front of the check `check`; none where there is nothing to do.
 pub fn name(stack: &StackUse, slot: usize, check: &str) -> Option<String> {
@@ -83,31 +85,23 @@ fn mark(thunk: &mut Thunk, marks: u16, next: LinkVa) -> Result<(), IcedError> {
     thunk.asm.jmp(next.0)
 }
 
-/// Clears block by block downwards, r10 at the end of the next one, until two blocks of zeros follow each other or the stack
-/// ends. The first block is never empty: what was called last left its return address there. What was saved to do so is cleared
-/// last.
+/// Goes down block by block, r10 at the end of the next one, until two blocks of zeros follow each other or the stack ends. The
+/// first blocks are cleared without a look: what was called last left its return address there. What was saved to do so is
+/// cleared last.
 fn clear(thunk: &mut Thunk, mode: Mode, next: LinkVa) -> Result<(), IcedError> {
     mode.save(thunk)?;
     let a = &mut thunk.asm;
-    let (mut one, mut two, mut dirty, mut done) = (
-        a.create_label(),
-        a.create_label(),
-        a.create_label(),
-        a.create_label(),
-    );
+    let (mut dirty, mut done) = (a.create_label(), a.create_label());
     a.mov(r10, rsp)?;
     ends(a, done)?;
     a.sub(r10, BLOCK)?;
     a.set_label(&mut dirty)?;
     zero(a)?;
-    a.set_label(&mut one)?;
-    ends(a, done)?;
-    look(a)?;
-    a.jne(dirty)?;
-    a.set_label(&mut two)?;
-    ends(a, done)?;
-    look(a)?;
-    a.jne(dirty)?;
+    for _ in 0..UNUSED as i32 / BLOCK {
+        ends(a, done)?;
+        look(a)?;
+        a.jne(dirty)?;
+    }
     a.set_label(&mut done)?;
     mode.restore(thunk)?;
     for word in 1..=mode.saved() / 8 {
@@ -131,11 +125,11 @@ fn look(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.lea(r10, qword_ptr(r10 - BLOCK))
 }
 
-/// Clears the block that begins at r10.
+/// Clears the block that begins at r10 and the ones below that are cleared with it; r10 is then where these begin.
 fn zero(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.xor(r11d, r11d)?;
-    for word in 0..BLOCK / 8 {
-        a.mov(qword_ptr(r10 + word * 8), r11)?;
+    for word in 1..=RUN * BLOCK / 8 {
+        a.mov(qword_ptr(r10 + (BLOCK - word * 8)), r11)?;
     }
-    Ok(())
+    a.sub(r10, (RUN - 1) * BLOCK)
 }

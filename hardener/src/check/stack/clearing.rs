@@ -12,7 +12,7 @@ use super::UNUSED;
 const STACK: i64 = 0x4000;
 /// Less than so many bytes from its end, a thunk may give up: `STACK_END_MAGIC` stands there, and whoever comes as far has all
 /// but left the stack.
-const END: i64 = 192;
+const END: i64 = 1024;
 /// r10, r11 and the flags: nothing else is pushed.
 const PUSHED: usize = 3;
 /// With less room than this below RSP, the next call or interrupt leaves the stack.
