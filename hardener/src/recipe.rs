@@ -11,7 +11,7 @@
 //! on-violation = "panic"
 //! policy = "typed"         # address-taken (the default) or typed
 //!
-//! [pass.zero-regs]         # runs only where it is named
+//! [pass.zero-regs]         # runs only where it is named, as do stack-clear and promote
 //! ```
 //!
 //! Of several policies the first is used for which the kernel has room.

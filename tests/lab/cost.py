@@ -10,7 +10,9 @@ one for each instruction executed (QEMU's manual, "TCG Instruction Counting"); `
 idle time.  Nothing depends on the host's speed.
 """
 
+import json
 import math
+import time
 
 from . import TARGET, LabError, chain, initramfs, kernel, programs
 from .agent import Agent
@@ -20,6 +22,8 @@ from .qemu import Machine
 # Debian's kernels start their text at 16 MiB, physical and (nokaslr) by link address.
 TEXT = 0x1000000
 _PAGE = 4096
+# What one packet of QEMU's gdbstub holds.
+_PART = 1024
 
 # norandmaps: the same number of page tables for every process.
 _CMDLINE = "console=ttyS0 panic=-1 agent=ttyS1 nokaslr norandmaps nowatchdog"
@@ -118,10 +122,42 @@ class Guest:
                            f"{_LOOP[0]}")
         return found
 
+    def stack_in_user_mode(self, bundle):
+        """The kernel stack of a process that computes in user mode after some system calls, from its
+        lowest byte to its highest."""
+        layout = json.loads((bundle / "manifest.json").read_text())["layout"]
+        current = int(self.run("awk '$3 == \"current_task\" {print $1}' /proc/kallsyms").out, 16)
+        pid = self.run("(for i in 1 2 3; do cat /proc/self/maps > /dev/null; done; while :; do :; done) "
+                       "> /dev/null & echo $!").out.strip()
+        try:
+            return self._stack(current, layout)
+        finally:
+            self.run(f"kill -9 {pid}")
+
+    def _stack(self, current, layout):
+        for _ in range(50):
+            time.sleep(0.2)
+            self.machine.qmp("stop")
+            try:
+                with self.gdb() as gdb:
+                    if gdb.registers()["rip"] >= 1 << 47:
+                        continue
+                    task = _word(gdb, gdb.kernel_gs_base() + current)
+                    start = _word(gdb, task + layout["task_struct.stack"])
+                    return b"".join(gdb.read(start + at, _PART)
+                                    for at in range(0, layout["const.THREAD_SIZE"], _PART))
+            finally:
+                self.machine.qmp("cont")
+        raise LabError("no process was seen in user mode")
+
     def trouble(self):
         """Lines of the kernel's log that a healthy kernel does not print."""
         return self.run("dmesg | grep -E 'invalid opcode|Oops|BUG:|WARNING:|general protection|"
                         "Penumbra:'").out.splitlines()
+
+
+def _word(gdb, at):
+    return int.from_bytes(gdb.read(at, 8), "little")
 
 
 def _xor(a, b):

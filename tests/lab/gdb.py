@@ -77,6 +77,11 @@ class Gdb:
         data = bytes.fromhex(self.ask("g")[:len(REGISTERS) * 16])
         return {name: int.from_bytes(data[n * 8:n * 8 + 8], "little") for n, name in enumerate(REGISTERS)}
 
+    def kernel_gs_base(self):
+        """MSR KERNEL_GS_BASE: in user mode, where the kernel's per-CPU data are (GDB's 64bit-core.xml,
+        as QEMU extends it)."""
+        return int.from_bytes(bytes.fromhex(self.ask("p1a")), "little")
+
     def breakpoint(self, at):
         """Stops before the instruction at `at` is executed.  Memory is not changed."""
         self.ask(f"Z1,{at:x},1", "OK")

@@ -9,6 +9,10 @@ from . import expect, scenario
 
 ROUNDS = 5
 
+# What the way from user mode and back takes of the stack: registers, a few calls, and up to 1 KiB by chance
+# (CONFIG_RANDOMIZE_KSTACK_OFFSET).
+ENTRY = 2048
+
 # Works that allocate nothing, and so repeat exactly but for timer interrupts, which the median leaves out.
 STEADY = ["getppid", "read", "write", "pipe", "poll", "signal"]
 
@@ -40,6 +44,22 @@ def dropped_mitigations_save_instructions(guest):
     expect(guest.put(guest.bundle, "fast") > 1000)
     found = guest.measure(ROUNDS)
     expect(found["pipe"] < guest.stock["pipe"], found, guest.stock)
+
+
+@scenario
+def the_stack_is_cleared_before_user_mode(guest):
+    """By the preset hardened no word is left on the kernel's stack below what an entry takes; stock leaves many."""
+    bundle = chain.emit(TARGET / "run" / "cost.hardened", preset="hardened")
+    guest.put(None, None)
+    stock = _left(guest.stack_in_user_mode(bundle))
+    guest.put(bundle, "hardened")
+    hardened = _left(guest.stack_in_user_mode(bundle))
+    expect(stock > 100 and hardened == 0, stock, hardened)
+
+
+def _left(stack):
+    """How many words of a stack are not zero, but for the mark at its end and what the last entry took."""
+    return sum(stack[at:at + 8] != bytes(8) for at in range(8, len(stack) - ENTRY, 8))
 
 
 @scenario

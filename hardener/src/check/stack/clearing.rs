@@ -270,6 +270,7 @@ impl State {
         let to = instruction.op0_register();
         let mnemonic = instruction.mnemonic();
         match mnemonic {
+            Mnemonic::Nop => return Ok(()),
             Mnemonic::Push => {
                 let number = self.register(to).ok_or(OTHER)?;
                 return self.push(self.registers[number], rsp);
