@@ -4,6 +4,7 @@ use crate::image::{Fault, Image, ImageError};
 use crate::modules::{Modules, Refused};
 use crate::passes::{self, Analyses, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
+use crate::text::exposed::Exposed;
 use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
 use crate::text::stack_use::StackUse;
@@ -272,6 +273,7 @@ fn bundle(
     };
     let return_sets =
         asked(passes::is_per_function).then(|| ReturnSets::find(image, &tables, &text));
+    let exposed = asked(passes::is_by_frame).then(|| Exposed::find(image, &tables, &text));
     let zeroing = asked(passes::is_zeroing).then(|| Zeroing::find(image, &tables, &text));
     let stack = asked(passes::is_clearing).then(|| StackUse::find(image, &tables, &text));
     let profile = passes::promote_profile(recipe);
@@ -281,6 +283,7 @@ fn bundle(
         return_sets: return_sets
             .as_ref()
             .filter(|_| passes::is_per_function(choice)),
+        exposed: exposed.as_ref().filter(|_| passes::is_by_frame(choice)),
         zeroing: zeroing.as_ref(),
         stack: stack.as_ref(),
         promotion: promotion.as_ref(),

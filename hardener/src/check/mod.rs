@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | same-boundaries | `slots.rs` | each edit is one whole instruction for one whole instruction |
 //! | one-shared-cave | `cave.rs` | thunks and tables lie in filler, apart from one another |
-//! | allowed-slots | `slots.rs` | no edit touches what the kernel pokes or depends on; no return is left unchecked without such a reason |
+//! | allowed-slots | `slots.rs`, `exposed.rs` | no edit touches what the kernel pokes or depends on; no return is left unchecked without such a reason |
 //! | thunk-contract | `owed.rs`, `thunks.rs`, `exec/` | thunks keep what they must and pass exactly the members of their tables |
 //! | thunk-contract | `dead.rs` | what returns clear is read by nobody who is returned to |
 //! | thunk-contract | `stack.rs`, `stack/` | the stack is cleared before user mode as far down as it was used, and nothing else is |
@@ -25,6 +25,7 @@ mod cave;
 mod classes;
 mod dead;
 mod exec;
+mod exposed;
 mod image;
 mod kernel;
 mod module;

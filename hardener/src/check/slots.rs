@@ -2,6 +2,7 @@
 
 use super::Subject;
 use super::exec::machine::{register_name, register_number};
+use super::exposed::Exposed;
 use super::kernel::symbols::hex;
 use super::kernel::{Kernel, KernelError};
 use super::report::{Findings, Rule, RuleReport};
@@ -13,6 +14,9 @@ use yaxpeax_x86::amd64::InstDecoder;
 
 /// The pass that edits every return that it may.
 const RETURN_CFI: &str = "return-cfi";
+/// Which returns it edits: its parameter, and the value by which it leaves those out whose frames cannot be overrun.
+const SCOPE: &str = "scope";
+const BY_FRAME: &str = "frames";
 
 /// What stands in a slot in the image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -322,14 +326,21 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
     Ok(findings.done())
 }
 
-/// A variant that checks returns leaves none alone that it could edit.
+/// A variant that checks returns leaves none alone that it could edit, but for those whose frames cannot be overrun where it
+/// says so.
 fn unchecked(subject: &Subject<'_>, forbidden: &[Forbidden], findings: &mut Findings<'_>) {
     let kernel = subject.kernel;
-    let mut left = 0;
+    let (mut left, mut safe) = (0, 0);
+    let mut exposed = None;
     for (variant, edits) in subject.variants() {
-        if !variant.passes.iter().any(|pass| pass.name == RETURN_CFI) {
+        let pass = variant.passes.iter().find(|pass| pass.name == RETURN_CFI);
+        let Some(pass) = pass else {
             continue;
-        }
+        };
+        let by_frame = pass
+            .parameters
+            .get(SCOPE)
+            .is_some_and(|scope| scope == BY_FRAME);
         let edited: HashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
         let sites = kernel.tables.return_sites.iter();
         for at in sites.filter(|at| kernel.in_text(**at) && !edited.contains(at)) {
@@ -337,6 +348,9 @@ fn unchecked(subject: &Subject<'_>, forbidden: &[Forbidden], findings: &mut Find
             let end = LinkVa(at.0 + 5);
             match forbidden.get(from).filter(|part| part.range.start < end) {
                 Some(_) => left += 1,
+                None if by_frame && !exposed.get_or_insert_with(|| Exposed::of(kernel)).is(*at) => {
+                    safe += 1;
+                }
                 None => {
                     let what = "is a return that is not checked, and nothing forbids to";
                     findings.broken(Some(&variant.name), Some(*at), what.to_owned());
@@ -345,6 +359,9 @@ fn unchecked(subject: &Subject<'_>, forbidden: &[Forbidden], findings: &mut Find
         }
     }
     findings.proved("returns left alone for a reason", left);
+    if safe > 0 {
+        findings.proved("returns whose frames cannot be overrun", safe);
+    }
 }
 
 fn forbidden(kernel: &Kernel) -> Result<Vec<Forbidden>, KernelError> {

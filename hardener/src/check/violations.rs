@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const ON_VIOLATION: &str = "on-violation";
 /// The parameter in which a pass says which targets its slots may reach, and the passes that have one; rule 5 proves what they
 /// may.
+/// Rule 3 proves it.
+const SCOPE: &str = "scope";
 const POLICY: &str = "policy";
 const RETURN_CFI: &str = "return-cfi";
 const FORWARD_CFI: &str = "forward-cfi";
@@ -141,7 +143,10 @@ fn parameters(subject: &Subject<'_>, findings: &mut Findings<'_>) {
 fn said(pass: &PassSummary, actions: &BTreeSet<ViolationAction>) -> Option<String> {
     let name = &pass.name;
     let cfi = [RETURN_CFI, FORWARD_CFI].contains(&name.as_str());
-    let proved = |key: &&String| *key == ON_VIOLATION || cfi && *key == POLICY;
+    let scoped = name == RETURN_CFI;
+    let proved = |key: &&String| {
+        *key == ON_VIOLATION || cfi && *key == POLICY || scoped && *key == SCOPE
+    };
     if let Some(other) = pass.parameters.keys().find(|key| !proved(key)) {
         return Some(format!("pass {name} says `{other}`, which no rule proves"));
     }

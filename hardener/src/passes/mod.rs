@@ -11,11 +11,14 @@ mod zero_regs;
 
 pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
 pub use promote::profile as promote_profile;
-pub use return_cfi::{NAME as RETURN_CFI, is_per_function, thunk_name as return_check};
+pub use return_cfi::{
+    NAME as RETURN_CFI, is_by_frame, is_per_function, thunk_name as return_check,
+};
 pub use stack_clear::is_wanted as is_clearing;
 pub use zero_regs::is_wanted as is_zeroing;
 
 use crate::recipe::{Parameter, Recipe};
+use crate::text::exposed::Exposed;
 use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
 use crate::text::stack_use::StackUse;
@@ -48,12 +51,23 @@ pub struct Analyses<'a> {
     pub forward: Option<&'a Forward>,
     /// Which calls reach which function.
     pub return_sets: Option<&'a ReturnSets>,
+    /// Which returns leave frames that can be overrun, when only these are checked.
+    pub exposed: Option<&'a Exposed>,
     /// Which returns may clear registers.
     pub zeroing: Option<&'a Zeroing>,
     /// Which returns clear the stack, and which mark it.
     pub stack: Option<&'a StackUse>,
     /// Which indirect branches compare with which targets.
     pub promotion: Option<&'a Promotion>,
+}
+
+impl Analyses<'_> {
+    /// Whether some pass edits the R slot of this number, and so leads to its check.
+    pub fn leads_to_check(&self, index: usize) -> bool {
+        self.exposed.is_none_or(|exposed| exposed.0[index])
+            || self.zeroing.is_some_and(|zeroing| zeroing.of_slot[index])
+            || self.stack.is_some_and(|stack| stack.is_used(index))
+    }
 }
 
 /// A pass: edits slots of one kind.

@@ -19,6 +19,18 @@ const POLICY: Parameter = Parameter {
     takes_list: true,
 };
 
+/// Which returns are checked: all, or those of frames that can be overrun (see [`crate::text::exposed`]).
+const SCOPE: Parameter = Parameter {
+    name: "scope",
+    values: &["all", "frames"],
+    takes_list: false,
+};
+
+/// Whether `recipe` leaves out returns of frames that cannot be overrun.
+pub fn is_by_frame(recipe: &Recipe) -> bool {
+    recipe.value(NAME, &SCOPE) == "frames"
+}
+
 /// Whether `recipe` asks for each function's own return addresses.
 pub fn is_per_function(recipe: &Recipe) -> bool {
     recipe.value(NAME, &POLICY) == "function"
@@ -41,7 +53,7 @@ impl Pass for ReturnCfi {
     }
 
     fn parameters(&self) -> &'static [Parameter] {
-        &[VIOLATION, POLICY]
+        &[VIOLATION, POLICY, SCOPE]
     }
 
     fn figures(&self, context: &Context<'_>) -> BTreeMap<String, u64> {
@@ -61,7 +73,13 @@ impl Pass for ReturnCfi {
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {
-        let edits = context.returns().enumerate().map(|(index, slot)| {
+        let exposed = |index: usize| {
+            let exposed = context.analyses.exposed;
+            exposed.is_none_or(|exposed| exposed.0[index])
+        };
+        let slots = context.returns().enumerate();
+        let edits = slots.filter(|(index, _)| exposed(*index));
+        let edits = edits.map(|(index, slot)| {
             // Where registers are cleared too, there is one thunk for both.
             let mode = Mode::of(index, slot, &context.analyses);
             Ok(Edit {
@@ -70,10 +88,13 @@ impl Pass for ReturnCfi {
                 bytes: context.branch(slot.at, 0, JMP, thunk_of(context, index, mode)?),
             })
         });
-        Ok((
-            edits.collect::<Result<_, PassError>>()?,
-            context.text.slots.returns_left.clone(),
-        ))
+        let edits = edits.collect::<Result<Vec<_>, PassError>>()?;
+        let mut left = context.text.slots.returns_left.clone();
+        let unexposed = context.returns().count() - edits.len();
+        if unexposed > 0 {
+            left.insert("frame-not-exposed".to_owned(), unexposed as u64);
+        }
+        Ok((edits, left))
     }
 }
 

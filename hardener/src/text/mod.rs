@@ -5,6 +5,7 @@ mod callgraph;
 mod caves;
 mod entries;
 mod error;
+pub mod exposed;
 mod frames;
 mod functions;
 mod liveness;

@@ -81,6 +81,13 @@ impl StackUse {
     }
 }
 
+impl StackUse {
+    /// Whether the return of this number clears or marks anything.
+    pub fn is_used(&self, index: usize) -> bool {
+        self.clears[index] || self.marks[index] > 0
+    }
+}
+
 /// How many marks a return leaves below which so many bytes were in use.
 fn marks(depth: Option<u32>) -> u16 {
     (depth.unwrap_or(0) / SPACING) as u16

@@ -133,6 +133,7 @@ fn build_with(
     let Analyses {
         forward,
         return_sets,
+        exposed: _,
         zeroing,
         stack,
         promotion,
