@@ -1,0 +1,14 @@
+//! Trust policies: parsed with their own tests; what is wrong is drawn for a person.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use penumbra_policy::{Policy, check_bytes};
+
+fuzz_target!(init: hardener_fuzz::memory(64), |data: &[u8]| {
+    let mut said = Vec::new();
+    let checked = check_bytes("p", data, &mut said).expect("memory takes all that is written");
+    match Policy::parse_bytes("p", data) {
+        Ok(_) => assert!(checked.is_ok() || !said.is_empty()),
+        Err(wrong) => assert!(checked.is_err() && !wrong.is_empty() && !said.is_empty()),
+    }
+});
