@@ -45,7 +45,7 @@ enum Command {
         /// The kernel: a vmlinuz (gzip, xz, lz4 or zstd), or the vmlinux inside it
         #[arg(value_name = "VMLINUZ")]
         image: PathBuf,
-        /// The System.map of a kernel that names no symbols itself (neither .symtab nor kallsyms); of another it must agree
+        /// The kernel's System.map: its symbols if the image has none (neither .symtab nor kallsyms), else it must agree
         #[arg(long, value_name = "FILE")]
         system_map: Option<PathBuf>,
         /// The directory to write
@@ -78,7 +78,7 @@ enum Command {
         /// The kernel that it was made from
         #[arg(long, value_name = "VMLINUZ")]
         image: PathBuf,
-        /// The System.map of a kernel that names no symbols itself (neither .symtab nor kallsyms); of another it must agree
+        /// The kernel's System.map: its symbols if the image has none (neither .symtab nor kallsyms), else it must agree
         #[arg(long, value_name = "FILE")]
         system_map: Option<PathBuf>,
         /// A module that is in the bundle, or a folder of them; again for more

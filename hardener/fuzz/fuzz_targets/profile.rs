@@ -1,14 +1,16 @@
-//! Profiles: read twice in a row they say everything twice, so a line of the same text parses alone.
+//! Profiles: one is taken if each of its lines is; a refusal names a line that is none.
 #![no_main]
 
 use hardener::profile::Branches;
+use hardener_fuzz::{memory, seen};
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(init: hardener_fuzz::memory(64), |data: &[u8]| {
+fuzz_target!(init: memory(64), |data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
     };
-    match Branches::parse(text) {
+    let read = Branches::parse(text);
+    match &read {
         Ok(_) => assert!(text.lines().all(|line| Branches::parse(line).is_ok())),
         Err(why) => {
             let number = why.strip_prefix("line ").and_then(|rest| rest.split(' ').next());
@@ -17,4 +19,5 @@ fuzz_target!(init: hardener_fuzz::memory(64), |data: &[u8]| {
             assert!(Branches::parse(line).is_err(), "{why}");
         }
     }
+    seen("the reader", read);
 });

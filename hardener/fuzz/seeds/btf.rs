@@ -34,7 +34,7 @@ impl Record {
                 3 => n < 2,
                 4 | 5 => n % 3 == 1,
                 13 => n % 2 == 1,
-                15 => n % 3 == 0,
+                15 => n.is_multiple_of(3),
                 _ => false,
             };
             numbered
@@ -57,7 +57,7 @@ impl Record {
             .rest
             .iter_mut()
             .enumerate()
-            .filter(|(n, _)| step < 4 && n % step == 0);
+            .filter(|(n, _)| step < 4 && n.is_multiple_of(step));
         std::iter::once(&mut self.name)
             .chain(members.map(|(_, word)| word))
             .collect()
