@@ -77,7 +77,7 @@ def run(target, *arguments, env=None):
     program = _built() / "x86_64-unknown-linux-gnu" / "release" / target
     crashes = WORK / "found"
     crashes.mkdir(parents=True, exist_ok=True)
-    argv = [program, *arguments, "-timeout=120", "-rss_limit_mb=2048", "-max_len=65536",
+    argv = [program, *arguments, "-timeout=120", "-rss_limit_mb=2048", "-max_len=131072",
             f"-artifact_prefix={crashes}/{target}-"]
     dictionary = FOLDER / "dictionaries" / f"{target}.dict"
     if dictionary.exists():
