@@ -1,6 +1,7 @@
 //! The command line. Data goes to stdout, messages to stderr; `--json` changes stdout only.
 
 use crate::exit::{self, Error};
+use crate::image::KernelFiles;
 use crate::report::{self, Progress, Summary};
 use crate::{check, emit, presets, recipe::Recipe};
 use clap::builder::PossibleValuesParser;
@@ -44,6 +45,9 @@ enum Command {
         /// The kernel: a vmlinuz (gzip, xz, lz4 or zstd), or the vmlinux inside it
         #[arg(value_name = "VMLINUZ")]
         image: PathBuf,
+        /// The kernel's System.map: its symbols if the image has none (neither .symtab nor kallsyms), else it must agree
+        #[arg(long, value_name = "FILE")]
+        system_map: Option<PathBuf>,
         /// The directory to write
         #[arg(short, long, value_name = "BUNDLE")]
         output: PathBuf,
@@ -74,6 +78,9 @@ enum Command {
         /// The kernel that it was made from
         #[arg(long, value_name = "VMLINUZ")]
         image: PathBuf,
+        /// The kernel's System.map: its symbols if the image has none (neither .symtab nor kallsyms), else it must agree
+        #[arg(long, value_name = "FILE")]
+        system_map: Option<PathBuf>,
         /// A module that is in the bundle, or a folder of them; again for more
         #[arg(long = "module", value_name = "FILE")]
         modules: Vec<PathBuf>,
@@ -174,6 +181,7 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Emit {
             image,
+            system_map,
             output,
             recipe,
             preset,
@@ -182,14 +190,19 @@ pub fn main() -> ExitCode {
             json,
         } => {
             let recipe = chosen(recipe.as_deref(), preset.as_deref());
-            recipe.and_then(|recipe| emit_bundle(&image, &output, &recipe, &modules, force, json))
+            let kernel = files(&image, system_map.as_deref());
+            recipe.and_then(|recipe| emit_bundle(kernel, &output, &recipe, &modules, force, json))
         }
         Command::Check {
             bundle,
             image,
+            system_map,
             modules,
             json,
-        } => return check_bundle(&bundle, &image, &modules, json),
+        } => {
+            let kernel = files(&image, system_map.as_deref());
+            return check_bundle(&bundle, kernel, &modules, json);
+        }
         Command::Inspect { bundle, json } => inspect_bundle(&bundle, json),
         Command::Report { bundle, html, json } => report_bundle(&bundle, html.as_deref(), json),
         Command::Explain { what, bundle, json } => explain_place(&bundle, &what, json),
@@ -253,8 +266,12 @@ fn recipes(command: &RecipeCommand) -> String {
     }
 }
 
+fn files<'a>(image: &'a Path, system_map: Option<&'a Path>) -> KernelFiles<'a> {
+    KernelFiles { image, system_map }
+}
+
 fn emit_bundle(
-    image: &Path,
+    kernel: KernelFiles<'_>,
     output: &Path,
     recipe: &Recipe,
     modules: &[PathBuf],
@@ -266,7 +283,7 @@ fn emit_bundle(
         return Err(emit::EmitError::from(WriteError::Exists(output.to_owned())).into());
     }
     let progress = Progress::start();
-    let emitted = emit::emit_with(image, recipe, modules, &mut |stage| {
+    let emitted = emit::emit_with(kernel, recipe, modules, &mut |stage| {
         progress.stage(stage.label())
     })?;
     let mut bundle = emitted.bundle;
@@ -335,8 +352,13 @@ fn diff_bundles(a: &Path, b: &Path, json: bool) -> Result<(String, bool), Error>
     Ok((text, difference.same()))
 }
 
-fn check_bundle(bundle: &Path, image: &Path, modules: &[PathBuf], json: bool) -> ExitCode {
-    match check::run(bundle, image, modules, json) {
+fn check_bundle(
+    bundle: &Path,
+    kernel: KernelFiles<'_>,
+    modules: &[PathBuf],
+    json: bool,
+) -> ExitCode {
+    match check::run(bundle, kernel, modules, json) {
         Ok(outcome) => {
             print(&outcome.render());
             ExitCode::from(if outcome.clean { exit::YES } else { exit::NO })

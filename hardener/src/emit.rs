@@ -1,6 +1,6 @@
 //! `hardener emit`: from an image to a bundle.
 
-use crate::image::{Fault, Image, ImageError};
+use crate::image::{Fault, Image, ImageError, KernelFiles, Lacks};
 use crate::modules::{Modules, Refused};
 use crate::passes::{self, Analyses, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
@@ -17,7 +17,7 @@ use penumbra_bundle::{
     Symbols, VaRange, Variant, WriteError,
 };
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use thiserror::Error;
 
 /// Structure members whose offsets the installer reads guests with.
@@ -129,6 +129,25 @@ const DATA_OPTIONAL: &[&str] = &[
     "hypercall_page",
 ];
 
+/// Symbols that the analysis of the text and of the kernel's own tables cannot do without.
+const TEXT: &[&str] = &[
+    "__entry_text_start",
+    "__entry_text_end",
+    "__noinstr_text_start",
+    "__noinstr_text_end",
+    "__static_call_text_start",
+    "__static_call_text_end",
+    "__start_mcount_loc",
+    "__stop_mcount_loc",
+    "__start___jump_table",
+    "__stop___jump_table",
+    "__start_static_call_sites",
+    "__stop_static_call_sites",
+    "__x86_return_thunk",
+    "entry_SYSCALL_64",
+    "panic",
+];
+
 /// A per-CPU variable: its address is an offset.
 const CURRENT: &str = "current_task";
 
@@ -200,8 +219,8 @@ impl Stage {
 }
 
 /// Reads the kernel at `image` and makes its bundle as `recipe` says; `progress` hears of each stage as it starts.
-pub fn emit(
-    image: &Path,
+pub fn emit<'a>(
+    image: impl Into<KernelFiles<'a>>,
     recipe: &Recipe,
     progress: &mut dyn FnMut(Stage),
 ) -> Result<Bundle, EmitError> {
@@ -219,15 +238,16 @@ pub struct Emitted {
 }
 
 /// Like [`emit`], with the modules in `modules`: files, or folders of them.
-pub fn emit_with(
-    image: &Path,
+pub fn emit_with<'a>(
+    image: impl Into<KernelFiles<'a>>,
     recipe: &Recipe,
     modules: &[PathBuf],
     progress: &mut dyn FnMut(Stage),
 ) -> Result<Emitted, EmitError> {
-    let file = image.display().to_string();
+    let files = image.into();
+    let file = files.image.display().to_string();
     progress(Stage::Image);
-    let image = Image::open(image)?;
+    let image = Image::open(files)?;
     bundle(&image, recipe, modules, progress).map_err(|error| match error {
         Failure::Text(source) => EmitError::Text { file, source },
         Failure::Pass(source) => EmitError::Pass { file, source },
@@ -254,7 +274,14 @@ fn bundle(
     modules: &[PathBuf],
     progress: &mut dyn FnMut(Stage),
 ) -> Result<Emitted, Failure> {
-    let tables = image.tables()?;
+    let mut lacks = Lacks::default();
+    for name in TEXT {
+        lacks.note(image.need_symbol(name).map(drop))?;
+    }
+    let data = data(image, &mut lacks)?;
+    let layout = layout(image, &mut lacks)?;
+    let tables = lacks.note(image.tables())?;
+    lacks.none()?;
     progress(Stage::Text);
     let text = Text::analyse(image, &tables)?;
     progress(Stage::Model);
@@ -324,7 +351,7 @@ fn bundle(
     }
     let refused = std::mem::take(&mut modules.refused);
     let modules = modules.finish(&cave).map_err(Failure::Pass)?;
-    let mut manifest = manifest(image, &text, &cave, variants)?;
+    let mut manifest = manifest(image, &text, &cave, variants, layout, data)?;
     manifest.forward = forward.map(|_| file_ref("forward.postcard"));
     manifest.modules = module_set(&modules);
     let symbols = symbols(image, &text);
@@ -386,6 +413,8 @@ fn manifest(
     text: &Text,
     cave: &CaveContents,
     variants: Vec<Variant>,
+    layout: BTreeMap<String, u32>,
+    data: BTreeMap<String, LinkVa>,
 ) -> Result<Manifest, Fault> {
     let banner = image.banner()?;
     let release = banner.split(' ').nth(2).unwrap_or_default().to_owned();
@@ -423,12 +452,12 @@ fn manifest(
         variants,
         forward: None,
         modules: None,
-        layout: layout(image)?,
-        data: data(image)?,
+        layout,
+        data,
     })
 }
 
-fn layout(image: &Image) -> Result<BTreeMap<String, u32>, Fault> {
+fn layout(image: &Image, lacks: &mut Lacks) -> Result<BTreeMap<String, u32>, Fault> {
     let mut layout = BTreeMap::from([("const.THREAD_SIZE".to_owned(), THREAD_SIZE)]);
     let offset = |structure: &str, member: &str| image.btf.member(structure, member)?.byte();
     let members = |list: &'static [(&str, &[&str])]| {
@@ -442,8 +471,8 @@ fn layout(image: &Image) -> Result<BTreeMap<String, u32>, Fault> {
                 ".BTF",
                 format!("`struct {structure}` has no member `{member}`, which the installer reads"),
             )
-        })?;
-        layout.insert(format!("{structure}.{member}"), found);
+        });
+        layout.insert(format!("{structure}.{member}"), lacks.note(found)?);
     }
     for (structure, member) in members(LAYOUT_OPTIONAL) {
         if let Some(found) = offset(structure, member) {
@@ -454,8 +483,8 @@ fn layout(image: &Image) -> Result<BTreeMap<String, u32>, Fault> {
         let size = image.btf.size_of(structure);
         let size = size.ok_or_else(|| {
             Fault::unsupported(".BTF", format!("does not describe `struct {structure}`"))
-        })?;
-        layout.insert(format!("sizeof.{structure}"), size);
+        });
+        layout.insert(format!("sizeof.{structure}"), lacks.note(size)?);
     }
     for structure in SIZES_OPTIONAL {
         if let Some(size) = image.btf.size_of(structure) {
@@ -465,17 +494,19 @@ fn layout(image: &Image) -> Result<BTreeMap<String, u32>, Fault> {
     Ok(layout)
 }
 
-fn data(image: &Image) -> Result<BTreeMap<String, LinkVa>, Fault> {
+fn data(image: &Image, lacks: &mut Lacks) -> Result<BTreeMap<String, LinkVa>, Fault> {
     let mut data = BTreeMap::new();
     for name in DATA {
-        data.insert((*name).to_owned(), image.need_symbol(name)?);
+        let va = image.need_symbol(name).map(|va| va.0);
+        data.insert((*name).to_owned(), LinkVa(lacks.note(va)?));
     }
     for name in DATA_OPTIONAL {
         if let Some(va) = image.symbol(name) {
             data.insert((*name).to_owned(), va);
         }
     }
-    data.insert(CURRENT.to_owned(), current(image)?);
+    let current = current(image).map(|va| va.0);
+    data.insert(CURRENT.to_owned(), LinkVa(lacks.note(current)?));
     Ok(data)
 }
 

@@ -9,6 +9,8 @@ pub mod check;
 pub mod cli;
 pub mod emit;
 pub mod exit;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod image;
 pub mod modules;
 pub mod passes;

@@ -506,8 +506,9 @@ impl fmt::Display for Recipe {
         for pass in &self.named {
             writeln!(f, "\n[pass.{pass}]")?;
             if let Some(file) = self.files.get(pass) {
-                let name = file.name.replace('\\', "\\\\").replace('"', "\\\"");
-                writeln!(f, "{} = \"{name}\"", file.key)?;
+                // Names of files may hold anything, ends of lines too.
+                let name = toml::Value::from(file.name.as_str());
+                writeln!(f, "{} = {name}", file.key)?;
             }
             for (key, value) in self.set.iter().filter(|((of, _), _)| of == pass) {
                 let (_, parameter) = key;

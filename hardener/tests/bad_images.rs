@@ -210,9 +210,8 @@ fn addresses_that_wrap_are_refused() {
     let address = elf.header.e_shoff as usize + index * 64 + 16;
     let mut damaged = whole.clone();
     damaged[address..address + 8].copy_from_slice(&(u64::MAX - 7).to_le_bytes());
-    let exports = |file| Image::parse(file).unwrap().exports().unwrap().len();
-    // Not one entry fits there.
-    assert!(exports(damaged) < exports(whole.clone()));
+    let said = said(&damaged);
+    assert!(said.contains("ELF section __ksymtab: "), "{said}");
 
     let mut damaged = whole;
     damaged[0x28..0x30].copy_from_slice(&(u64::MAX - 7).to_le_bytes());

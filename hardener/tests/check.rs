@@ -287,3 +287,23 @@ fn an_image_cut_short_is_bad_input() {
         );
     }
 }
+
+/// What is in memory only may claim any size: a table of 2^60 bytes is not asked memory for.
+#[test]
+fn a_table_of_any_size_that_the_file_does_not_hold_is_bad_input() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vmlinux");
+    let mut whole = hardener::image::unpacked(std::fs::read(vmlinuz()).unwrap()).unwrap();
+    let elf = goblin::elf::Elf::parse(&whole).unwrap();
+    let name = |header: &goblin::elf::SectionHeader| elf.shdr_strtab.get_at(header.sh_name);
+    let mut headers = elf.section_headers.iter();
+    let index = headers.position(|header| name(header) == Some(".smp_locks"));
+    let at = elf.header.e_shoff as usize + 64 * index.unwrap();
+    // sh_type: SHT_NOBITS; sh_addr and sh_size (System V gABI, section header).
+    whole[at + 4..at + 8].copy_from_slice(&8u32.to_le_bytes());
+    whole[at + 16..at + 24].copy_from_slice(&0x10_0000u64.to_le_bytes());
+    whole[at + 32..at + 40].copy_from_slice(&(1u64 << 60).to_le_bytes());
+    std::fs::write(&path, whole).unwrap();
+    let error = Checker::open(&path).err().map(|error| error.to_string());
+    assert!(error.is_some_and(|error| error.contains("truncated")));
+}

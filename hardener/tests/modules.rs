@@ -3,6 +3,7 @@
 
 mod common;
 
+use hardener::check::{Checker, Rule};
 use hardener::emit::{EmitError, Emitted, emit_with};
 use hardener::recipe::Recipe;
 use penumbra_bundle::{Bundle, Module, Placement, Put, SiteKind, SlotKind};
@@ -245,4 +246,47 @@ fn a_kernel_that_keeps_code_and_data_of_modules_apart_takes_none_and_says_so() {
         said.contains("struct module_memory") && said.contains("leave --module out"),
         "{said}"
     );
+}
+
+/// Every symbol 4 GiB behind its section: sums of the two are no addresses.
+#[test]
+fn a_symbol_far_behind_its_section_is_no_overflow() {
+    let image = hardener::image::Image::open(common::cloud()).unwrap();
+    let thunks = hardener::emit::kernel_thunks(&image).unwrap();
+    let mut module = std::fs::read(file("af_key.ko")).unwrap();
+    let table = section(&module, ".symtab");
+    for symbol in module[table].chunks_exact_mut(24) {
+        symbol[8..16].copy_from_slice(&u64::from(u32::MAX).to_le_bytes());
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("far.ko");
+    std::fs::write(&path, module).unwrap();
+    let said = hardener::modules::Modules::read(&image, &thunks, &[path]).err();
+    let said = said.expect("a refusal").to_string();
+    assert!(said.contains("far.ko: symbol "), "{said}");
+}
+
+/// A relocation at the very last address: the end of its field is no number of 64 bits.
+#[test]
+fn a_relocation_at_the_end_of_addresses_is_not_proved() {
+    let bundle = emitted(&[file("af_key.ko")]).unwrap().bundle;
+    let mut module = std::fs::read(file("af_key.ko")).unwrap();
+    let first = section(&module, ".rela.text").start;
+    module[first..first + 8].copy_from_slice(&(u64::MAX - 1).to_le_bytes());
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("af_key.ko"), module).unwrap();
+    let checker = Checker::open(common::cloud()).unwrap();
+    let checker = checker.with_modules(&[folder.path().to_owned()]).unwrap();
+    let reports = checker.prove(&bundle, &[Rule::Modules]).unwrap();
+    let mut violations = reports[0].violations.iter();
+    assert!(violations.any(|one| one.what.contains(".text has a bad relocation")));
+}
+
+/// Where a section's bytes are in its file.
+fn section(module: &[u8], name: &str) -> std::ops::Range<usize> {
+    let elf = goblin::elf::Elf::parse(module).unwrap();
+    let mut headers = elf.section_headers.iter();
+    let named =
+        |header: &&goblin::elf::SectionHeader| elf.shdr_strtab.get_at(header.sh_name) == Some(name);
+    headers.find(named).unwrap().file_range().unwrap()
 }

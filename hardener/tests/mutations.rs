@@ -74,6 +74,18 @@ fn a_spoilt_recipe_is_refused_or_says_again_what_it_says() {
 }
 
 #[test]
+fn a_profile_whose_name_has_two_lines_is_named_again() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("a\n\"b\".txt"), "a b 1\n").unwrap();
+    let text = b"schema = 1\n[pass.promote]\nprofile = \"a\\n\\\"b\\\".txt\"\n";
+    let file = folder.path().join("recipe.toml");
+    let file = file.to_str().unwrap();
+    let recipe = Recipe::parse(file, text).unwrap_or_else(|error| panic!("{error}"));
+    let again = Recipe::parse(file, recipe.to_string().as_bytes());
+    assert_eq!(again.unwrap_or_else(|error| panic!("{error}")), recipe);
+}
+
+#[test]
 fn a_spoilt_bundle_is_refused_or_can_be_told_about() {
     let mut bundle = emit(common::cloud(), &Recipe::default(), &mut |_| {}).unwrap();
     let files = bundle.seal();

@@ -19,6 +19,7 @@ built is kept under `target/lab`, so a second run only boots.
     spaces     processes that see from inside which view they are on
     gdb        QEMU's gdbstub: physical memory, breakpoints, registers
     cost       a guest without Xen, on any variant's text, whose instructions are counted
+    fuzz       the fuzz targets: built, seeded, run
     storm      live processes flipped between all views
 """
 

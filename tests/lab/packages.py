@@ -31,6 +31,8 @@ TOOLS = [
     "libxen-dev", "libclang-dev", "pkg-config",
     # Xen's build.
     "bison", "flex", "libssl-dev", "make", "dpkg-dev", "bc", "gcc", "libc6-dev",
+    # libFuzzer, from source.
+    "g++",
     # The guest's module: kbuild's objtool links libelf.
     "libelf-dev", "kmod",
     # The initramfs, the compressed payloads that tests make, the signature check.

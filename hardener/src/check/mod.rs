@@ -26,6 +26,8 @@ mod classes;
 mod dead;
 mod exec;
 mod exposed;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod image;
 mod kernel;
 mod module;
@@ -45,7 +47,7 @@ use kernel::Kernel;
 pub use kernel::KernelError;
 pub use report::{Outcome, Rule, RuleReport, Violation};
 
-use crate::image::{ImageError, unpacked};
+use crate::image::{ImageError, KernelFiles, unpacked};
 use cave::CaveImage;
 use exec::memo::Memo;
 use penumbra_bundle::{Bundle, Edit, LinkVa, ReadError, Variant};
@@ -114,25 +116,32 @@ pub struct Checker {
 }
 
 impl Checker {
-    /// Reads the image at `path`: a `vmlinuz`, or an uncompressed `vmlinux`.
-    pub fn open(path: &Path) -> Result<Checker, CheckError> {
+    /// Reads the image: a `vmlinuz`, or an uncompressed `vmlinux`, with its `System.map` if there is one.
+    pub fn open<'a>(files: impl Into<KernelFiles<'a>>) -> Result<Checker, CheckError> {
+        let KernelFiles { image, system_map } = files.into();
         let started = Instant::now();
-        let file = fs::read(path).map_err(|source| CheckError::Io {
-            path: path.to_owned(),
-            source,
-        })?;
+        let read = |path: &Path| {
+            let path = path.to_owned();
+            fs::read(&path).map_err(|source| CheckError::Io { path, source })
+        };
+        let file = read(image)?;
+        let map = system_map.map(read).transpose()?;
         let elf = unpacked(file.clone()).map_err(|fault| ImageError::Bad {
-            file: path.display().to_string(),
+            file: image.display().to_string(),
             fault,
         })?;
-        let kernel = Kernel::read(elf).map_err(|source| CheckError::Kernel {
-            path: path.to_owned(),
-            source,
+        let kernel = Kernel::read(elf, map.as_deref()).map_err(|source| {
+            let about_map = matches!(
+                source,
+                KernelError::SystemMap(..) | KernelError::OtherMap { .. }
+            );
+            let path = system_map.filter(|_| about_map).unwrap_or(image).to_owned();
+            CheckError::Kernel { path, source }
         })?;
         Ok(Checker {
             file,
             kernel,
-            path: path.to_owned(),
+            path: image.to_owned(),
             reading: started.elapsed(),
             modules: module::Files::new(),
             memo: Memo::default(),
@@ -218,9 +227,9 @@ impl Checker {
 }
 
 /// Checks the bundle in `bundle` against the image at `image` and the modules in `modules`.
-pub fn run(
+pub fn run<'a>(
     bundle: &Path,
-    image: &Path,
+    image: impl Into<KernelFiles<'a>>,
     modules: &[PathBuf],
     json: bool,
 ) -> Result<Outcome, CheckError> {

@@ -12,9 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 const ON_VIOLATION: &str = "on-violation";
 /// The parameter in which a pass says which targets its slots may reach, and the passes that have one; rule 5 proves what they
 /// may.
-/// Rule 3 proves it.
-const SCOPE: &str = "scope";
 const POLICY: &str = "policy";
+/// The same for which returns are checked; rule 3 proves that.
+const SCOPE: &str = "scope";
 const RETURN_CFI: &str = "return-cfi";
 const FORWARD_CFI: &str = "forward-cfi";
 /// More is no message that a panic's line holds (kernel/panic.c, `buf`).

@@ -7,6 +7,10 @@ use goblin::elf::section_header::{SHF_ALLOC, SHF_EXECINSTR, SHN_ABS, SHN_UNDEF, 
 use penumbra_bundle::{LinkVa, VaRange};
 use std::ops::Range;
 
+/// Nothing of a kernel is linked here or above: what points there is an error code (include/linux/err.h, `MAX_ERRNO`). So sums
+/// of an address and a small length do not wrap.
+pub(super) const TOP: u64 = u64::MAX - 0xffff;
+
 /// A loadable segment.
 #[derive(Clone, Debug)]
 pub struct Segment {
@@ -71,17 +75,25 @@ pub fn read(bytes: &[u8]) -> Result<Elf, Fault> {
             )
         })
     };
+    let below_top = |what: &str, start: u64, size: u64| {
+        let end = start.checked_add(size).filter(|end| *end <= TOP);
+        end.map(|_| ()).ok_or_else(|| {
+            let what = what.to_owned();
+            Fault::damaged(
+                what,
+                format!("{size} bytes at {start:#x} leave what a kernel may be linked to"),
+            )
+        })
+    };
     let mut segments = Vec::new();
     for (index, program) in elf.program_headers.iter().enumerate() {
         if program.p_type == PT_LOAD {
+            let what = format!("ELF segment {index}");
+            below_top(&what, program.p_vaddr, program.p_filesz)?;
             segments.push(Segment {
                 va: program.p_vaddr,
                 pa: program.p_paddr,
-                file: file_range(
-                    &format!("ELF segment {index}"),
-                    program.p_offset,
-                    program.p_filesz,
-                )?,
+                file: file_range(&what, program.p_offset, program.p_filesz)?,
             });
         }
     }
@@ -101,6 +113,8 @@ pub fn read(bytes: &[u8]) -> Result<Elf, Fault> {
             )?
         };
         end = end.max(file.end);
+        let what = format!("ELF section {name}");
+        below_top(&what, section.sh_addr, section.sh_size)?;
         sections.push(Section {
             name: name.to_owned(),
             range: VaRange {
@@ -144,6 +158,9 @@ fn symbols(elf: &goblin::elf::Elf<'_>, sections: &[Section]) -> Vec<KernelSymbol
                 Some(_) => b'd',
                 None => return None,
             };
+            if symbol.st_value > TOP {
+                return None;
+            }
             let kind = match symbol.st_bind() {
                 0 => lower,
                 2 => b'W',

@@ -6,15 +6,11 @@
 //! markers, in this order in every version; the addresses lie before that (to 6.3) or behind the index (from 6.4).
 
 use super::read::Reader;
-use super::{Fault, KernelSymbol};
+use super::{Fault, KernelSymbol, MAX_NAME, MAX_SYMBOLS};
 use penumbra_bundle::LinkVa;
 
-/// More symbols than any kernel has; a bound on memory.
-const MAX_SYMBOLS: usize = 1 << 21;
 /// One marker for so many symbols.
 const PER_MARKER: usize = 256;
-/// No symbol name is longer when unpacked (`KSYM_NAME_LEN` is 512).
-const MAX_NAME: usize = 1024;
 
 /// Decodes all symbols from the bytes of `.rodata`.
 pub fn read(rodata: &[u8]) -> Result<Vec<KernelSymbol>, Fault> {
@@ -22,7 +18,7 @@ pub fn read(rodata: &[u8]) -> Result<Vec<KernelSymbol>, Fault> {
         Fault::unsupported(
             "kallsyms",
             format!(
-                "{what}; Penumbra needs a kernel built with CONFIG_KALLSYMS, or a vmlinux with .symtab"
+                "{what}; Penumbra needs a kernel built with CONFIG_KALLSYMS, or a vmlinux with .symtab, or a System.map"
             ),
         )
     };

@@ -7,11 +7,12 @@ mod btf;
 mod bzimage;
 mod elf;
 mod fault;
-mod kallsyms;
+pub(crate) mod kallsyms;
 pub mod module;
 mod notes;
 mod read;
 mod relocs;
+pub(crate) mod system_map;
 mod tables;
 mod unpack;
 
@@ -25,7 +26,7 @@ pub use tables::{AltEntry, JumpEntry, ParavirtSite, StaticCallSite, Tables};
 
 use penumbra_bundle::{LinkVa, VaRange};
 use sha2::{Digest, Sha256};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -35,6 +36,28 @@ use std::rc::Rc;
 const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 /// The largest image file that is read.
 const MAX_FILE: u64 = 512 << 20;
+/// More symbols than any kernel has; a bound on memory.
+const MAX_SYMBOLS: usize = 1 << 21;
+/// No symbol name is longer when unpacked (`KSYM_NAME_LEN` is 512).
+const MAX_NAME: usize = 1024;
+
+/// The files that a kernel is read from.
+#[derive(Clone, Copy, Debug)]
+pub struct KernelFiles<'a> {
+    /// A bzImage or an ELF `vmlinux`.
+    pub image: &'a Path,
+    /// Its `System.map`: the symbols of an image that names none itself.
+    pub system_map: Option<&'a Path>,
+}
+
+impl<'a, P: AsRef<Path> + ?Sized> From<&'a P> for KernelFiles<'a> {
+    fn from(image: &'a P) -> KernelFiles<'a> {
+        KernelFiles {
+            image: image.as_ref(),
+            system_map: None,
+        }
+    }
+}
 
 /// A symbol of the kernel: address, kind as `nm` prints it, name.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -75,29 +98,30 @@ pub struct Image {
 }
 
 impl Image {
-    /// Reads `path`: a bzImage or an ELF `vmlinux`.
-    pub fn open(path: &Path) -> Result<Image, ImageError> {
-        let name = path.display().to_string();
-        let io = |source| ImageError::Io {
-            file: name.clone(),
-            source,
+    /// Reads a bzImage or an ELF `vmlinux`, with its `System.map` if there is one.
+    pub fn open<'a>(files: impl Into<KernelFiles<'a>>) -> Result<Image, ImageError> {
+        let files = files.into();
+        let bytes = read_file(files.image, MAX_FILE)?;
+        let bad = |path: &Path| {
+            let file = path.display().to_string();
+            |fault| ImageError::Bad { file, fault }
         };
-        let file = File::open(path).map_err(io)?;
-        let mut bytes = Vec::new();
-        file.take(MAX_FILE + 1)
-            .read_to_end(&mut bytes)
-            .map_err(io)?;
-        if bytes.len() as u64 > MAX_FILE {
-            return Err(ImageError::Bad {
-                file: name,
-                fault: Fault::not_a_kernel("file", "is larger than 512 MiB"),
-            });
-        }
-        Image::parse(bytes).map_err(|fault| ImageError::Bad { file: name, fault })
+        let Some(path) = files.system_map else {
+            return Image::parse(bytes).map_err(bad(files.image));
+        };
+        let map = system_map::read(&read_file(path, system_map::MAX_FILE)?).map_err(bad(path))?;
+        let image = Image::parse_with(bytes, &map).map_err(bad(files.image))?;
+        system_map::agrees(&map, &image.symbols).map_err(bad(path))?;
+        Ok(image)
     }
 
     /// Reads an image from the bytes of its file.
     pub fn parse(file: Vec<u8>) -> Result<Image, Fault> {
+        Image::parse_with(file, &[])
+    }
+
+    /// Reads an image from the bytes of its file; if it has no symbols, those of its `map` are its own.
+    fn parse_with(file: Vec<u8>, map: &[KernelSymbol]) -> Result<Image, Fault> {
         let sha256 = Sha256::digest(&file)
             .iter()
             .map(|byte| format!("{byte:02x}"))
@@ -120,7 +144,12 @@ impl Image {
         };
         if image.symbols.is_empty() {
             let rodata = image.section_bytes(".rodata").unwrap_or_default();
-            image.symbols = lacks.note(kallsyms::read(rodata))?;
+            image.symbols = match kallsyms::read(rodata) {
+                Err(fault) if fault.kind == FaultKind::Unsupported && !map.is_empty() => {
+                    map.to_vec()
+                }
+                found => lacks.note(found)?,
+            };
         }
         image
             .symbols
@@ -133,7 +162,7 @@ impl Image {
         image.btf = Rc::new(lacks.note(btf)?);
         let build_id = image.need_section(".notes").and_then(notes::build_id);
         image.build_id = lacks.note(build_id)?;
-        for (name, why) in tables::SLOT_TABLES {
+        for (name, why) in tables::NEEDED {
             lacks.note(image.need_table(name, why).map(drop))?;
         }
         lacks.none()?;
@@ -241,13 +270,32 @@ impl Image {
     }
 }
 
+/// The bytes of a file that has at most `max`.
+fn read_file(path: &Path, max: u64) -> Result<Vec<u8>, ImageError> {
+    let name = || path.display().to_string();
+    let io = |source| ImageError::Io {
+        file: name(),
+        source,
+    };
+    let file = File::open(path).map_err(io)?;
+    let mut bytes = Vec::new();
+    file.take(max + 1).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.len() as u64 > max {
+        return Err(ImageError::Bad {
+            file: name(),
+            fault: Fault::not_a_kernel("file", format!("is larger than {} MiB", max >> 20)),
+        });
+    }
+    Ok(bytes)
+}
+
 /// What a kernel does not have: all of it is said at once.
 #[derive(Default)]
-struct Lacks(Vec<Fault>);
+pub(crate) struct Lacks(Vec<Fault>);
 
 impl Lacks {
     /// Goes on with nothing where something is not there, and fails where something is wrong.
-    fn note<T: Default>(&mut self, found: Result<T, Fault>) -> Result<T, Fault> {
+    pub(crate) fn note<T: Default>(&mut self, found: Result<T, Fault>) -> Result<T, Fault> {
         found.or_else(|fault| match fault.kind {
             FaultKind::Unsupported => {
                 self.0.push(fault);
@@ -258,7 +306,9 @@ impl Lacks {
     }
 
     /// Fails when anything is not there.
-    fn none(mut self) -> Result<(), Fault> {
+    pub(crate) fn none(mut self) -> Result<(), Fault> {
+        let mut seen = HashSet::new();
+        self.0.retain(|fault| seen.insert(fault.to_string()));
         match self.0.len() {
             0 => Ok(()),
             1 => Err(self.0.remove(0)),

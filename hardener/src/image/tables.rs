@@ -4,9 +4,9 @@
 use super::{Fault, Image};
 use penumbra_bundle::{LinkVa, VaRange};
 
-/// The tables of indirect branches and of returns, and what a kernel is built with that has them: without them there is
-/// nothing to edit.
-pub(super) const SLOT_TABLES: [(&str, &str); 2] = [
+/// Tables that every kernel must have, and what it is built with then. Without the first two there is nothing to edit, without
+/// the others it is not known where nothing may be edited.
+pub(super) const NEEDED: [(&str, &str); 4] = [
     (
         ".retpoline_sites",
         "CONFIG_RETPOLINE (forward-cfi and no-retpoline edit what it lists)",
@@ -14,6 +14,14 @@ pub(super) const SLOT_TABLES: [(&str, &str); 2] = [
     (
         ".return_sites",
         "CONFIG_RETHUNK (return-cfi and no-rethunk edit what it lists)",
+    ),
+    (
+        ".altinstructions",
+        "alternatives (no edit may touch what they replace)",
+    ),
+    (
+        "__ex_table",
+        "exception tables (no edit may touch what may fault)",
     ),
 ];
 
@@ -223,7 +231,7 @@ impl Image {
     /// Reads all tables.
     pub fn tables(&self) -> Result<Tables, Fault> {
         let need = |name, why| self.need_table(name, why);
-        let [retpolines, returns] = SLOT_TABLES;
+        let [retpolines, returns, alternatives, exceptions] = NEEDED;
         let mut tables = Tables {
             retpolines: self.all_code(&need(retpolines.0, retpolines.1)?)?,
             returns: self.all_code(&need(returns.0, returns.1)?)?,
@@ -239,12 +247,12 @@ impl Image {
                 .filter(|at| table.array::<4>(*at) != [0; 4]);
             tables.smp_locks = words.map(|at| table.relative(at)).collect();
         }
-        self.alternatives(&need(".altinstructions", "alternatives")?, &mut tables)?;
+        self.alternatives(&need(alternatives.0, alternatives.1)?, &mut tables)?;
         if let Some(table) = self.in_section(".parainstructions") {
             self.paravirt(&table, &mut tables)?;
             tables.not_taken.push(table.range());
         }
-        self.exceptions(&need("__ex_table", "exception tables")?, &mut tables)?;
+        self.exceptions(&need(exceptions.0, exceptions.1)?, &mut tables)?;
         if let Some(table) = self.in_section("__bug_table") {
             let size = self.need_size("bug_entry")?;
             let at = self.need_member("bug_entry", "bug_addr_disp", 4)?;

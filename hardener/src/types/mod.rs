@@ -15,7 +15,7 @@
 
 mod analysis;
 mod blocks;
-mod btf;
+pub(crate) mod btf;
 mod facts;
 mod flow;
 mod functions;

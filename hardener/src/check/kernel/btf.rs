@@ -27,7 +27,8 @@ impl<'a> Btf<'a> {
         Btf::parse(data).ok_or(KernelError::Btf)
     }
 
-    fn parse(data: &'a [u8]) -> Option<Btf<'a>> {
+    /// Reads the bytes of a `.BTF` section.
+    pub fn parse(data: &'a [u8]) -> Option<Btf<'a>> {
         if half(data, 0)? != MAGIC {
             return None;
         }

@@ -1,12 +1,17 @@
 //! The uncompressed kernel as an ELF file: sections by name, bytes by link address, KASLR relocations.
 
 use super::KernelError;
-use goblin::elf::{Elf, section_header::SHT_NOBITS};
+use super::kallsyms::KernelSymbol;
+use goblin::elf::section_header::{SHN_ABS, SHT_NOBITS};
+use goblin::elf::{Elf, sym};
 use penumbra_bundle::{LinkVa, VaRange};
 use std::collections::BTreeMap;
 
 /// `__START_KERNEL_map` (arch/x86/include/asm/page_64_types.h).
 const MAP_START: u64 = 0xffff_ffff_8000_0000;
+
+/// The number of no section: the value is no address to be relocated.
+const ABSOLUTE: usize = SHN_ABS as usize;
 
 /// A section with an address: where it lies in memory and in the file.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +45,8 @@ pub struct Vmlinux {
     segments: Vec<(VaRange, usize)>,
     /// KASLR relocations; empty when the image carries none.
     pub relocs: Relocs,
+    /// What `.symtab` names, by address; empty when the image is stripped.
+    pub symtab: Vec<KernelSymbol>,
 }
 
 impl Vmlinux {
@@ -47,8 +54,8 @@ impl Vmlinux {
     pub fn parse(bytes: Vec<u8>) -> Result<Vmlinux, KernelError> {
         let elf = Elf::parse(&bytes).map_err(|error| KernelError::Elf(error.to_string()))?;
         let mut sections = BTreeMap::new();
-        let mut elf_end = elf.header.e_shoff as usize
-            + usize::from(elf.header.e_shnum) * usize::from(elf.header.e_shentsize);
+        let headers = usize::from(elf.header.e_shnum) * usize::from(elf.header.e_shentsize);
+        let mut elf_end = (elf.header.e_shoff as usize).saturating_add(headers);
         for header in &elf.section_headers {
             let in_file = header.sh_type != SHT_NOBITS;
             let offset = header.sh_offset as usize;
@@ -58,7 +65,7 @@ impl Vmlinux {
                 elf_end = elf_end.max(end.ok_or(KernelError::Truncated)?);
             }
             let name = elf.shdr_strtab.get_at(header.sh_name).unwrap_or_default();
-            let end = header.sh_addr.checked_add(header.sh_size);
+            let end = below_top(header.sh_addr, header.sh_size);
             let range = VaRange {
                 start: LinkVa(header.sh_addr),
                 end: LinkVa(end.ok_or(KernelError::Truncated)?),
@@ -76,7 +83,7 @@ impl Vmlinux {
         }
         let mut segments = Vec::new();
         for header in &elf.program_headers {
-            let end = header.p_vaddr.checked_add(header.p_filesz);
+            let end = below_top(header.p_vaddr, header.p_filesz);
             let in_file = header.p_offset.checked_add(header.p_filesz);
             if header.p_type != goblin::elf::program_header::PT_LOAD {
                 continue;
@@ -102,7 +109,9 @@ impl Vmlinux {
             }
         }
         let relocs = read_relocs(bytes.get(elf_end..).ok_or(KernelError::Truncated)?)?;
+        let symtab = symtab(&elf);
         Ok(Vmlinux {
+            symtab,
             bytes,
             sections,
             segments,
@@ -156,6 +165,45 @@ impl Vmlinux {
         let offset = self.u32(at)? as i32;
         Some(LinkVa(at.0.wrapping_add_signed(i64::from(offset))))
     }
+}
+
+/// Named places of code, of data and without a type (System V gABI, symbol table), in sections or absolute.
+fn symtab(elf: &Elf<'_>) -> Vec<KernelSymbol> {
+    let mut symbols = Vec::new();
+    for symbol in &elf.syms {
+        let section = elf.section_headers.get(symbol.st_shndx);
+        let absolute = symbol.st_shndx == ABSOLUTE;
+        let placed = symbol.st_shndx != 0 && (absolute || section.is_some());
+        let typed = matches!(
+            symbol.st_type(),
+            sym::STT_NOTYPE | sym::STT_OBJECT | sym::STT_FUNC
+        );
+        let name = elf.strtab.get_at(symbol.st_name).unwrap_or_default();
+        if !placed || !typed || name.is_empty() || below_top(symbol.st_value, 1).is_none() {
+            continue;
+        }
+        let code = !absolute && section.is_some_and(|section| section.is_executable());
+        let letter = match symbol.st_bind() {
+            sym::STB_WEAK => b'W',
+            _ if code => b't',
+            _ => b'd',
+        };
+        symbols.push(KernelSymbol {
+            at: LinkVa(symbol.st_value),
+            letter,
+            name: name.to_owned(),
+        });
+    }
+    symbols.sort_by_key(|symbol| symbol.at);
+    symbols
+}
+
+/// Where `size` bytes at `start` end. No kernel is linked to the topmost pages, so that what is added to an address does not
+/// wrap.
+fn below_top(start: u64, size: u64) -> Option<u64> {
+    start
+        .checked_add(size)
+        .filter(|end| *end < u64::MAX - 0xffff)
 }
 
 fn read_relocs(tail: &[u8]) -> Result<Relocs, KernelError> {

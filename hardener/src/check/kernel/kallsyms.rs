@@ -24,7 +24,11 @@ pub struct KernelSymbol {
 pub fn read(vmlinux: &Vmlinux) -> Result<Vec<KernelSymbol>, KernelError> {
     let section = vmlinux.section(".rodata")?;
     let base = vmlinux.section(".text")?.range.start;
-    let data = vmlinux.section_bytes(section);
+    decode(vmlinux.section_bytes(section), base)
+}
+
+/// Decodes all symbols from the bytes of `.rodata`; `base` is where `.text` starts, from which addresses count.
+pub fn decode(data: &[u8], base: LinkVa) -> Result<Vec<KernelSymbol>, KernelError> {
     let tokens = Tokens::find(data).ok_or(KernelError::Kallsyms("token table"))?;
     let tables = after_names(data, &tokens, base)
         .or_else(|| before_names(data, &tokens, base))

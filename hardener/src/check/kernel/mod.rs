@@ -5,6 +5,7 @@ pub mod elf;
 pub mod kallsyms;
 pub mod sweep;
 pub mod symbols;
+pub mod system_map;
 pub mod tables;
 
 use btf::Btf;
@@ -39,9 +40,24 @@ pub enum KernelError {
     },
     /// Kallsyms could not be decoded.
     #[error(
-        "kallsyms: {0} not found or inconsistent; this kernel's layout is unknown to the checker"
+        "kallsyms: {0} not found or inconsistent; give a vmlinux with .symtab, or this kernel's System.map"
     )]
     Kallsyms(&'static str),
+    /// A line of the `System.map` is none.
+    #[error("System.map: line {0} {1}; give the one that was built with this kernel")]
+    SystemMap(usize, &'static str),
+    /// The `System.map` is another kernel's.
+    #[error(
+        "System.map has `{name}` at {said}, the image's own symbols have it at {found}; give the one of this kernel, or none"
+    )]
+    OtherMap {
+        /// The symbol.
+        name: String,
+        /// Where the map has it.
+        said: LinkVa,
+        /// Where the image has it.
+        found: LinkVa,
+    },
     /// BTF could not be decoded.
     #[error("the image's .BTF section does not decode")]
     Btf,
@@ -69,7 +85,7 @@ pub enum KernelError {
 pub struct Kernel {
     /// Sections, bytes, relocations.
     pub vmlinux: Vmlinux,
-    /// kallsyms.
+    /// Those of `.symtab`, else of kallsyms, else of the `System.map`.
     pub symbols: SymbolMap,
     /// Self-modification and other tables.
     pub tables: Tables,
@@ -80,10 +96,20 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Reads the uncompressed kernel `elf`.
-    pub fn read(elf: Vec<u8>) -> Result<Kernel, KernelError> {
+    /// Reads the uncompressed kernel `elf`; if it has no symbols, those of its `System.map` are taken.
+    pub fn read(elf: Vec<u8>, system_map: Option<&[u8]>) -> Result<Kernel, KernelError> {
         let vmlinux = Vmlinux::parse(elf)?;
-        let symbols = SymbolMap::new(kallsyms::read(&vmlinux)?);
+        let map = system_map.map(system_map::read).transpose()?;
+        let own = match vmlinux.symtab.is_empty() {
+            true => kallsyms::read(&vmlinux),
+            false => Ok(vmlinux.symtab.clone()),
+        };
+        let symbols = match (own, map) {
+            (Ok(own), Some(map)) => system_map::compare(&map, &own).map(|()| own)?,
+            (Err(_), Some(map)) => map,
+            (own, None) => own?,
+        };
+        let symbols = SymbolMap::new(symbols);
         let tables = Tables::read(&vmlinux, &symbols, &Btf::read(&vmlinux)?)?;
         let section = vmlinux.section(".text")?;
         let text = section.range;

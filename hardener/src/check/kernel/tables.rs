@@ -135,7 +135,7 @@ struct Reader<'a> {
 impl Reader<'_> {
     /// A table of `.long target - .`; SMP locks pad with zeros, which denote no place.
     fn offsets(&self, range: VaRange) -> Result<Vec<LinkVa>, KernelError> {
-        let mut places = Vec::with_capacity((range.len() / 4) as usize);
+        let mut places = Vec::new();
         for at in entries(range, 4)? {
             if self.vmlinux.u32(at).ok_or(KernelError::Truncated)? != 0 {
                 places.extend(self.vmlinux.pc_relative(at));
@@ -163,7 +163,7 @@ impl Reader<'_> {
     ) -> Result<Vec<LinkVa>, KernelError> {
         let (size, offset) = (self.size(structure)?, self.offset(structure, member)?);
         let places: Option<Vec<LinkVa>> = entries(range, size)?
-            .map(|at| self.vmlinux.pc_relative(LinkVa(at.0 + offset)))
+            .map(|at| self.vmlinux.pc_relative(place(at, offset)))
             .collect();
         Ok(sorted(places.ok_or(KernelError::Truncated)?))
     }
@@ -179,8 +179,8 @@ impl Reader<'_> {
         let [from, to] = members.map(|member| self.offset(structure, member));
         let (from, to) = (from?, to?);
         let pair = |at: LinkVa| {
-            let from = self.vmlinux.pc_relative(LinkVa(at.0 + from))?;
-            Some((from, self.vmlinux.pc_relative(LinkVa(at.0 + to))?))
+            let from = self.vmlinux.pc_relative(place(at, from))?;
+            Some((from, self.vmlinux.pc_relative(place(at, to))?))
         };
         let pairs: Option<Vec<_>> = entries(range, size)?.map(pair).collect();
         pairs.ok_or(KernelError::Truncated)
@@ -193,8 +193,8 @@ impl Reader<'_> {
         let replacement = self.offset("alt_instr", "repl_offset")?;
         let replacement_len = self.offset("alt_instr", "replacementlen")?;
         let span = |at: LinkVa, pointer: u64, len: u64| {
-            let start = self.vmlinux.pc_relative(LinkVa(at.0 + pointer))?;
-            let len = self.vmlinux.bytes(LinkVa(at.0 + len), 1)?[0];
+            let start = self.vmlinux.pc_relative(place(at, pointer))?;
+            let len = self.vmlinux.bytes(place(at, len), 1)?[0];
             Some(span(start, u64::from(len)))
         };
         entries(range, size)?
@@ -215,8 +215,8 @@ impl Reader<'_> {
         // BTF gives the C structure; `_paravirt_alt` pads each entry to 8 bytes as the structure's alignment does.
         entries(range, size)?
             .map(|at| {
-                let start = self.vmlinux.u64(LinkVa(at.0 + site))?;
-                let len = self.vmlinux.bytes(LinkVa(at.0 + len), 1)?[0];
+                let start = self.vmlinux.u64(place(at, site))?;
+                let len = self.vmlinux.bytes(place(at, len), 1)?[0];
                 Some(span(LinkVa(start), u64::from(len)))
             })
             .collect::<Option<Vec<_>>>()
@@ -249,6 +249,11 @@ fn entries(range: VaRange, size: u64) -> Result<impl Iterator<Item = LinkVa>, Ke
     Ok((range.start.0..range.end.0)
         .step_by(size as usize)
         .map(LinkVa))
+}
+
+/// Where a member of an entry stands. What wraps is in no segment of a sound image.
+fn place(entry: LinkVa, offset: u64) -> LinkVa {
+    LinkVa(entry.0.wrapping_add(offset))
 }
 
 fn span(start: LinkVa, len: u64) -> VaRange {

@@ -25,8 +25,8 @@ pub fn read(kernel: &Kernel, btf: &Btf<'_>) -> Result<Exports, KernelError> {
     for table in ["__ksymtab", "__ksymtab_gpl"] {
         let range = kernel.vmlinux.section(table)?.range;
         for at in (range.start.0..range.end.0).step_by(size.max(1) as usize) {
-            let value = kernel.vmlinux.pc_relative(LinkVa(at + value));
-            let name = kernel.vmlinux.pc_relative(LinkVa(at + name));
+            let value = kernel.vmlinux.pc_relative(LinkVa(at.wrapping_add(value)));
+            let name = kernel.vmlinux.pc_relative(LinkVa(at.wrapping_add(name)));
             let (value, name) = value.zip(name).ok_or(KernelError::Truncated)?;
             let text = crate::check::image::string(kernel, name).ok_or(KernelError::Truncated)?;
             exports.insert(text, value);

@@ -119,7 +119,8 @@ pub fn load(
                 _ => true,
             };
             let width = if wide { 8 } else { 4 };
-            let field = memory[half].get_mut(at..at + width);
+            let end = at.checked_add(width);
+            let field = end.and_then(|end| memory[half].get_mut(at..end));
             match field.filter(|field| fits && field.iter().all(|byte| *byte == 0)) {
                 Some(field) => field.copy_from_slice(&stored.to_le_bytes()[..width]),
                 None => return Err(format!("{} has a bad relocation at {at:#x}", file.name(of))),

@@ -3,9 +3,9 @@
 //! Each module is loaded here afresh at two places, with the kernel at two slides; the bundle's text must come out the same
 //! at both. Its slots, tables and symbols are read out of that memory. Rule 4 asks for the thunks of its slots as well.
 
-mod exports;
-mod load;
-mod tables;
+pub(super) mod exports;
+pub(super) mod load;
+pub(super) mod tables;
 
 use super::exec::machine::Contract;
 use super::kernel::btf::Btf;
@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use tables::{Layouts, ModuleTables};
 
 /// Two guests: another module area, another slide.
-const PLACES: [Placement; 2] = [
+pub(super) const PLACES: [Placement; 2] = [
     Placement {
         core: 0xffff_ffff_c000_0000,
         init: 0xffff_ffff_c400_0000,
@@ -103,7 +103,7 @@ pub fn read<'a>(
 }
 
 /// Where another module's export may be: any place will do, as long as both sides take the same.
-fn elsewhere(name: &str) -> Option<u64> {
+pub(super) fn elsewhere(name: &str) -> Option<u64> {
     let sum = name.bytes().fold(0xcbf2_9ce4_u32, |sum, byte| {
         (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193)
     });

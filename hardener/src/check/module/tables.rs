@@ -152,12 +152,14 @@ impl Reader<'_> {
             let bytes = &self.loaded.core[start as usize..][..part.size as usize];
             for (index, entry) in bytes.chunks_exact(size).enumerate() {
                 let at = self.base + u64::from(start) + (index * size + member) as u64;
-                let to = follow(at, &entry[member..]).ok_or("an entry is too short")?;
+                let short = "an entry is too short";
+                let field = entry.get(member..).ok_or(short)?;
+                let to = follow(at, field).ok_or(short)?;
                 let to = to.wrapping_sub(self.base);
                 // Initialisation code has sites too, and is gone.
                 if to < u64::from(self.loaded.text_size) {
-                    let len = len.map_or(0, |len| u32::from(entry[len]));
-                    found.insert((to as u32, len));
+                    let len = len.map_or(Some(&0), |len| entry.get(len)).ok_or(short)?;
+                    found.insert((to as u32, u32::from(*len)));
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! A module's relocations (`apply_relocations` and `simplify_symbols`, kernel/module/main.c), applied at nominal addresses and
 //! kept by what they point to.
 
-use super::{CORE, INIT, Loader, nominal};
+use super::{CORE, INIT, Loader, MAX_MODULE, nominal};
 use crate::image::{Fault, START_KERNEL_MAP};
 use goblin::elf::section_header::{SHN_ABS, SHN_COMMON, SHN_LORESERVE, SHN_UNDEF, SHT_RELA};
 use goblin::elf::{reloc, sym};
@@ -136,7 +136,7 @@ impl Loader<'_> {
         let place = self.places.get(index).copied().flatten();
         match place.and_then(|place| moved(place, offset?)) {
             Some(place) => Ok(Target::Own(place)),
-            None => Err(unsupported("lies in a section that the loader drops")),
+            None => Err(unsupported("lies in no section that the loader keeps")),
         }
     }
 
@@ -156,11 +156,15 @@ impl Loader<'_> {
     }
 }
 
-/// So many bytes further.
+/// So many bytes further; nothing of a module is farther than it may be large.
 pub(super) fn moved(place: Place, by: u32) -> Option<Place> {
+    let moved = |at: u32| {
+        let at = at.checked_add(by);
+        at.filter(|at| u64::from(*at) <= MAX_MODULE)
+    };
     Some(match place {
-        Place::Core(at) => Place::Core(at.checked_add(by)?),
-        Place::Init(at) => Place::Init(at.checked_add(by)?),
-        Place::PerCpu(at) => Place::PerCpu(at.checked_add(by)?),
+        Place::Core(at) => Place::Core(moved(at)?),
+        Place::Init(at) => Place::Init(moved(at)?),
+        Place::PerCpu(at) => Place::PerCpu(moved(at)?),
     })
 }
