@@ -144,9 +144,8 @@ fn said(pass: &PassSummary, actions: &BTreeSet<ViolationAction>) -> Option<Strin
     let name = &pass.name;
     let cfi = [RETURN_CFI, FORWARD_CFI].contains(&name.as_str());
     let scoped = name == RETURN_CFI;
-    let proved = |key: &&String| {
-        *key == ON_VIOLATION || cfi && *key == POLICY || scoped && *key == SCOPE
-    };
+    let proved =
+        |key: &&String| *key == ON_VIOLATION || cfi && *key == POLICY || scoped && *key == SCOPE;
     if let Some(other) = pass.parameters.keys().find(|key| !proved(key)) {
         return Some(format!("pass {name} says `{other}`, which no rule proves"));
     }
