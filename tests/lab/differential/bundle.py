@@ -23,9 +23,9 @@ def symbols(folder):
 
 
 def forward_sets(folder):
-    """Offsets that the indirect branch at an offset may reach, where that is known."""
+    """By the offset of an indirect branch: offsets that it may reach, and what decides it."""
     reader = Reader(folder / "forward.postcard")
-    classes = reader.sequence(lambda: (reader.bytes(), reader.sequence(reader.number))[1])
+    classes = reader.sequence(lambda: (reader.bytes().decode(), reader.sequence(reader.number))[::-1])
     sites = reader.sequence(lambda: (reader.number(), reader.number()))
     reader.end()
     return {at: classes[number] for at, number in sites}

@@ -59,9 +59,11 @@ class Campaign:
         self.text = Text(slots.start, running, slots.text, bundle.symbols(base))
         sets = bundle.forward_sets(base)
         self.targets = {}
-        for at, edit in slots.hardened.items():
+        for offset, edit in slots.hardened.items():
             if edit.kind == "indirect":
-                self.targets[slots.start + at] = sets.get(at, []), self.text.indirect_register(slots.start + at)
+                at, (entries, by) = slots.start + offset, sets.get(offset, ([], ""))
+                # Of whatever has its address taken nobody says that it gets the arguments which it reads.
+                self.targets[at] = entries, self.text.indirect_register(at), by != "address-taken"
         calls = [at for at in sorted(self.targets) if b"\xe8" in self.text.bytes(at, 2)]
         behind = [at + len(slots.hardened[at - slots.start].content) for at in calls]
         self.scratch = states.Scratch(guest, self.text, behind, seed)
@@ -86,7 +88,7 @@ class Campaign:
         """Forgets what was seen."""
         self.covered = {label: [set(), set()] for label in self.variants}
         self.report = {"schema": SCHEMA, "seed": self.seed, "functions": 0, "runs": 0, "stock_ends": Counter(),
-                       "returned": Counter(), "reports": Counter(), "differences": []}
+                       "returned": Counter(), "let_through": Counter(), "reports": Counter(), "differences": []}
 
     def replace(self, label, content):
         """Has `content` stand in the place of a variant's text from now on."""
@@ -97,9 +99,9 @@ class Campaign:
 
     def _profile(self, folder, sets, start):
         chance = random.Random(f"{self.seed}/profile")
-        known = sorted(at for at, entries in sets.items() if entries and len(entries) < 64)
+        known = sorted(at for at, (entries, _) in sets.items() if 0 < len(entries) < 64)
         lines = [f"{start + at:#x} {start + target:#x} {100 - number}" for at in chance.sample(known, _PROMOTED)
-                 for number, target in enumerate(chance.sample(sets[at], min(_TARGETS, len(sets[at]))))]
+                 for number, target in enumerate(chance.sample(sets[at][0], min(_TARGETS, len(sets[at][0]))))]
         (folder / "branches").write_text("\n".join(lines) + "\n")
 
     def functions(self, count):
@@ -111,7 +113,7 @@ class Campaign:
                 function = self.text.around(slot)
                 calls = b"\xe8" in self.text.bytes(function.start, function.end - function.start)
                 kind = bundle.kind_of(variant.thunk_of(slot) or "none")
-                strata[label, kind, calls, self.text.is_traced(function)].add(function.start)
+                strata[label, kind, calls, self.text.is_traced(function.start)].add(function.start)
         chance = random.Random(f"{self.seed}/functions")
         queues = []
         for key in sorted(strata):
@@ -158,6 +160,8 @@ class Campaign:
             slots, thunks = self.covered[label]
             slots |= variant.edits.keys() & set(other.trace)
             thunks |= other.thunks
+            if other.returned:
+                report["let_through"][f"{label}: {state.home_kind}"] += 1
             for slot, *_ in other.stopped:
                 report["reports"][f"{label}: {variant.edits[slot].kind}"] += 1
             if found := differences(state, stock, other, variant, self.text):

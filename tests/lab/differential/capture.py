@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import TARGET, LabError, cost, kernel
+from .. import TARGET, LabError, cost, kernel, packages
 
 PAGE = 4096
 
@@ -16,13 +16,13 @@ PAGE = 4096
 _SYMBOLS = ["init_top_pgt", "page_offset_base", "_text", "__bss_stop"]
 
 # Where the kernel is linked, less where it lies (nokaslr).
-_LINKED = 0xffffffff80000000
+LINKED = 0xffffffff80000000
 
 # Something of everything that a kernel has objects for, so that there are some.
 _BUSY = """\
 mkdir -p /tmp/d && mount -t tmpfs t /tmp/d && echo x > /tmp/d/f
 find /proc /sys -maxdepth 3 > /dev/null 2>&1
-sleep 600 | cat &
+sleep 600 | cat > /dev/null 2>&1 &
 sleep 1
 """
 
@@ -52,16 +52,17 @@ def capture(say=lambda text: None):
     """The guest's memory; boots one if there is none of this kernel yet."""
     which = kernel.cloud()
     folder = TARGET / "differential" / f"{which.release}_{which.version}"
-    if not (folder / "machine.json").exists():
-        say("booting a guest for its memory")
-        folder.mkdir(parents=True, exist_ok=True)
-        _boot(folder)
+    with packages.locked("differential"):
+        if not (folder / "machine.json").exists():
+            say("booting a guest for its memory")
+            folder.mkdir(parents=True, exist_ok=True)
+            _boot(folder)
     known = json.loads((folder / "machine.json").read_text())
     return Capture(folder / "memory", known["registers"], known["page_offset"], tuple(known["data"]))
 
 
 def _boot(folder):
-    with cost.Guest("differential") as guest:
+    with cost.Guest("differential-guest") as guest:
         guest.run(_BUSY)
         wanted = " ".join(f"-e {name}" for name in _SYMBOLS)
         listed = guest.run(f"grep -w {wanted} /proc/kallsyms").out
@@ -85,10 +86,10 @@ def _boot(folder):
     found["GS"] = re.search(r"^GS =\S+ ([0-9a-f]+)", told, re.M)[1]
     registers = {name.lower(): int(value, 16) for name, value in found.items()}
     # The kernel's own page tables: no process's memory, and none of page-table isolation.
-    registers["cr3"] = symbols["init_top_pgt"] - _LINKED
+    registers["cr3"] = symbols["init_top_pgt"] - LINKED
     with open(folder / "memory", "rb") as file:
-        file.seek(symbols["page_offset_base"] - _LINKED)
+        file.seek(symbols["page_offset_base"] - LINKED)
         page_offset = int.from_bytes(file.read(8), "little")
-    data = [symbols["init_top_pgt"] - _LINKED, symbols["__bss_stop"] - _LINKED]
+    data = [symbols["init_top_pgt"] - LINKED, symbols["__bss_stop"] - LINKED]
     (folder / "machine.json").write_text(json.dumps(
         {"registers": registers, "page_offset": page_offset, "data": data}, indent=1) + "\n")

@@ -13,6 +13,7 @@ from unicorn import (UC_ARCH_X86, UC_HOOK_CODE, UC_HOOK_INTR, UC_HOOK_MEM_READ, 
                      UC_PROT_ALL, Uc, UcError, x86_const)
 
 from .. import cost
+from .capture import LINKED
 from .states import CALLER, RSP
 from .text import END, INDIRECT, REGISTERS, SAVES_FLAGS, THUNK
 
@@ -104,14 +105,13 @@ class Machine:
 
     def run(self, state, budget):
         """Runs from `state` through at most `budget` instructions that are not a thunk's."""
-        self.now = self.result = Run()
+        self.now = Run()
         self.state, self.limit = state, budget
         self.over = self.gone_on = False
         self.entered = None    # registers at the entry of the thunk that runs
-        self.steps = 0
         self.undo = []
         for at, word in state.stack.items():
-            at -= self.scratch.page_offset
+            at = self._physical(at)
             self.undo.append((at, 8))
             self.memory[at:at + 8] = word.to_bytes(8, "little")
         # A fault that no handler took would make the next one a double fault (SDM volume 3, 6.15).
@@ -127,8 +127,7 @@ class Machine:
                 self._end("not executed", self.now.trace[-1] if self.now.trace else state.start, str(error))
         for at, length in self.undo:
             self.memory[at:at + length] = self.pristine[at:at + length]
-        result, self.result = self.result, None
-        return result
+        return self.now
 
     def _end(self, *end, registers=None):
         self.over = True
@@ -187,15 +186,16 @@ class Machine:
         now = self.now
         chance = random.Random(f"{self.state.seed}/{at:x}/{len(now.trace)}")
         what = chance.random()
-        entries, register = self.targets[at]
+        entries, register, typed = self.targets[at]
         if what < _LEGAL and entries:
             target, legal = self.text.start + chance.choice(entries), True
         elif what > 1 - _BAD:
             target, legal = self.scratch.nowhere(chance), False
         else:
             return
-        if not legal:
-            # In the middle of a function nobody says which registers are read.
+        if not legal or not typed or not self.text.is_traced(target):
+            # In the middle of a function, in one that only has its address taken, and in assembly, which
+            # has no prototype, registers may be read that this branch does not set.
             self.limit = len(now.trace) + 1
         now.chosen[len(now.trace)] = target, legal
         self.uc.reg_write(_IDS[register], target)
@@ -227,7 +227,7 @@ class Machine:
         if "register" in offending:
             value = registers[offending["register"]]
         else:
-            place = registers[RSP] - self.scratch.page_offset + 8 * offending["stack"]
+            place = self._physical(registers[RSP]) + 8 * offending["stack"]
             value = int.from_bytes(self.memory[place:place + 8], "little")
         self.now.stopped.append((self.slot, value, len(self.now.trace)))
         self._kept(registers, "reports")
@@ -283,11 +283,15 @@ class Machine:
             self.now.writes.append((at, length, value))
             return
         self.below.append((at, self.memory[at:at + length]))
-        top = self.entered[RSP] - self.scratch.page_offset
-        # Elsewhere than in the direct map it is not known where the stack is.
+        top = self._physical(self.entered[RSP])
+        # Where the stack is in neither mapping, it is not known where.
         if 0 <= top < len(self.memory) and not top - RED <= at <= top - length:
             thunk = self.variant.thunk(self.first) if self.first else "a thunk of the kernel"
             self.now.wrong.append((self.slot, thunk, f"writes to {at - top:+#x} from the stack pointer"))
+
+    def _physical(self, at):
+        """Where an address of the direct map or of the kernel's image lies."""
+        return at - (LINKED if at >= LINKED else self.scratch.page_offset)
 
     def _read(self, _uc, _access, at, length, _value, _data):
         """Text that is read as data is not the same in a view; thunks may."""

@@ -61,7 +61,7 @@ class Scratch:
         self.entries = [at for at in sorted(text.functions) if text.kind(at) != THUNK]
         self.content = array("Q", (self.value(chance) for _ in range(_SCRATCH // 8))).tobytes()
         self._padded = [at for at in self.entries if text.bytes(at - 5, 5) == b"\xcc" * 5]
-        self._interior = [f for f in text.functions.values() if f.end - f.start > 64 and text.is_traced(f)]
+        self._interior = [f for f in text.functions.values() if f.end - f.start > 64 and text.is_traced(f.start)]
 
     def fill(self, memory):
         """Puts it into a copy of the guest's memory."""

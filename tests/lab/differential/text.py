@@ -73,9 +73,9 @@ class Text:
         """The same in the image file."""
         return self._file[at - self.start:at - self.start + length]
 
-    def is_traced(self, function):
-        """Whether it was compiled for tracing: a five-byte NOP stands where `__fentry__` was called."""
-        return self.bytes(function.start, 5) == b"\x0f\x1f\x44\x00\x00"
+    def is_traced(self, entry):
+        """Whether a function was compiled for tracing: a five-byte NOP stands where `__fentry__` was called."""
+        return self.bytes(entry, 5) == b"\x0f\x1f\x44\x00\x00"
 
     def instructions(self, function):
         """(address, length, mnemonic, operands) of a function, decoded from its start."""
