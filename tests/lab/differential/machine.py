@@ -192,6 +192,9 @@ class Machine:
         elif what > 1 - _BAD:
             target, legal = self.scratch.nowhere(chance), False
         else:
+            # As it comes; where a random word points to, no rules hold either.
+            if self.text.start <= self.uc.reg_read(_IDS[register]) < self.text.end:
+                self.limit = len(now.trace) + 1
             return
         if not legal or not typed or not self.text.is_traced(target):
             # In the middle of a function, in one that only has its address taken, and in assembly, which

@@ -59,7 +59,10 @@ class Scratch:
         self.objects = sorted({word for word in words if self.page_offset + (1 << 20) <= word < last
                                and word % 8 == 0})
         self.entries = [at for at in sorted(text.functions) if text.kind(at) != THUNK]
-        self.content = array("Q", (self.value(chance) for _ in range(_SCRATCH // 8))).tobytes()
+        # A caller that returns to a word of a random stack must not find a function there.
+        words = [self.value(chance) for _ in range(_THINGS // 8)]
+        words += [self.value(chance, code=False) for _ in range(_STACKS // 8)]
+        self.content = array("Q", words).tobytes()
         self._padded = [at for at in self.entries if text.bytes(at - 5, 5) == b"\xcc" * 5]
         self._interior = [f for f in text.functions.values() if f.end - f.start > 64 and text.is_traced(f.start)]
 
@@ -67,7 +70,7 @@ class Scratch:
         """Puts it into a copy of the guest's memory."""
         memory[self.physical:self.physical + _SCRATCH] = self.content
 
-    def value(self, chance):
+    def value(self, chance, code=True):
         """What a word or a register may be: mostly what can be worked with."""
         what = chance.random()
         if what < 0.4:
@@ -78,7 +81,7 @@ class Scratch:
             return chance.randrange(65)
         if what < 0.87:
             return 0
-        if what < 0.92:
+        if what < 0.92 and code:
             return chance.choice(self.entries)
         return chance.getrandbits(32 if what < 0.96 else 64)
 
