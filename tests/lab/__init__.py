@@ -15,11 +15,13 @@ built is kept under `target/lab`, so a second run only boots.
     lab        dom0 and guest together, as the scenarios see them
     chain      the tools, as a user runs them
     victim     what runs in the guest: load, attacks, text pokes
+    postcard   a bundle's tables, read
     slots      what a bundle's views have at their slots
     spaces     processes that see from inside which view they are on
     gdb        QEMU's gdbstub: physical memory, breakpoints, registers
     cost       a guest without Xen, on any variant's text, whose instructions are counted
     fuzz       the fuzz targets: built, seeded, run
+    differential   functions on stock text and on a variant, in an emulator, compared
     storm      live processes flipped between all views
 """
 

@@ -25,6 +25,9 @@ _PAGE = 4096
 # What one packet of QEMU's gdbstub holds.
 _PART = 1024
 
+# MiB.
+MEMORY = 512
+
 # norandmaps: the same number of page tables for every process.
 _CMDLINE = "console=ttyS0 panic=-1 agent=ttyS1 nokaslr norandmaps nowatchdog"
 
@@ -46,7 +49,7 @@ class Guest:
             ["-icount", "shift=0,sleep=off", "-rtc", "clock=vm,base=2024-01-01", "-cpu", "max",
              "-gdb", f"unix:{self._gdb_path},server=on,wait=off", "-kernel", kernel.cloud().vmlinuz,
              "-initrd", initrd, "-append", _CMDLINE],
-            self.folder / "console.log", memory=512, cpus=1)
+            self.folder / "console.log", memory=MEMORY, cpus=1)
         # What stands in the text now beyond what the kernel put there: the bytes' difference.
         self._difference = None
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """A bundle's slots: what each view has at them.
 
-Edits are postcard (a sequence of {at: u32, slot: enum, bytes: sequence}, all numbers as varints);
-symbols come from the guest's own kallsyms.
+Edits are a sequence of {at: u32, slot: enum, bytes: sequence}; symbols come from the guest's own kallsyms.
 """
 
 import json
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import LabError
+from .postcard import Reader
 
 KINDS = ["call", "return", "indirect"]
 
@@ -35,27 +35,13 @@ class Bundle:
         self.hardened, self.fast = (self._edits(f"{name}.edits") for name in ("hardened", "fast"))
 
     def _edits(self, name):
-        data = (self.folder / name).read_bytes()
-        at = 0
+        reader = Reader(self.folder / name)
 
-        def number():
-            nonlocal at
-            value = shift = 0
-            while True:
-                byte = data[at]
-                at += 1
-                value |= (byte & 0x7f) << shift
-                shift += 7
-                if byte < 0x80:
-                    return value
+        def edit():
+            return Edit(reader.number(), KINDS[reader.number()], reader.bytes())
 
-        edits = {}
-        for _ in range(number()):
-            offset, kind, length = number(), number(), number()
-            edits[offset] = Edit(offset, KINDS[kind], data[at:at + length])
-            at += length
-        if at != len(data):
-            raise LabError(f"{name}: {len(data) - at} bytes behind the last edit")
+        edits = {edit.at: edit for edit in reader.sequence(edit)}
+        reader.end()
         return edits
 
     def telling(self):
