@@ -9,13 +9,13 @@ says what it proves.  Scenarios of a module run in the order in which they are w
 Unmarked names are helpers.  A scenario fails by an exception, `expect` is the usual one.
 """
 
-MODULES = ["lab_itself", "command_lines", "stock_guest", "run_time_cost", "live_guest",
-           "address_spaces", "address_spaces_pti", "violations", "lifecycle", "retpolines_off",
+MODULES = ["lab_itself", "command_lines", "stock_guest", "run_time_cost", "other_kernels",
+           "live_guest", "address_spaces", "address_spaces_pti", "violations", "lifecycle", "retpolines_off",
            "unpatched_xen", "xen_interface", "modules", "whole_chain",
            "view_storm"]
 
 # Run only by name (`tests/run --only text_writers`).
-ON_REQUEST = ["failure", "text_writers"]
+ON_REQUEST = ["failure", "text_writers", "every_kernel"]
 
 # Worlds that need no emulator.
 WITHOUT_QEMU = {"lab_itself", "command_lines"}
