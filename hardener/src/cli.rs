@@ -293,7 +293,13 @@ fn emit_bundle(
         .map_err(emit::EmitError::from)?;
     drop(progress);
     for less in &emitted.given_up {
-        eprintln!("hardener: this kernel has no room for all that the recipe lists first; {less}");
+        eprintln!("hardener: this kernel cannot have all that the recipe lists first; {less}");
+    }
+    if emitted.shared_names > 0 {
+        let names = emitted.shared_names;
+        eprintln!(
+            "hardener: its BTF has one prototype for each of {names} names that several functions share: none is typed"
+        );
     }
     for refused in &emitted.refused {
         eprintln!("hardener: left out: {refused}");

@@ -233,8 +233,10 @@ pub struct Emitted {
     pub bundle: Bundle,
     /// Modules found in a folder that cannot be taken.
     pub refused: Vec<Refused>,
-    /// What the kernel has no room for, and what takes its place, for people.
+    /// What the kernel has no room or no prototypes for, and what takes its place, for people.
     pub given_up: Vec<String>,
+    /// How many names of functions BTF cannot tell the prototype of; none may be typed by then.
+    pub shared_names: usize,
 }
 
 /// Like [`emit`], with the modules in `modules`: files, or folders of them.
@@ -294,7 +296,11 @@ fn bundle(
     progress(Stage::Thunks);
     let choices = recipe.choices();
     let asked = |wants: fn(&Recipe) -> bool| choices.iter().any(wants);
-    let forward = match asked(passes::is_typed) {
+    let shared_names = match asked(passes::is_typed) {
+        true => types::shared_names(image)?,
+        false => 0,
+    };
+    let forward = match asked(passes::is_typed) && shared_names == 0 {
         true => Some(types::analyse(image, &tables, &text)?),
         false => None,
     };
@@ -316,14 +322,20 @@ fn bundle(
         promotion: promotion.as_ref(),
     };
     let slots = modules.slots();
-    let build = |choice| thunks::build(&text, &slots, &kernel, choice, for_choice(choice));
+    let build = |choice: &Recipe| match shared_names {
+        names @ 1.. if passes::is_typed(choice) => Err(TextError::Prototypes { names }),
+        _ => thunks::build(&text, &slots, &kernel, choice, for_choice(choice)),
+    };
     let mut recipe_used = recipe;
     let mut cave = None;
     for choice in &choices {
         recipe_used = choice;
         let made = cave.insert(build(choice));
         // The next one may need less.
-        if !matches!(made, Err(TextError::Cave { .. })) {
+        let too_much = |error: &TextError| {
+            matches!(error, TextError::Cave { .. } | TextError::Prototypes { .. })
+        };
+        if !made.as_ref().is_err_and(too_much) {
             break;
         }
     }
@@ -369,6 +381,7 @@ fn bundle(
         bundle,
         refused,
         given_up: recipe.given_up(recipe_used),
+        shared_names,
     })
 }
 

@@ -19,7 +19,9 @@ built is kept under `target/lab`, so a second run only boots.
     slots      what a bundle's views have at their slots
     spaces     processes that see from inside which view they are on
     gdb        QEMU's gdbstub: physical memory, breakpoints, registers
-    cost       a guest without Xen, on any variant's text, whose instructions are counted
+    filled     a guest without Xen, of any kernel, on any variant's text
+    cost       the same, whose instructions are counted
+    stress     stress-ng in a guest: a mix of what kernels do
     fuzz       the fuzz targets: built, seeded, run
     differential   functions on stock text and on a variant, in an emulator, compared
     storm      live processes flipped between all views

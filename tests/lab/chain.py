@@ -73,6 +73,16 @@ def emit(out, vmlinuz=None, modules=(), recipe=None, preset=None):
     return out
 
 
+def emit_said(out, vmlinuz, preset):
+    """Emits a bundle by a preset; returns what that said to the person who asked (standard error)."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    argv = [tool("hardener"), "emit", vmlinuz, "-o", out, "--force", "--preset", preset]
+    done = subprocess.run(list(map(str, argv)), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise ToolFailed(f"`emit` of {vmlinuz.name} by {preset} ended with {done.returncode}:\n{done.stderr}")
+    return done.stderr
+
+
 def check(bundle):
     """The checker's verdict on a bundle, against the image afresh."""
     return run([tool("hardener"), "check", bundle, "--image", kernel.cloud().vmlinuz])

@@ -71,8 +71,9 @@ def _base():
     return archive
 
 
-def guest(path, extra=()):
-    """Writes the guest's initramfs; `extra` are (path, content, mode)."""
+def guest(path, extra=(), libraries=()):
+    """Writes the guest's initramfs; `extra` are (path, content, mode).  The guest's own programs need no
+    libraries; if `libraries` names packages, executables among `extra` get those that they name."""
     archive = _base()
     archive.file("init", _GUEST_INIT, 0o755)
     # One program under two paths: only the path tells the policy which is which.
@@ -80,8 +81,13 @@ def guest(path, extra=()):
         archive.file(f"usr/bin/{name}", programs.program("worker"), 0o755)
     archive.file("usr/bin/load", programs.program("load"), 0o755)
     archive.file("lib/modules/penumbra_bug.ko", programs.module())
+    binaries = []
     for name, content, mode in extra:
         archive.file(name, content, mode)
+        if libraries and isinstance(content, Path) and name.startswith("usr/bin/"):
+            binaries.append(content)
+    if binaries:
+        _add_libraries(archive, binaries, libraries)
     archive.write(path)
     return path
 
@@ -93,11 +99,11 @@ def _needed(binary):
     return re.findall(r"\(NEEDED\).*\[(.+)\]", done.stdout)
 
 
-def _library_index():
-    """Library files by name: Xen's from the unpacked packages, the rest from this machine."""
+def _library_index(names):
+    """Library files by name: those of the packages `names`, unpacked, the rest from this machine."""
     index = {}
     folders = [Path("/lib/x86_64-linux-gnu"), Path("/usr/lib/x86_64-linux-gnu")]
-    for package in packages.XEN_DOM0[1:]:
+    for package in names:
         tree = packages.unpacked(package)
         folders += [tree / "usr/lib/x86_64-linux-gnu", tree / "lib/x86_64-linux-gnu"]
     for folder in folders:
@@ -108,8 +114,8 @@ def _library_index():
     return index
 
 
-def _add_libraries(archive, binaries):
-    index = _library_index()
+def _add_libraries(archive, binaries, names):
+    index = _library_index(names)
     # glibc loads libgcc_s by itself when a thread is cancelled (xenstored, xenconsoled).
     wanted = ["libgcc_s.so.1", "ld-linux-x86-64.so.2"]
     for binary in binaries:
@@ -121,7 +127,7 @@ def _add_libraries(archive, binaries):
             continue
         done.add(name)
         if name not in index:
-            raise LabError(f"no shared library {name} for dom0; is a package of XEN_DOM0 missing?")
+            raise LabError(f"no shared library {name}; is a package missing among {' '.join(names)}?")
         archive.file(f"lib/x86_64-linux-gnu/{name}", index[name], 0o755)
         wanted += _needed(index[name])
     archive.link("lib64/ld-linux-x86-64.so.2", "/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
@@ -146,6 +152,6 @@ def dom0(path, extra=()):
         archive.file(name, content, mode)
         if isinstance(content, Path) and name.startswith("usr/bin/"):
             binaries.append(content)
-    _add_libraries(archive, binaries)
+    _add_libraries(archive, binaries, packages.XEN_DOM0[1:])
     archive.write(path)
     return path

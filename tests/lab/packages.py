@@ -52,6 +52,13 @@ XEN_DOM0 = [
     "libnl-route-3-200", "libfdt1",
 ]
 
+# stress-ng for a guest, and its libraries that a minimal machine has not installed.
+STRESS = [
+    "stress-ng", "libapparmor1", "libbsd0", "libmd0", "libegl1", "libglvnd0", "libgles2", "libgbm1",
+    "libdrm2", "libexpat1", "libwayland-server0", "libffi8", "libipsec-mb1", "libjpeg62-turbo",
+    "libjudydebian1", "libkmod2", "libsctp1", "libxxhash0",
+]
+
 
 def _run(argv, **kw):
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, text=True,

@@ -10,13 +10,12 @@ Unmarked names are helpers.  A scenario fails by an exception, `expect` is the u
 """
 
 MODULES = ["lab_itself", "command_lines", "fuzzing", "stock_guest", "run_time_cost", "differential",
-           "live_guest",
-           "address_spaces", "address_spaces_pti", "violations", "lifecycle", "retpolines_off",
-           "unpatched_xen", "xen_interface", "modules", "whole_chain",
+           "other_kernels", "live_guest", "address_spaces", "address_spaces_pti", "violations", "lifecycle",
+           "retpolines_off", "unpatched_xen", "xen_interface", "modules", "whole_chain",
            "view_storm"]
 
 # Run only by name (`tests/run --only text_writers`).
-ON_REQUEST = ["failure", "text_writers"]
+ON_REQUEST = ["failure", "text_writers", "every_kernel"]
 
 # Worlds that need no emulator.
 WITHOUT_QEMU = {"lab_itself", "command_lines", "fuzzing"}

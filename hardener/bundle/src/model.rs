@@ -49,6 +49,8 @@ impl Site {
                 let mut fields = abs32.iter().chain(inverse32);
                 bytes.len() == len && fields.all(|at| usize::from(*at) + 4 <= len)
             }
+            Form::KernelPointer => len == 8,
+            Form::Shift => len == 1,
             _ => true,
         };
         len > 0 && self.forms.iter().all(sound)
@@ -61,7 +63,7 @@ impl Site {
 pub enum SiteKind {
     /// `.altinstructions`.
     Alternative,
-    /// `.parainstructions`.
+    /// `.parainstructions`, and the alternatives that took their place in Linux 6.8.
     Paravirt,
     /// `.retpoline_sites`; a form other than the file's means that retpolines are off.
     Retpoline,
@@ -79,6 +81,8 @@ pub enum SiteKind {
     SmpLock,
     /// Any other place that the image's tables name; the manifest of the pass says which.
     Other,
+    /// `runtime_ptr_*`, `runtime_shift_*`: a value inside an instruction, written once at boot.
+    RuntimeConstant,
 }
 
 /// One thing that a site may hold. A form covers the site's whole length.
@@ -105,6 +109,10 @@ pub enum Form {
     JumpAnywhere,
     /// Canonical NOPs (SDM volume 2, NOP) that fill the site, however split.
     Nops,
+    /// Eight bytes: an address in the kernel's half of the address space, of data that the kernel allocated.
+    KernelPointer,
+    /// One byte: how far a 32-bit value is shifted.
+    Shift,
 }
 
 /// A named address in the text.

@@ -335,6 +335,7 @@ fn unused(subject: &Subject<'_>, findings: &mut Findings<'_>) {
         .iter()
         .map(|alternative| alternative.site);
     let spans = spans.chain(tables.paravirt.iter().copied());
+    let spans = spans.chain(tables.constants.iter().copied());
     let places = sites.into_iter().flatten().copied();
     let pointers = places
         .chain(spans.map(|span| span.start))

@@ -162,6 +162,7 @@ fn model(subject: &Subject<'_>, findings: &mut Findings<'_>) {
         (SiteKind::SmpLock, tables.smp_locks.clone()),
         (SiteKind::Paravirt, starts(&tables.paravirt)),
         (SiteKind::Alternative, starts(&alternatives)),
+        (SiteKind::RuntimeConstant, starts(&tables.constants)),
     ] {
         // A part of an alternative may be a site of its own: it explains no byte that the alternative does not.
         let enclosed = |site: &&Site| {

@@ -399,6 +399,9 @@ fn forbidden(kernel: &Kernel) -> Result<Vec<Forbidden>, KernelError> {
     for site in &tables.paravirt {
         add(*site, "a paravirt site");
     }
+    for constant in &tables.constants {
+        add(*constant, "a run-time constant");
+    }
     for function in &tables.kprobe_blacklist {
         if let Some(range) = kernel.symbols.around(*function) {
             add(range, "a function on the kprobe blacklist");

@@ -22,7 +22,9 @@ pub use fault::{Fault, FaultKind, ImageError};
 pub use notes::BuildId;
 pub use read::Reader;
 pub use relocs::Relocs;
-pub use tables::{AltEntry, JumpEntry, ParavirtSite, StaticCallSite, Tables};
+pub use tables::{
+    AltEntry, ConstantValue, JumpEntry, ParavirtSite, RuntimeConstant, StaticCallSite, Tables,
+};
 
 use penumbra_bundle::{LinkVa, VaRange};
 use sha2::{Digest, Sha256};

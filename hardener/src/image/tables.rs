@@ -36,9 +36,42 @@ pub struct AltEntry {
     pub replacement: LinkVa,
     /// How long it is.
     pub replacement_len: u8,
+    /// It stands for the function to which the indirect call at the site goes when alternatives are applied
+    /// (`ALT_FLAG_DIRECT_CALL`, what paravirt calls became in Linux 6.8).
+    pub direct_call: bool,
 }
 
-/// One entry of `.parainstructions`.
+/// A value that the kernel writes into an instruction at boot (include/asm-generic/runtime-const.h, from Linux 6.11 on).
+#[derive(Clone, Copy, Debug)]
+pub struct RuntimeConstant {
+    /// The immediate.
+    pub at: LinkVa,
+    /// What is written there.
+    pub value: ConstantValue,
+}
+
+/// What a run-time constant holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ConstantValue {
+    /// A 64-bit address of data.
+    Pointer,
+    /// The 64-bit end of user space.
+    UserEnd,
+    /// By how much a 32-bit value is shifted: a byte.
+    Shift,
+}
+
+impl ConstantValue {
+    /// How many bytes it has.
+    pub fn len(self) -> u8 {
+        match self {
+            ConstantValue::Pointer | ConstantValue::UserEnd => 8,
+            ConstantValue::Shift => 1,
+        }
+    }
+}
+
+/// One entry of `.parainstructions`, or of `.altinstructions` that says the same.
 #[derive(Clone, Copy, Debug)]
 pub struct ParavirtSite {
     /// The indirect call.
@@ -70,8 +103,10 @@ pub struct StaticCallSite {
 pub struct Tables {
     /// `.altinstructions`, in order: a later entry overrides an earlier one.
     pub alternatives: Vec<AltEntry>,
-    /// `.parainstructions`; empty from Linux 6.8 on.
+    /// `.parainstructions`; from Linux 6.8 on, alternatives that make an indirect call direct.
     pub paravirt: Vec<ParavirtSite>,
+    /// `runtime_ptr_*` and `runtime_shift_*`.
+    pub runtime_constants: Vec<RuntimeConstant>,
     /// `.retpoline_sites`.
     pub retpolines: Vec<LinkVa>,
     /// `.return_sites`.
@@ -252,6 +287,7 @@ impl Image {
             self.paravirt(&table, &mut tables)?;
             tables.not_taken.push(table.range());
         }
+        self.runtime_constants(&mut tables)?;
         self.exceptions(&need(exceptions.0, exceptions.1)?, &mut tables)?;
         if let Some(table) = self.in_section("__bug_table") {
             let size = self.need_size("bug_entry")?;
@@ -366,13 +402,47 @@ impl Image {
         let member = |name, width| self.need_member("alt_instr", name, width);
         let (site, replacement) = (member("instr_offset", 4)?, member("repl_offset", 4)?);
         let (len, replacement_len) = (member("instrlen", 1)?, member("replacementlen", 1)?);
+        // Before Linux 6.5 there is no such word, and no such flag.
+        let flags = self.btf.member("alt_instr", "ft_flags");
+        let flags = flags.map(|_| member("ft_flags", 4)).transpose()?;
         for at in table.entries(size)? {
+            let flags = flags.map_or(0, |flags| u32::from_le_bytes(table.array(at + flags)));
+            let place = self.code(table, at + site)?;
+            // The upper half has the flags (arch/x86/include/asm/alternative.h, `ALT_FLAG_DIRECT_CALL`).
+            let direct_call = flags >> 16 & 2 != 0;
+            if direct_call {
+                tables.paravirt.push(ParavirtSite {
+                    site: place,
+                    len: table.bytes[at + len],
+                });
+            }
             tables.alternatives.push(AltEntry {
-                site: self.code(table, at + site)?,
+                site: place,
                 site_len: table.bytes[at + len],
                 replacement: self.code(table, at + replacement)?,
                 replacement_len: table.bytes[at + replacement_len],
+                direct_call,
             });
+        }
+        Ok(())
+    }
+
+    fn runtime_constants(&self, tables: &mut Tables) -> Result<(), Fault> {
+        for section in self.sections() {
+            let value = match section.name.strip_prefix("runtime_") {
+                Some("ptr_USER_PTR_MAX") => ConstantValue::UserEnd,
+                Some(name) if name.starts_with("ptr_") => ConstantValue::Pointer,
+                Some(name) if name.starts_with("shift_") => ConstantValue::Shift,
+                _ => continue,
+            };
+            let table = Table {
+                name: "runtime_*",
+                start: section.range.start,
+                bytes: self.section_bytes(&section.name).unwrap_or_default(),
+            };
+            let places = self.all_code(&table)?.into_iter();
+            let constants = places.map(|at| RuntimeConstant { at, value });
+            tables.runtime_constants.extend(constants);
         }
         Ok(())
     }

@@ -206,6 +206,9 @@ fn poked(span: Span, tables: &Tables) -> Bitmap {
     for site in &tables.paravirt {
         mark(site.site, u64::from(site.len));
     }
+    for one in &tables.runtime_constants {
+        mark(one.at, u64::from(one.value.len()));
+    }
     for entry in &tables.jump_labels {
         mark(entry.code, 2);
     }

@@ -1,7 +1,10 @@
 //! The types of one kernel as its BTF has them (Linux, Documentation/bpf/btf.rst), dense: one record for each id.
 
+use crate::image::Image;
 use crate::image::{Fault, Reader};
+use penumbra_bundle::LinkVa;
 use rustc_hash::FxHashMap;
+use std::collections::BTreeSet;
 
 /// The id of `void`.
 pub const VOID: u32 = 0;
@@ -87,6 +90,23 @@ pub struct Btf {
     pub functions: FxHashMap<String, Vec<u32>>,
     full: FxHashMap<u32, u32>,
     pointers: FxHashMap<u32, u32>,
+}
+
+/// How many names of functions BTF has one prototype for though several functions share them, static ones: it may be the
+/// other's.  None where BTF was written by several processes at once, which keep a prototype for each unit that they saw
+/// (pahole 1.24 as Linux 6.1 runs it; run alone, as for reproducible builds, it keeps the first of a name).
+pub fn shared_names(image: &Image) -> Result<usize, Fault> {
+    let btf = Btf::parse(image.section_bytes(".BTF").unwrap_or_default())?;
+    if btf.functions.values().any(|all| all.len() > 1) {
+        return Ok(0);
+    }
+    let mut places: FxHashMap<&str, BTreeSet<LinkVa>> = FxHashMap::default();
+    for symbol in image.symbols.iter().filter(|symbol| symbol.is_code()) {
+        if btf.functions.contains_key(&symbol.name) {
+            places.entry(&symbol.name).or_default().insert(symbol.va);
+        }
+    }
+    Ok(places.values().filter(|all| all.len() > 1).count())
 }
 
 impl Btf {

@@ -5,7 +5,7 @@ pub use super::differences::{Unexplained, hex};
 use super::forms::{self, JMP, add32};
 pub use super::kernel::Slide;
 use penumbra_bundle::{Bundle, LinkVa, Site, SiteKind, TextOff};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
 
 /// `ret; int3; int3; int3; int3`: what the kernel writes at a return site where no return thunk is needed.
@@ -177,8 +177,13 @@ fn check_retpolines(bundle: &Bundle, expected: &[u8], running: &[u8]) -> Result<
 pub fn return_form(bundle: &Bundle, running: &[u8]) -> Result<ReturnForm, ExplainError> {
     let mut plain = 0_u64;
     let mut jumps: BTreeMap<i64, u64> = BTreeMap::new();
+    // A trampoline of nothing is a return in the file; one that has got a function jumps there, whatever returns do.
+    let trampolines = bundle.model.sites.iter();
+    let trampolines = trampolines.filter(|site| site.kind == SiteKind::StaticCallTrampoline);
+    let trampolines: BTreeSet<TextOff> = trampolines.map(|site| site.at).collect();
     for site in &bundle.model.sites {
-        if site.kind != SiteKind::Return || site.len < 5 {
+        let is_return = site.kind == SiteKind::Return && site.len >= 5;
+        if !is_return || trampolines.contains(&site.at) {
             continue;
         }
         let bytes = &running[range_of(site)];

@@ -44,6 +44,8 @@ pub fn branch_target(opcode: u8, at: TextOff, bytes: &[u8]) -> Option<i64> {
     }
 }
 
+/// Where the kernel's half starts, with five levels of page tables (Documentation/arch/x86/x86_64/mm.rst).
+const KERNEL_HALF: u64 = 0xff00_0000_0000_0000;
 /// `call rel32`.
 pub const CALL: u8 = 0xe8;
 /// `jmp rel32`.
@@ -127,6 +129,10 @@ pub fn matches(
                 || lands_in(&model.return_thunks, target)
         }
         Form::Nops => all_nops(bytes),
+        Form::KernelPointer => bytes
+            .first_chunk()
+            .is_some_and(|bytes| u64::from_le_bytes(*bytes) >= KERNEL_HALF),
+        Form::Shift => bytes.first().is_some_and(|bits| *bits < 32),
     }
 }
 
@@ -206,6 +212,25 @@ mod tests {
         assert!(is(Form::Call, 6, &padded));
         padded[5] = 0xcc;
         assert!(!is(Form::Call, 6, &padded));
+    }
+
+    #[test]
+    fn a_runtime_constant_is_an_address_of_the_kernels_or_a_shift() {
+        let model = RunTimeModel::default();
+        let is = |form: Form, bytes: &[u8]| {
+            let site = site(bytes.len() as u8);
+            matches(&form, &model, &site, bytes, Slide(0), 0x10000, |_| false)
+        };
+        assert!(is(
+            Form::KernelPointer,
+            &0xff11_0000_0412_3000_u64.to_le_bytes()
+        ));
+        assert!(!is(
+            Form::KernelPointer,
+            &0x0000_7fff_1234_5000_u64.to_le_bytes()
+        ));
+        assert!(is(Form::Shift, &[19]));
+        assert!(!is(Form::Shift, &[32]));
     }
 
     #[test]

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import TARGET, LabError, cost, kernel, packages
+from .. import TARGET, LabError, cost, filled, kernel, packages
 
 PAGE = 4096
 
@@ -44,7 +44,7 @@ class Capture:
     def text(self, length):
         """The running text."""
         with open(self.memory, "rb") as file:
-            file.seek(cost.TEXT)
+            file.seek(filled.TEXT)
             return file.read(length)
 
 
@@ -78,7 +78,7 @@ def _boot(folder):
         else:
             raise LabError("the guest is never seen in its kernel")
         whole, part = folder / "memory.whole", folder / "memory.part"
-        guest.machine.qmp("pmemsave", val=0, size=cost.MEMORY << 20, filename=str(whole))
+        guest.machine.qmp("pmemsave", val=0, size=filled.MEMORY << 20, filename=str(whole))
     subprocess.run(["cp", "--sparse=always", whole, part], check=True)
     whole.unlink()
     part.rename(folder / "memory")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from unicorn import (UC_ARCH_X86, UC_HOOK_CODE, UC_HOOK_INTR, UC_HOOK_MEM_READ, UC_HOOK_MEM_WRITE, UC_MODE_64,
                      UC_PROT_ALL, Uc, UcError, x86_const)
 
-from .. import cost
+from .. import filled
 from .capture import LINKED
 from .states import CALLER, RSP
 from .text import END, INDIRECT, REGISTERS, SAVES_FLAGS, THUNK
@@ -66,7 +66,7 @@ class Machine:
         for memory in (self.pristine, self.memory):
             scratch.fill(memory)
         content = (variant or text).content
-        self.memory[cost.TEXT:cost.TEXT + len(content)] = content
+        self.memory[filled.TEXT:filled.TEXT + len(content)] = content
         self.cave = variant.cave if variant else (0, 0)
         self._kinds = {}
         self._emulator(capture, len(content))
@@ -85,7 +85,7 @@ class Machine:
         self._fresh = uc.context_save()
         uc.hook_add(UC_HOOK_CODE, self._code)
         uc.hook_add(UC_HOOK_MEM_WRITE, self._write)
-        uc.hook_add(UC_HOOK_MEM_READ, self._read, begin=cost.TEXT, end=cost.TEXT + length - 1)
+        uc.hook_add(UC_HOOK_MEM_READ, self._read, begin=filled.TEXT, end=filled.TEXT + length - 1)
         uc.hook_add(UC_HOOK_INTR, self._interrupt)
         count = len(_IDS)
         self._ids = (ctypes.c_int * count)(*_IDS)

@@ -127,6 +127,13 @@ impl Vmlinux {
         })
     }
 
+    /// Where the sections are whose names start with `prefix`.
+    pub fn named<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = VaRange> + 'a {
+        let named = self.sections.range(prefix.to_owned()..);
+        let named = named.take_while(move |(name, _)| name.starts_with(prefix));
+        named.map(|(_, section)| section.range)
+    }
+
     /// The section called `name`, if the image has it.
     pub fn find_section(&self, name: &str) -> Option<&Section> {
         self.sections.get(name)

@@ -15,6 +15,8 @@ pub struct Alternative {
     pub site: VaRange,
     /// The code that may be copied there.
     pub replacement: VaRange,
+    /// The call there becomes one of the function to which it goes (ALT_FLAG_DIRECT_CALL).
+    pub direct_call: bool,
 }
 
 /// What the tables of one image say.
@@ -26,8 +28,10 @@ pub struct Tables {
     pub retpoline_sites: Vec<LinkVa>,
     /// `.altinstructions`.
     pub alternatives: Vec<Alternative>,
-    /// `.parainstructions` (up to Linux 6.7).
+    /// `.parainstructions` (up to Linux 6.7), and alternatives that make indirect calls direct (later).
     pub paravirt: Vec<VaRange>,
+    /// `runtime_ptr_*`, `runtime_shift_*`: values inside instructions, written at boot.
+    pub constants: Vec<VaRange>,
     /// `__mcount_loc`: calls to `__fentry__`.
     pub fentry: Vec<LinkVa>,
     /// `__jump_table`: places of jump labels.
@@ -100,6 +104,15 @@ impl Tables {
         if let Some(range) = optional(".parainstructions") {
             tables.paravirt = read.paravirt(range)?;
             tables.descriptive.push(range);
+        }
+        let calls = tables.alternatives.iter().filter(|entry| entry.direct_call);
+        let calls: Vec<VaRange> = calls.map(|entry| entry.site).collect();
+        tables.paravirt.extend(calls);
+        for (prefix, width) in [("runtime_ptr_", 8), ("runtime_shift_", 1)] {
+            for range in vmlinux.named(prefix) {
+                let places = read.offsets(range)?.into_iter();
+                tables.constants.extend(places.map(|at| span(at, width)));
+            }
         }
         for name in ["__ksymtab", "__ksymtab_gpl"] {
             if let Some(range) = optional(name) {
@@ -192,6 +205,11 @@ impl Reader<'_> {
         let site_len = self.offset("alt_instr", "instrlen")?;
         let replacement = self.offset("alt_instr", "repl_offset")?;
         let replacement_len = self.offset("alt_instr", "replacementlen")?;
+        let flags = self.btf.offset("alt_instr", "ft_flags").map(u64::from);
+        let direct_call = |at: LinkVa| match flags {
+            Some(flags) => Some(self.vmlinux.u32(LinkVa(at.0 + flags))? & 0x2_0000 != 0),
+            None => Some(false),
+        };
         let span = |at: LinkVa, pointer: u64, len: u64| {
             let start = self.vmlinux.pc_relative(place(at, pointer))?;
             let len = self.vmlinux.bytes(place(at, len), 1)?[0];
@@ -202,6 +220,7 @@ impl Reader<'_> {
                 Some(Alternative {
                     site: span(at, site, site_len)?,
                     replacement: span(at, replacement, replacement_len)?,
+                    direct_call: direct_call(at)?,
                 })
             })
             .collect::<Option<Vec<_>>>()

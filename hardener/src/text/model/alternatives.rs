@@ -1,17 +1,23 @@
 //! `.altinstructions`: every state that a site can reach (arch/x86/kernel/alternative.c, `apply_alternatives`), and
-//! `.smp_locks` and `.parainstructions`, which write the same places.
+//! `.smp_locks` and `.parainstructions`, which write the same places; run-time constants.
 
-use super::{exact, nops, site};
-use crate::image::{AltEntry, Fault, Image, Tables};
+use super::nops::{PADDINGS, Padding};
+use super::thunks::return_thunks;
+use super::{exact, site};
+use crate::image::{AltEntry, ConstantValue, Fault, Image, Tables};
 use crate::text::{Span, TextError};
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
 use penumbra_bundle::{Form, LinkVa, Site, SiteKind};
 use std::collections::BTreeSet;
 
 const NOP: u8 = 0x90;
+/// What a return becomes that needs no thunk.
+const RET: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
 /// A LOCK prefix, and the DS prefix that replaces it on one CPU (`alternatives_smp_unlock`).
 const LOCK: u8 = 0xf0;
 const NO_LOCK: u8 = 0x3e;
+/// `TASK_SIZE_MAX` with four and with five levels of page tables (arch/x86/include/asm/page_64.h).
+const USER_ENDS: [u64; 2] = [(1 << 47) - 4096, (1 << 56) - 4096];
 /// More states than any site of a real kernel reaches (measured: 8); a bound on memory.
 const MAX_STATES: usize = 256;
 
@@ -67,6 +73,15 @@ pub fn sites(
         let forms = vec![Form::Call, Form::Nops];
         sites.extend(site(span, one.site, one.len, SiteKind::Paravirt, forms));
     }
+    for one in &tables.runtime_constants {
+        let forms = match one.value {
+            ConstantValue::Pointer => vec![Form::KernelPointer],
+            ConstantValue::UserEnd => USER_ENDS.map(|end| exact(&end.to_le_bytes())).to_vec(),
+            ConstantValue::Shift => vec![Form::Shift],
+        };
+        let len = one.value.len();
+        sites.extend(site(span, one.at, len, SiteKind::RuntimeConstant, forms));
+    }
     for va in &tables.smp_locks {
         sites.extend(site(
             span,
@@ -96,19 +111,36 @@ fn group_sites(
     let short_len =
         u8::try_from(len).map_err(|_| damaged(format!("the site {start} has {len} bytes")))?;
     let original = state(image, start, original);
+    let mut returns = tables.returns.clone();
+    returns.sort_unstable();
+    let thunks: Vec<LinkVa> = return_thunks(image, span)
+        .into_iter()
+        .map(|at| span.va(at))
+        .collect();
     let mut states = BTreeSet::new();
-    for longest in nops::LONGEST {
+    for padding in PADDINGS {
         let mut reached = BTreeSet::from([original.clone()]);
         for entry in group {
             let at = (entry.site.0 - start.0) as usize;
-            let room = at..at + usize::from(entry.site_len);
+            // Nested alternatives pad one site differently: the longest counts for all (from Linux 6.9 on).
+            let twins = group.iter().filter(|other| other.site == entry.site);
+            let longest = twins.map(|other| other.site_len).max();
+            let room = at..at + usize::from(longest.unwrap_or(entry.site_len));
             let mut next = BTreeSet::new();
             for before in &reached {
                 let mut skipped = before.clone();
-                optimise(&mut skipped, room.clone(), longest);
+                optimise(&mut skipped, room.clone(), padding);
                 next.insert(skipped);
-                for mut applied in apply(image, entry, before, room.clone())? {
-                    optimise(&mut applied, room.clone(), longest);
+                if entry.direct_call {
+                    // A site of its own: where the call goes is in data.
+                    continue;
+                }
+                let returns = Returns {
+                    sites: &returns,
+                    thunks: &thunks,
+                };
+                for mut applied in apply(image, entry, before, room.clone(), padding, &returns)? {
+                    optimise(&mut applied, room.clone(), padding);
                     next.insert(applied);
                 }
             }
@@ -182,6 +214,8 @@ fn apply(
     entry: &AltEntry,
     before: &State,
     room: std::ops::Range<usize>,
+    padding: Padding,
+    returns: &Returns<'_>,
 ) -> Result<Vec<State>, TextError> {
     let len = usize::from(entry.replacement_len);
     let replacement = image
@@ -200,23 +234,34 @@ fn apply(
     let mut code = moved.bytes.clone();
     let mut short = None;
     let inside = entry.replacement.0..entry.replacement.0 + len as u64;
-    for instruction in Decoder::with_ip(64, replacement, entry.replacement.0, DecoderOptions::NONE)
-    {
+    let mut decoder = Decoder::with_ip(64, replacement, entry.replacement.0, DecoderOptions::NONE);
+    while decoder.can_decode() {
+        let instruction = decoder.decode();
         let at = (instruction.ip() - entry.replacement.0) as usize;
         let end = at + instruction.len();
-        let target = instruction.near_branch_target();
-        if !is_rel32(&instruction) || inside.contains(&target) {
+        let (target, field) = if is_rel32(&instruction) {
+            (instruction.near_branch_target(), end - 4)
+        } else if instruction.is_ip_rel_memory_operand() {
+            let offsets = decoder.get_constant_offsets(&instruction);
+            (
+                instruction.ip_rel_memory_address(),
+                at + offsets.displacement_offset(),
+            )
+        } else {
+            continue;
+        };
+        if inside.contains(&target) {
             continue;
         }
         let displacement = target.wrapping_sub(entry.site.0 + end as u64) as i64;
-        code[end - 4..end].copy_from_slice(&(displacement as i32).to_le_bytes());
-        // `recompute_jump`: two bytes and three NOPs when the target is near.
+        code[field..field + 4].copy_from_slice(&(displacement as i32).to_le_bytes());
+        // `recompute_jump`, `__apply_relocation`: two bytes when the target is near.
         let near = target.wrapping_sub(entry.site.0 + at as u64 + 2) as i64;
         if instruction.code() == Code::Jmp_rel32_64 && i8::try_from(near).is_ok() {
             let mut two = code.clone();
             two[at] = 0xeb;
             two[at + 1] = near as u8;
-            nops::fill(&mut two[at + 2..end], 8);
+            padding.fill_dead(&mut two[at + 2..end]);
             short = Some(two);
         }
     }
@@ -233,11 +278,51 @@ fn apply(
         }
         after
     };
-    Ok([Some(code), short]
-        .into_iter()
-        .flatten()
+    let codes = [Some(code), short].into_iter().flatten();
+    Ok(codes
+        .flat_map(|code| returns.forms(entry, code))
         .map(place)
         .collect())
+}
+
+/// Returns inside replacements are patched where they lie (`apply_returns`), before the replacements are copied.
+struct Returns<'a> {
+    /// All return sites, sorted.
+    sites: &'a [LinkVa],
+    thunks: &'a [LinkVa],
+}
+
+impl Returns<'_> {
+    /// `code` of the entry's replacement, moved to its site, as it is and with every way to return.
+    fn forms(&self, entry: &AltEntry, code: Vec<u8>) -> Vec<Vec<u8>> {
+        let start = entry.replacement;
+        let first = self.sites.partition_point(|at| *at < start);
+        let inside = self.sites[first..]
+            .iter()
+            .map(|at| (at.0 - start.0) as usize);
+        let inside: Vec<usize> = inside
+            .take_while(|at| at + RET.len() <= code.len())
+            .collect();
+        if inside.is_empty() {
+            return vec![code];
+        }
+        let jump = |at: usize, thunk: LinkVa| {
+            let from = entry.site.0 + (at + RET.len()) as u64;
+            let mut jump = [0xe9; 5];
+            jump[1..].copy_from_slice(&(thunk.0.wrapping_sub(from) as u32).to_le_bytes());
+            jump
+        };
+        let ways = std::iter::once(None).chain(self.thunks.iter().copied().map(Some));
+        let patched = ways.map(|way| {
+            let mut code = code.clone();
+            for at in &inside {
+                let bytes = way.map_or(RET, |thunk| jump(*at, thunk));
+                code[*at..at + RET.len()].copy_from_slice(&bytes);
+            }
+            code
+        });
+        std::iter::once(code.clone()).chain(patched).collect()
+    }
 }
 
 fn is_rel32(instruction: &Instruction) -> bool {
@@ -245,28 +330,31 @@ fn is_rel32(instruction: &Instruction) -> bool {
         || instruction.is_jcc_near()
 }
 
-/// `optimize_nops`: runs of one-byte NOPs become longer ones.
-fn optimise(state: &mut State, room: std::ops::Range<usize>, longest: usize) {
-    for run in one_byte_nops(&state.bytes[room.clone()]) {
-        nops::fill(
-            &mut state.bytes[room.start + run.start..room.start + run.end],
-            longest,
-        );
+/// `optimize_nops`: runs of one-byte NOPs, and later of any, become as few as can be.
+fn optimise(state: &mut State, room: std::ops::Range<usize>, padding: Padding) {
+    let one_byte = padding != Padding::NopOrJump;
+    for run in nops(&state.bytes[room.clone()], one_byte) {
+        padding.fill(&mut state.bytes[room.start + run.start..room.start + run.end]);
     }
 }
 
-/// Runs of two or more one-byte NOPs that are instructions of their own.
-fn one_byte_nops(code: &[u8]) -> Vec<std::ops::Range<usize>> {
+/// Runs of two or more bytes of NOPs, of one-byte ones alone or of any.
+fn nops(code: &[u8], one_byte: bool) -> Vec<std::ops::Range<usize>> {
     let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
     for instruction in Decoder::new(64, code, DecoderOptions::NONE) {
         if instruction.is_invalid() {
             break;
         }
         let at = instruction.ip() as usize;
-        if instruction.len() == 1 && code[at] == NOP {
+        // NOP (90) has no operand; `xchg %r8,%rax` (49 90) and PAUSE (f3 90) are none.
+        let nop = match one_byte {
+            true => instruction.len() == 1 && code[at] == NOP,
+            false => instruction.mnemonic() == Mnemonic::Nop,
+        };
+        if nop {
             match runs.last_mut() {
-                Some(run) if run.end == at => run.end += 1,
-                _ => runs.push(at..at + 1),
+                Some(run) if run.end == at => run.end += instruction.len(),
+                _ => runs.push(at..at + instruction.len()),
             }
         }
     }
@@ -275,7 +363,7 @@ fn one_byte_nops(code: &[u8]) -> Vec<std::ops::Range<usize>> {
 }
 
 fn nop_runs(span: Span, start: LinkVa, original: &[u8]) -> Vec<Site> {
-    let runs = one_byte_nops(original).into_iter();
+    let runs = nops(original, true).into_iter();
     runs.filter_map(|run| {
         let at = LinkVa(start.0 + run.start as u64);
         site(
@@ -300,6 +388,10 @@ mod tests {
 
     /// The exact forms of a site at TEXT whose replacement stands 0x100 later.
     fn forms(original: &[u8], replacement: &[u8]) -> Vec<Vec<u8>> {
+        forms_with(&Tables::default(), original, replacement)
+    }
+
+    fn forms_with(tables: &Tables, original: &[u8], replacement: &[u8]) -> Vec<Vec<u8>> {
         let mut bytes = vec![0xcc; 0x1000];
         bytes[..original.len()].copy_from_slice(original);
         bytes[0x100..0x100 + replacement.len()].copy_from_slice(replacement);
@@ -314,9 +406,9 @@ mod tests {
             site_len: original.len() as u8,
             replacement: LinkVa(TEXT + 0x100),
             replacement_len: replacement.len() as u8,
+            direct_call: false,
         };
-        let sites =
-            group_sites(&image, &Tables::default(), span, &[&entry], original.len()).unwrap();
+        let sites = group_sites(&image, tables, span, &[&entry], original.len()).unwrap();
         let site = sites
             .iter()
             .rfind(|site| site.kind == SiteKind::Alternative)
@@ -357,6 +449,29 @@ mod tests {
             moved.contains(&vec![0xeb, 0x1e, 0x0f, 0x1f, 0x00]),
             "{moved:02x?}"
         );
+    }
+
+    #[test]
+    fn from_linux_6_8_on_a_short_jump_is_followed_by_int3s() {
+        let moved = forms(&[0x90; 5], &[0xe9, 0x1b, 0xff, 0xff, 0xff]);
+        assert!(
+            moved.contains(&vec![0xeb, 0x1e, 0xcc, 0xcc, 0xcc]),
+            "{moved:02x?}"
+        );
+    }
+
+    #[test]
+    fn a_return_in_a_replacement_is_patched_before_it_is_copied() {
+        // `rep movsb` and a return, of which `.return_sites` says where it is: memmove with FSRM.
+        let replacement = [0xf3, 0xa4, 0xe9, 0x00, 0x01, 0, 0];
+        let tables = Tables {
+            returns: vec![LinkVa(TEXT + 0x102)],
+            ..Tables::default()
+        };
+        let moved = forms_with(&tables, &[0x90; 7], &replacement);
+        let plain = vec![0xf3, 0xa4, 0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
+        assert!(moved.contains(&plain), "{moved:02x?}");
+        assert!(!forms(&[0x90; 7], &replacement).contains(&plain));
     }
 
     #[test]
