@@ -12,6 +12,8 @@ mod modules;
 mod promotion;
 #[path = "check/scene.rs"]
 mod scene;
+#[path = "check/scope.rs"]
+mod scope;
 #[path = "check/stack.rs"]
 mod stack;
 #[path = "check/violations.rs"]

@@ -129,9 +129,10 @@ impl Liveness {
                     lost = back.is_none();
                     goes.extend(back.unwrap_or_default());
                 }
-                let open = flow == FlowControl::IndirectBranch
-                    || direct.is_some_and(|to| !called && thunks.contains_key(&to));
-                if assembly || lost || open && labelled.get(at.0 as usize) {
+                // Compiled code jumps by retpolines; where assembly jumps that does not, nobody knows.
+                let anywhere = flow == FlowControl::IndirectBranch;
+                let open = direct.is_some_and(|to| !called && thunks.contains_key(&to));
+                if assembly || lost || anywhere || open && labelled.get(at.0 as usize) {
                     reads |= wanted;
                 }
                 falls |= called;
