@@ -300,15 +300,36 @@ fn bundle(
         true => types::shared_names(image)?,
         false => 0,
     };
-    let forward = match asked(passes::is_typed) && shared_names == 0 {
-        true => Some(types::analyse(image, &tables, &text)?),
-        false => None,
-    };
-    let return_sets =
-        asked(passes::is_per_function).then(|| ReturnSets::find(image, &tables, &text));
-    let exposed = asked(passes::is_by_frame).then(|| Exposed::find(image, &tables, &text));
-    let zeroing = asked(passes::is_zeroing).then(|| Zeroing::find(image, &tables, &text));
-    let stack = asked(passes::is_clearing).then(|| StackUse::find(image, &tables, &text));
+    let typed = asked(passes::is_typed) && shared_names == 0;
+    let by_function = asked(passes::is_per_function);
+    // None needs another's result.
+    let ((forward, return_sets), (zeroing, (exposed, stack))) = rayon::join(
+        || {
+            rayon::join(
+                || {
+                    typed
+                        .then(|| types::analyse(image, &tables, &text))
+                        .transpose()
+                },
+                || by_function.then(|| ReturnSets::find(image, &tables, &text)),
+            )
+        },
+        || {
+            rayon::join(
+                || asked(passes::is_zeroing).then(|| Zeroing::find(image, &tables, &text)),
+                || {
+                    rayon::join(
+                        || asked(passes::is_by_frame).then(|| Exposed::find(image, &tables, &text)),
+                        || {
+                            asked(passes::is_clearing)
+                                .then(|| StackUse::find(image, &tables, &text))
+                        },
+                    )
+                },
+            )
+        },
+    );
+    let forward = forward?;
     let profile = passes::promote_profile(recipe);
     let promotion = profile.map(|profile| Promotion::find(image, &text, &profile));
     let for_choice = |choice: &Recipe| Analyses {

@@ -8,7 +8,7 @@ use crate::image::{Btf, Fault, Image};
 use crate::text::module::ModuleText;
 use crate::text::{Text, TextError};
 use crate::types::btf::Btf as Types;
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// A kernel as it is unpacked: headers, relocations, symbols, types, tables.
 pub fn kernel(file: &[u8]) -> Result<(), Fault> {
@@ -54,7 +54,7 @@ pub fn types(section: &[u8]) -> Result<(), Fault> {
 pub fn module(types: &[u8], file: &[u8]) -> Result<(), TextError> {
     let host = Host {
         exports: &Exports::new(),
-        btf: &Rc::new(Btf::parse(types)?),
+        btf: &Arc::new(Btf::parse(types)?),
         // What slots of a module are told by.
         thunks: &[("__x86_return_thunk".to_owned(), check::TEXT)],
     };

@@ -32,7 +32,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// Where Linux maps physical address 0 for its own image (`__START_KERNEL_map`, arch/x86/include/asm/page_64_types.h).
 const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
@@ -94,7 +94,7 @@ pub struct Image {
     pub symbols: Vec<KernelSymbol>,
     by_name: HashMap<String, LinkVa>,
     /// The image's own type information.
-    pub btf: Rc<Btf>,
+    pub btf: Arc<Btf>,
     /// Build-id and release.
     pub build_id: BuildId,
 }
@@ -140,7 +140,7 @@ impl Image {
             relocs,
             symbols: elf.symbols,
             by_name: HashMap::new(),
-            btf: Rc::default(),
+            btf: Arc::default(),
             build_id: BuildId::default(),
             bytes,
         };
@@ -161,7 +161,7 @@ impl Image {
             image.by_name.insert(symbol.name.clone(), symbol.va);
         }
         let btf = image.need_section(".BTF").and_then(Btf::parse);
-        image.btf = Rc::new(lacks.note(btf)?);
+        image.btf = Arc::new(lacks.note(btf)?);
         let build_id = image.need_section(".notes").and_then(notes::build_id);
         image.build_id = lacks.note(build_id)?;
         for (name, why) in tables::NEEDED {
@@ -357,7 +357,7 @@ impl Image {
             relocs: Relocs::default(),
             symbols: vec![],
             by_name: HashMap::new(),
-            btf: Rc::default(),
+            btf: Arc::default(),
             build_id: BuildId::default(),
             bytes,
         }

@@ -14,7 +14,7 @@ use penumbra_bundle::{Export, LinkVa, ModuleReloc, ModuleSection, Place, Target,
 use relocs::moved;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// Where core memory is taken to be: where the module area starts without KASLR (arch/x86/include/asm/pgtable_64_types.h).
 pub const CORE: u64 = 0xffff_ffff_c000_0000;
@@ -102,7 +102,7 @@ pub struct Host<'a> {
     /// What it exports.
     pub exports: &'a Exports,
     /// Its types.
-    pub btf: &'a Rc<Btf>,
+    pub btf: &'a Arc<Btf>,
     /// Symbols that module code branches to and that are known by name.
     pub thunks: &'a [(String, LinkVa)],
 }
@@ -443,7 +443,7 @@ impl Loader<'_> {
             },
             symbols,
             by_name,
-            btf: Rc::clone(self.host.btf),
+            btf: Arc::clone(self.host.btf),
             build_id,
             bytes: [&self.core[..], &self.init[..]].concat(),
         })

@@ -43,6 +43,7 @@ pub fn sites(
         .collect();
     // Stable: entries of one site stay in the order in which the kernel applies them.
     entries.sort_by_key(|entry| entry.site);
+    let returns = Returns::new(image, tables, span);
     let mut rest = &entries[..];
     while let [first, ..] = rest {
         let mut end = first.site.0;
@@ -62,6 +63,7 @@ pub fn sites(
             sites.extend(group_sites(
                 image,
                 tables,
+                &returns,
                 span,
                 group,
                 (end - first.site.0) as usize,
@@ -99,6 +101,7 @@ pub fn sites(
 fn group_sites(
     image: &Image,
     tables: &Tables,
+    returns: &Returns,
     span: Span,
     group: &[&AltEntry],
     len: usize,
@@ -111,12 +114,6 @@ fn group_sites(
     let short_len =
         u8::try_from(len).map_err(|_| damaged(format!("the site {start} has {len} bytes")))?;
     let original = state(image, start, original);
-    let mut returns = tables.returns.clone();
-    returns.sort_unstable();
-    let thunks: Vec<LinkVa> = return_thunks(image, span)
-        .into_iter()
-        .map(|at| span.va(at))
-        .collect();
     let mut states = BTreeSet::new();
     for padding in PADDINGS {
         let mut reached = BTreeSet::from([original.clone()]);
@@ -135,11 +132,7 @@ fn group_sites(
                     // A site of its own: where the call goes is in data.
                     continue;
                 }
-                let returns = Returns {
-                    sites: &returns,
-                    thunks: &thunks,
-                };
-                for mut applied in apply(image, entry, before, room.clone(), padding, &returns)? {
+                for mut applied in apply(image, entry, before, room.clone(), padding, returns)? {
                     optimise(&mut applied, room.clone(), padding);
                     next.insert(applied);
                 }
@@ -215,7 +208,7 @@ fn apply(
     before: &State,
     room: std::ops::Range<usize>,
     padding: Padding,
-    returns: &Returns<'_>,
+    returns: &Returns,
 ) -> Result<Vec<State>, TextError> {
     let len = usize::from(entry.replacement_len);
     let replacement = image
@@ -286,13 +279,21 @@ fn apply(
 }
 
 /// Returns inside replacements are patched where they lie (`apply_returns`), before the replacements are copied.
-struct Returns<'a> {
+struct Returns {
     /// All return sites, sorted.
-    sites: &'a [LinkVa],
-    thunks: &'a [LinkVa],
+    sites: Vec<LinkVa>,
+    thunks: Vec<LinkVa>,
 }
 
-impl Returns<'_> {
+impl Returns {
+    fn new(image: &Image, tables: &Tables, span: Span) -> Returns {
+        let mut sites = tables.returns.clone();
+        sites.sort_unstable();
+        let thunks = return_thunks(image, span).into_iter();
+        let thunks = thunks.map(|at| span.va(at)).collect();
+        Returns { sites, thunks }
+    }
+
     /// `code` of the entry's replacement, moved to its site, as it is and with every way to return.
     fn forms(&self, entry: &AltEntry, code: Vec<u8>) -> Vec<Vec<u8>> {
         let start = entry.replacement;
@@ -408,7 +409,8 @@ mod tests {
             replacement_len: replacement.len() as u8,
             direct_call: false,
         };
-        let sites = group_sites(&image, tables, span, &[&entry], original.len()).unwrap();
+        let returns = Returns::new(&image, tables, span);
+        let sites = group_sites(&image, tables, &returns, span, &[&entry], original.len()).unwrap();
         let site = sites
             .iter()
             .rfind(|site| site.kind == SiteKind::Alternative)
