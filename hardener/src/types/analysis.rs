@@ -47,11 +47,12 @@ pub fn analyse(image: &Image, tables: &Tables, text: &Text) -> Result<Forward, F
     let index = FunctionIndex::find(image, tables, &places, &btf);
     let prototypes = Prototypes::of(&btf);
     let followed = follow(image, tables, &places, &index, &btf)?;
+    let containers = Containers::of(&btf);
     let known = Knowledge {
         btf: &btf,
         index: &index,
         prototypes: &prototypes,
-        containers: &Containers::of(&btf),
+        layout: Layout::new(&btf, &containers),
         followed: &followed,
     };
     let mut globals = Globals::new(image, &places, &btf, &index);
@@ -155,7 +156,7 @@ struct Knowledge<'a> {
     btf: &'a Btf,
     index: &'a FunctionIndex,
     prototypes: &'a Prototypes,
-    containers: &'a Containers,
+    layout: Layout<'a>,
     followed: &'a [Followed],
 }
 
@@ -196,7 +197,7 @@ impl Knowledge<'_> {
                 }
             }
             globals.spread(self.btf);
-            globals.find_functions(&Layout::new(self.btf, self.containers));
+            globals.find_functions(&self.layout);
             let all = passed.into_iter().filter_map(|(to, known)| match known {
                 Known::Pointers(all) => Some((to, all)),
                 _ => None,
@@ -276,10 +277,9 @@ impl Knowledge<'_> {
     ) -> Vec<T> {
         let chunks = self.followed.par_chunks(CHUNK);
         let done = chunks.map(|chunk| {
-            let layout = Layout::new(self.btf, self.containers);
             let resolver = Resolver {
                 btf: self.btf,
-                layout: &layout,
+                layout: &self.layout,
                 functions: self.index,
                 globals,
                 given,

@@ -89,6 +89,8 @@ pub struct Btf {
     /// Functions' prototypes by name, in the order of ids; names of static functions repeat.
     pub functions: FxHashMap<String, Vec<u32>>,
     full: FxHashMap<u32, u32>,
+    /// What each id is without typedefs and qualifiers.
+    plain: Vec<u32>,
     pointers: FxHashMap<u32, u32>,
 }
 
@@ -138,7 +140,7 @@ impl Btf {
         }
         for id in 0..btf.types.len() as u32 {
             if let Type::Pointer(to) = btf.types[id as usize] {
-                let to = btf.plain(to);
+                let to = btf.stripped(to);
                 btf.pointers.entry(to).or_insert(id);
             }
             match btf.types[id as usize] {
@@ -152,6 +154,7 @@ impl Btf {
                 _ => {}
             }
         }
+        btf.plain = btf.ids().map(|id| btf.stripped(id)).collect();
         Some(btf)
     }
 
@@ -249,7 +252,11 @@ impl Btf {
     }
 
     /// What `id` is without typedefs and qualifiers; of a structure that is declared only, the full one of its name.
-    pub fn plain(&self, mut id: u32) -> u32 {
+    pub fn plain(&self, id: u32) -> u32 {
+        self.plain.get(id as usize).copied().unwrap_or(id)
+    }
+
+    fn stripped(&self, mut id: u32) -> u32 {
         // Typedefs nest a few deep; more is a cycle.
         for _ in 0..32 {
             match self.at(id) {

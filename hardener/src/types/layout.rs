@@ -1,9 +1,9 @@
 //! What stands at an offset from a pointer: members, and the structures around what it points to.
 
 use super::btf::{Btf, Type, VOID};
-use rustc_hash::{FxHashMap, FxHashSet};
-use std::cell::RefCell;
-use std::rc::Rc;
+use rustc_hash::{FxHashMap, FxHashSet, FxHasher};
+use std::hash::{Hash as _, Hasher as _};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A pointer: so many bytes behind the start of a thing of a type.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -86,11 +86,14 @@ impl Containers {
     }
 }
 
-/// Looks up members; remembers.
+/// Parts of what is remembered, so that threads seldom wait for each other.
+const SHARDS: usize = 64;
+
+/// Looks up members; remembers, for all threads.
 pub struct Layout<'a> {
     btf: &'a Btf,
     containers: &'a Containers,
-    known: RefCell<FxHashMap<Ptr, Rc<Field>>>,
+    known: [Mutex<FxHashMap<Ptr, Arc<Field>>>; SHARDS],
 }
 
 impl<'a> Layout<'a> {
@@ -99,7 +102,7 @@ impl<'a> Layout<'a> {
         Layout {
             btf,
             containers,
-            known: RefCell::default(),
+            known: std::array::from_fn(|_| Mutex::default()),
         }
     }
 
@@ -109,14 +112,19 @@ impl<'a> Layout<'a> {
     }
 
     /// The word at `place`.
-    pub fn field(&self, place: Ptr) -> Rc<Field> {
-        if let Some(known) = self.known.borrow().get(&place) {
+    pub fn field(&self, place: Ptr) -> Arc<Field> {
+        let mut hasher = FxHasher::default();
+        place.hash(&mut hasher);
+        let shard = &self.known[hasher.finish() as usize % SHARDS];
+        // Nothing panics while it holds the lock; what is there is whole.
+        let known = || shard.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = known().get(&place) {
             return known.clone();
         }
         let mut field = Field::default();
         self.find(place.ty, place.delta, MAX_DEPTH, &mut field);
-        let field = Rc::new(field.done());
-        self.known.borrow_mut().insert(place, field.clone());
+        let field = Arc::new(field.done());
+        known().insert(place, field.clone());
         field
     }
 
