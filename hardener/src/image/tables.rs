@@ -63,7 +63,7 @@ pub enum ConstantValue {
 
 impl ConstantValue {
     /// How many bytes it has.
-    pub fn len(self) -> u8 {
+    pub fn width(self) -> u8 {
         match self {
             ConstantValue::Pointer | ConstantValue::UserEnd => 8,
             ConstantValue::Shift => 1,

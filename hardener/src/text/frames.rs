@@ -131,11 +131,11 @@ impl Walk<'_> {
             | FlowControl::Exception
             | FlowControl::Interrupt
             | FlowControl::Call
-            | FlowControl::IndirectCall => {
+            | FlowControl::IndirectCall
                 // Behind a call that does not come back stands another function.
-                if !self.functions.is_start(behind) {
-                    next.extend(moved(state, behind, &instruction));
-                }
+                if !self.functions.is_start(behind) =>
+            {
+                next.extend(moved(state, behind, &instruction));
             }
             _ => {}
         }

@@ -207,7 +207,7 @@ fn poked(span: Span, tables: &Tables) -> Bitmap {
         mark(site.site, u64::from(site.len));
     }
     for one in &tables.runtime_constants {
-        mark(one.at, u64::from(one.value.len()));
+        mark(one.at, u64::from(one.value.width()));
     }
     for entry in &tables.jump_labels {
         mark(entry.code, 2);

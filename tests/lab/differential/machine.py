@@ -7,6 +7,7 @@ of all machines begin in the same memory.
 
 import ctypes
 import random
+import re
 from dataclasses import dataclass, field
 
 from unicorn import (UC_ARCH_X86, UC_HOOK_CODE, UC_HOOK_INTR, UC_HOOK_MEM_READ, UC_HOOK_MEM_WRITE, UC_MODE_64,
@@ -29,12 +30,17 @@ _COMPARED = _STATUS | 1 << 10
 # Vectors (SDM volume 3, 6.15).
 PAGE_FAULT = 14
 
-# Instructions in thunks one after another: more is a loop.
+# Instructions in thunks one after another: more is a loop.  What clears the stack is one, and may go on to
+# its end.
 _THUNK_LIMIT = 500
+_CLEAR_LIMIT = 12000
 # Of the caller, after a return.
 AFTER = 30
-# How far below the stack pointer a thunk may write.
+# How far below the stack pointer a thunk may write: what it saves; what clears the stack, all of that;
+# what marks a large frame, one word each _SPACING bytes.
 RED = 128
+_STACK = 0x4000
+_SPACING = 112
 
 # Parts of the runs in which an indirect branch's target is made one that it may reach, or one inside a function.
 _LEGAL, _BAD = 0.6, 0.12
@@ -211,7 +217,7 @@ class Machine:
             self.below = []
             self.steps = 0
         self.steps += 1
-        if self.steps > _THUNK_LIMIT:
+        if self.steps > (_CLEAR_LIMIT if self._fronts("clear") else _THUNK_LIMIT):
             self._end("a thunk does not end", at)
             return
         if not self.cave[0] <= at < self.cave[1]:
@@ -288,9 +294,19 @@ class Machine:
         self.below.append((at, self.memory[at:at + length]))
         top = self._physical(self.entered[RSP])
         # Where the stack is in neither mapping, it is not known where.
-        if 0 <= top < len(self.memory) and not top - RED <= at <= top - length:
+        if 0 <= top < len(self.memory) and not top - self._red() <= at <= top - length:
             thunk = self.variant.thunk(self.first) if self.first else "a thunk of the kernel"
             self.now.wrong.append((self.slot, thunk, f"writes to {at - top:+#x} from the stack pointer"))
+
+    def _fronts(self, does):
+        """The thunk that runs, as `stack_DOES_...`; none when it does something else."""
+        return re.match(rf"stack_{does}_(\d*)", self.variant.thunk(self.first)) if self.first else None
+
+    def _red(self):
+        if self._fronts("clear"):
+            return _STACK
+        marks = self._fronts("mark")
+        return max(RED, _SPACING * int(marks[1])) if marks else RED
 
     def _physical(self, at):
         """Where an address of the direct map or of the kernel's image lies."""

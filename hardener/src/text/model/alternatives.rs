@@ -81,7 +81,7 @@ pub fn sites(
             ConstantValue::UserEnd => USER_ENDS.map(|end| exact(&end.to_le_bytes())).to_vec(),
             ConstantValue::Shift => vec![Form::Shift],
         };
-        let len = one.value.len();
+        let len = one.value.width();
         sites.extend(site(span, one.at, len, SiteKind::RuntimeConstant, forms));
     }
     for va in &tables.smp_locks {
@@ -380,7 +380,7 @@ fn nop_runs(span: Span, start: LinkVa, original: &[u8]) -> Vec<Site> {
 
 #[cfg(test)]
 mod tests {
-    use super::group_sites;
+    use super::{Returns, group_sites};
     use crate::image::{AltEntry, Image, Tables};
     use crate::text::Span;
     use penumbra_bundle::{Form, LinkVa, SiteKind, VaRange};
