@@ -54,7 +54,7 @@ def the_stack_is_cleared_before_user_mode(guest):
     stock = _left(guest.stack_in_user_mode(bundle))
     guest.put(bundle, "hardened")
     hardened = _left(guest.stack_in_user_mode(bundle))
-    expect(stock > 50 and hardened == 0, stock, hardened)
+    expect(stock > 20 and hardened == 0, stock, hardened)
 
 
 def _left(stack):

@@ -52,8 +52,9 @@ def _let_through(state, other, variant, text):
     return found
 
 
-def _checks(variant, slot, prefix):
-    return (variant.thunk_of(slot) or "").startswith(prefix)
+def _checks(variant, slot, check):
+    # What marks or clears the stack is named after the check behind it.
+    return check in (variant.thunk_of(slot) or "")
 
 
 def _same_until_stopped(stock, other, text):

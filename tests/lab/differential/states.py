@@ -27,6 +27,11 @@ _FIXED = 1 << 1
 CALLER, INDIRECT, OTHER, NOWHERE, DATA, WILD = (
     "caller", "indirect", "another's caller", "no call", "data", "unmapped")
 
+# Code that the kernel puts on stacks as a return address (new tasks, kretprobes, function graph): legal
+# though no call stands before it.
+_PUSHED = {"ret_from_fork", "ret_from_fork_asm", "arch_rethook_trampoline", "__kretprobe_trampoline",
+           "return_to_handler"}
+
 
 @dataclass(frozen=True)
 class State:
@@ -63,7 +68,8 @@ class Scratch:
         words = [self.value(chance) for _ in range(_THINGS // 8)]
         words += [self.value(chance, code=False) for _ in range(_STACKS // 8)]
         self.content = array("Q", words).tobytes()
-        self._padded = [at for at in self.entries if text.bytes(at - 5, 5) == b"\xcc" * 5]
+        self._padded = [at for at in self.entries if text.bytes(at - 5, 5) == b"\xcc" * 5
+                        and text.functions[at].name not in _PUSHED]
         self._interior = [f for f in text.functions.values() if f.end - f.start > 64 and text.is_traced(f.start)]
 
     def fill(self, memory):
