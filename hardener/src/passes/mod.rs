@@ -91,6 +91,11 @@ pub trait Pass: Sync {
         false
     }
 
+    /// Whether the thunk of this name does its part, where it shares slots.
+    fn is_in(&self, _thunk: &str) -> bool {
+        false
+    }
+
     /// The speculation mitigation that its edits leave out.
     fn drops(&self) -> Option<Mitigation> {
         None

@@ -42,6 +42,10 @@ impl Pass for Promote {
         true
     }
 
+    fn is_in(&self, thunk: &str) -> bool {
+        thunk.starts_with(promote::PREFIX)
+    }
+
     fn shares_slots(&self) -> bool {
         true
     }

@@ -43,6 +43,10 @@ impl Pass for StackClear {
         true
     }
 
+    fn is_in(&self, thunk: &str) -> bool {
+        stack_clear::is_name(thunk)
+    }
+
     fn figures(&self, context: &Context<'_>) -> BTreeMap<String, u64> {
         let Some(stack) = context.analyses.stack else {
             return BTreeMap::new();

@@ -42,6 +42,10 @@ impl Pass for ZeroRegs {
         true
     }
 
+    fn is_in(&self, thunk: &str) -> bool {
+        thunk.ends_with(&Mode::Zeroing.named(""))
+    }
+
     fn module(&self, _: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
         Ok(Vec::new())
     }

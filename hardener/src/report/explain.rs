@@ -4,8 +4,6 @@ use super::cave::CaveView;
 use super::listing::{Lister, Names, spaced};
 use super::place::{self, Place};
 use crate::passes;
-use crate::thunks::promote;
-use crate::thunks::return_cfi::Mode;
 use penumbra_bundle::{
     Bundle, Edit, LinkVa, PassSummary, SiteKind, SlotKind, TextOff, VaRange, Variant,
 };
@@ -210,15 +208,13 @@ impl Explainer<'_> {
         let does = known
             .get(pass.map_or("", |pass| &pass.name))
             .map(|pass| pass.does());
-        let also = thunk.as_ref().and_then(|thunk| {
-            let clears = thunk.name.ends_with(&Mode::Zeroing.named(""));
-            let compares = thunk.name.starts_with(promote::PREFIX);
-            let mut sharing = known.values().filter(|pass| pass.shares_slots());
-            sharing.find(|pass| (clears || compares) && pass.slot() == edit.slot)
+        let sharing = known.values().filter(|pass| {
+            let named = thunk.as_ref().is_some_and(|thunk| pass.is_in(&thunk.name));
+            named && pass.shares_slots() && pass.slot() == edit.slot
         });
-        let also = also.map_or(String::new(), |pass| {
-            format!("; {}: {}", pass.name(), pass.does())
-        });
+        let also: String = sharing
+            .map(|pass| format!("; {}: {}", pass.name(), pass.does()))
+            .collect();
         Edited {
             variant: variant.name.clone(),
             slot: edit.slot,

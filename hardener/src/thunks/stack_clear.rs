@@ -37,6 +37,11 @@ pub fn name(stack: &StackUse, slot: usize, check: &str) -> Option<String> {
     }
 }
 
+/// Whether a thunk of this name clears or marks the stack.
+pub fn is_name(thunk: &str) -> bool {
+    thunk.starts_with(CLEAR) || thunk.starts_with(MARK)
+}
+
 /// Assembles the thunks of all slots behind those of the checks.
 pub fn emit(
     section: &mut Section,
