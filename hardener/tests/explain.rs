@@ -87,6 +87,33 @@ fn a_slot_has_its_pass_its_thunk_and_what_each_variant_has_there() {
 }
 
 #[test]
+fn of_the_passes_that_share_a_slot_those_are_named_whose_part_its_thunk_does() {
+    let bundle = emitted("schema = 1\n[pass.zero-regs]\n[pass.stack-clear]\n");
+    let start = bundle.manifest.text.start.0;
+    let (_, edits) = bundle.variant("hardened").unwrap();
+    for (function, clears_stack) in [
+        ("exit_to_user_mode_prepare", true),
+        ("__x64_sys_getppid", false),
+    ] {
+        let symbols = bundle.symbols.0.iter();
+        let from = symbols.clone().find(|one| one.name == function).unwrap().at;
+        let mut edits = edits.0.iter();
+        let edit = edits.find(|edit| edit.at >= from && edit.slot == SlotKind::Return);
+        let at = LinkVa(start + u64::from(edit.unwrap().at.0));
+        let said = explain(&bundle, &at.to_string()).unwrap().json();
+        let said = serde_json::from_str(&said).unwrap();
+        let edit = row(&said, at)["edits"].as_array().unwrap().last().unwrap();
+        let (thunk, does) = (
+            edit["thunk"].as_str().unwrap(),
+            edit["does"].as_str().unwrap(),
+        );
+        assert_eq!(does.contains("stack-clear: "), clears_stack, "{edit}");
+        let clears_registers = thunk.ends_with("_zeroing");
+        assert_eq!(does.contains("zero-regs: "), clears_registers, "{edit}");
+    }
+}
+
+#[test]
 fn a_function_is_listed_whole_and_found_by_name_offset_and_address() {
     let whole = said("vfs_fsync");
     let rows = whole["instructions"].as_array().unwrap();
