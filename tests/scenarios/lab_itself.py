@@ -152,7 +152,7 @@ def edits_are_read_as_the_bundle_has_them(folder):
     try:
         slots.Bundle(_bundle(folder / "bad", hardened + b"\0", fast))
     except LabError as error:
-        expect("behind the last edit" in str(error), error)
+        expect("behind the last entry" in str(error), error)
     else:
         expect(False, "no error")
 
