@@ -5,8 +5,7 @@
 //! frame has a return address, which is none; so a stretch of zeros between two of them is shorter, but for large frames. Their
 //! returns leave marks, one each [`SPACING`] bytes.
 
-use super::frames;
-use super::{Slots, Span, Text};
+use super::{Text, frames};
 use crate::image::{Image, Tables};
 use penumbra_bundle::TextOff;
 use std::collections::BTreeMap;
@@ -91,18 +90,6 @@ impl StackUse {
 /// How many marks a return leaves below which so many bytes were in use.
 fn marks(depth: Option<u32>) -> u16 {
     (depth.unwrap_or(0) / SPACING) as u16
-}
-
-/// The marks of a module's returns, in the order of its slots.
-pub fn of_module(
-    bytes: &[u8],
-    span: Span,
-    tables: &Tables,
-    functions: &super::Functions,
-    slots: &Slots,
-) -> Vec<u16> {
-    let depths = frames::depths(bytes, span, tables, functions, &slots.returns);
-    depths.into_iter().map(marks).collect()
 }
 
 /// The functions that run last: code between kernel and user mode calls them, which runs on a task's stack and which nothing may
