@@ -4,6 +4,7 @@ use crate::image::{Fault, Image, ImageError, KernelFiles, Lacks};
 use crate::modules::{Modules, Refused};
 use crate::passes::{self, Analyses, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
+use crate::text::callgraph::CallGraph;
 use crate::text::exposed::Exposed;
 use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
@@ -296,40 +297,36 @@ fn bundle(
     progress(Stage::Thunks);
     let choices = recipe.choices();
     let asked = |wants: fn(&Recipe) -> bool| choices.iter().any(wants);
-    let shared_names = match asked(passes::is_typed) {
-        true => types::shared_names(image)?,
-        false => 0,
-    };
-    let typed = asked(passes::is_typed) && shared_names == 0;
-    let by_function = asked(passes::is_per_function);
-    // None needs another's result.
-    let ((forward, return_sets), (zeroing, (exposed, stack))) = rayon::join(
+    let btf = asked(passes::is_typed).then(|| types::Btf::of(image));
+    let btf = btf.transpose()?;
+    let shared_names = btf.as_ref().map_or(0, |btf| btf.shared_names(image));
+    let typed = btf.as_ref().filter(|_| shared_names == 0);
+    let (by_function, by_frame) = (asked(passes::is_per_function), asked(passes::is_by_frame));
+    let zeroing = asked(passes::is_zeroing);
+    // Prototypes, stack and callers need nothing of each other.
+    let ((forward, stack), (return_sets, (exposed, zeroing))) = rayon::join(
         || {
             rayon::join(
-                || {
-                    typed
-                        .then(|| types::analyse(image, &tables, &text))
-                        .transpose()
-                },
-                || by_function.then(|| ReturnSets::find(image, &tables, &text)),
+                || typed.map(|btf| types::analyse(image, btf, &tables, &text)),
+                || asked(passes::is_clearing).then(|| StackUse::find(image, &tables, &text)),
             )
         },
         || {
+            let wanted = by_function || by_frame || zeroing;
+            let graph = wanted.then(|| CallGraph::build(image, &tables, &text));
+            let of = |wanted: bool| graph.as_ref().filter(|_| wanted);
             rayon::join(
-                || asked(passes::is_zeroing).then(|| Zeroing::find(image, &tables, &text)),
+                || of(by_function).map(|graph| ReturnSets::find(image, &tables, &text, graph)),
                 || {
                     rayon::join(
-                        || asked(passes::is_by_frame).then(|| Exposed::find(image, &tables, &text)),
-                        || {
-                            asked(passes::is_clearing)
-                                .then(|| StackUse::find(image, &tables, &text))
-                        },
+                        || of(by_frame).map(|graph| Exposed::find(&text, graph)),
+                        || of(zeroing).map(|graph| Zeroing::find(image, &tables, &text, graph)),
                     )
                 },
             )
         },
     );
-    let forward = forward?;
+    let forward = forward.transpose()?;
     let profile = passes::promote_profile(recipe);
     let promotion = profile.map(|profile| Promotion::find(image, &text, &profile));
     let for_choice = |choice: &Recipe| Analyses {

@@ -2,24 +2,12 @@
 #![no_main]
 
 use hardener::report;
+use hardener_fuzz::files::FILES;
 use hardener_fuzz::{memory, parts, seen};
 use libfuzzer_sys::fuzz_target;
 use penumbra_bundle::{Bundle, MANIFEST};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-
-/// The files of a bundle, in the order of an input's parts; the manifest comes first.
-const FILES: [&str; 9] = [
-    "text.bin",
-    "model.postcard",
-    "symbols.postcard",
-    "cave.elf",
-    "stock.edits",
-    "fast.edits",
-    "hardened.edits",
-    "forward.postcard",
-    "modules.postcard",
-];
 
 fuzz_target!(init: memory(256), |data: &[u8]| {
     let [manifest, rest @ ..]: [&[u8]; 10] = parts(data);

@@ -1,24 +1,13 @@
 //! A real bundle in small: the first pages of its text, and a cave of one page.
 
 use crate::elf::{self, Part};
+use crate::files::FILES;
 use goblin::elf::Elf;
 use penumbra_bundle::{Bundle, LinkVa, MANIFEST, TextOff, VaRange};
 
 const PAGE: u64 = 4096;
 /// Pages of text before the cave's.
 const PAGES: u64 = 3;
-/// A bundle's files in the order in which the target takes them, behind the manifest.
-const FILES: [&str; 9] = [
-    "text.bin",
-    "model.postcard",
-    "symbols.postcard",
-    "cave.elf",
-    "stock.edits",
-    "fast.edits",
-    "hardened.edits",
-    "forward.postcard",
-    "modules.postcard",
-];
 
 /// Cuts `bundle` and writes it as one input of the target.
 pub fn cut(mut bundle: Bundle) -> Vec<u8> {

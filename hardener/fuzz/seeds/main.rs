@@ -5,6 +5,8 @@
 mod btf;
 mod bundle;
 mod elf;
+#[path = "../src/files.rs"]
+mod files;
 mod kernel;
 mod symbols;
 

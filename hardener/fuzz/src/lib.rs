@@ -1,6 +1,8 @@
 //! What the fuzz targets share: a bound on memory, and inputs of several parts.
 #![forbid(unsafe_code)]
 
+pub mod files;
+
 use cap::Cap;
 use std::alloc::System;
 use std::fmt::Debug;

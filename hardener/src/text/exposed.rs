@@ -4,7 +4,6 @@
 
 use super::Text;
 use super::callgraph::CallGraph;
-use crate::image::{Image, Tables};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use penumbra_bundle::TextOff;
 
@@ -13,8 +12,7 @@ pub struct Exposed(pub Vec<bool>);
 
 impl Exposed {
     /// Asks about every R slot.
-    pub fn find(image: &Image, tables: &Tables, text: &Text) -> Exposed {
-        let graph = CallGraph::build(image, tables, text);
+    pub fn find(text: &Text, graph: &CallGraph) -> Exposed {
         let count = text.functions.count();
         let mut exposed: Vec<bool> = (0..count)
             // What assembly does to its stack is not looked into.

@@ -1,7 +1,7 @@
 //! The kernel's text: swept, its slots, caves and legal targets found, and how it may differ at run time.
 
 mod bitmap;
-mod callgraph;
+pub mod callgraph;
 mod caves;
 mod entries;
 mod error;

@@ -62,12 +62,11 @@ pub struct ReturnSets {
 
 impl ReturnSets {
     /// Finds the callers of every function that has an R slot.
-    pub fn find(image: &Image, tables: &Tables, text: &Text) -> ReturnSets {
-        let graph = CallGraph::build(image, tables, text);
+    pub fn find(image: &Image, tables: &Tables, text: &Text, graph: &CallGraph) -> ReturnSets {
         let named = named_elsewhere(text);
         let mut sets = ReturnSets {
             of_slot: Vec::with_capacity(text.slots.returns.len()),
-            scratch_free: scratch::find(image, tables, text, &graph),
+            scratch_free: scratch::find(image, tables, text, graph),
             checks: Vec::new(),
             indirect: graph.indirect.clone(),
             figures: BTreeMap::new(),
@@ -83,8 +82,8 @@ impl ReturnSets {
             }
             let check = number.map_or(Check::AnySite { own: None }, |number| {
                 let callers = graph.callers(number);
-                let check = check(&graph, text, &named, number, &callers);
-                sizes.add(&graph, text, number, &callers, &check);
+                let check = check(graph, text, &named, number, &callers);
+                sizes.add(graph, text, number, &callers, &check);
                 check
             });
             let index = *known.entry(check).or_insert_with_key(|check| {

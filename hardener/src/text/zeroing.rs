@@ -34,14 +34,9 @@ struct Behind<'a> {
 
 impl Zeroing {
     /// Asks about every R slot.
-    pub fn find(image: &Image, tables: &Tables, text: &Text) -> Zeroing {
-        let graph = CallGraph::build(image, tables, text);
+    pub fn find(image: &Image, tables: &Tables, text: &Text, graph: &CallGraph) -> Zeroing {
         let live = Liveness::find(image, tables, text, ZEROED);
-        let behind = Behind {
-            text,
-            graph: &graph,
-            live,
-        };
+        let behind = Behind { text, graph, live };
         let mut zeroing = Zeroing {
             of_slot: Vec::with_capacity(text.slots.returns.len()),
             left: text.slots.returns_left.clone(),

@@ -39,28 +39,26 @@ struct Found {
 ///
 /// # Errors
 /// When BTF does not decode or the image lacks the kernel's own thunks.
-pub fn analyse(image: &Image, tables: &Tables, text: &Text) -> Result<Forward, Fault> {
-    let section = image.section_bytes(".BTF").unwrap_or_default();
-    let btf = Btf::parse(section)?;
+pub fn analyse(image: &Image, btf: &Btf, tables: &Tables, text: &Text) -> Result<Forward, Fault> {
     let start = text.range.start.0;
     let places = Places::of(image, start);
-    let index = FunctionIndex::find(image, tables, &places, &btf);
-    let prototypes = Prototypes::of(&btf);
-    let followed = follow(image, tables, &places, &index, &btf)?;
-    let containers = Containers::of(&btf);
+    let index = FunctionIndex::find(image, tables, &places, btf);
+    let prototypes = Prototypes::of(btf);
+    let followed = follow(image, tables, &places, &index, btf)?;
+    let containers = Containers::of(btf);
     let known = Knowledge {
-        btf: &btf,
+        btf,
         index: &index,
         prototypes: &prototypes,
-        layout: Layout::new(&btf, &containers),
+        layout: Layout::new(btf, &containers),
         followed: &followed,
     };
-    let mut globals = Globals::new(image, &places, &btf, &index);
+    let mut globals = Globals::new(image, &places, btf, &index);
     let hooks = Hooks::find(image, &globals);
     let taken: FxHashSet<u32> = text.entries.iter().map(|at| at.0).collect();
     let given = known.learn(&mut globals, &taken);
     let found = known.sites(&globals, &given, &hooks);
-    let entries = Entries::of(&text.entries, &btf, &index, &prototypes);
+    let entries = Entries::of(&text.entries, btf, &index, &prototypes);
     let mut forward = Forward::new(&entries);
     for one in found {
         let reach = one.reach.unwrap_or(Reach::Any);

@@ -30,6 +30,6 @@ mod step;
 mod values;
 
 pub use analysis::analyse;
-pub use btf::shared_names;
+pub use btf::Btf;
 pub use prototypes::{ProtoId, Prototypes};
 pub use sites::{Class, Forward, Reach, Site};

@@ -1,7 +1,7 @@
 //! `promote`: proved on a real kernel by a small profile, and every way to compare wrongly is caught.
 
-use crate::scene::{Scene, branch, real, target, vmlinuz};
-use hardener::check::{Rule, RuleReport};
+use crate::scene::{Scene, branch, real, report, says, target, vmlinuz};
+use hardener::check::Rule;
 use hardener::recipe::Recipe;
 use iced_x86::{Code, Mnemonic, Register};
 use penumbra_bundle::{Bundle, Edit, LinkVa, Mitigation, SlotKind};
@@ -49,19 +49,6 @@ fn promoting() -> &'static Bundle {
         fs::write(&file, recipe).unwrap();
         let recipe = Recipe::open(&file).unwrap();
         hardener::emit::emit(&vmlinuz(), &recipe, &mut |_| {}).unwrap()
-    })
-}
-
-fn report(bundle: &Bundle, rule: Rule) -> RuleReport {
-    let (checker, _) = real();
-    let mut rules = checker.prove(bundle, &[rule]).unwrap();
-    rules.pop().expect("one rule was asked for")
-}
-
-fn says(report: &RuleReport, at: Option<LinkVa>, wanted: &str) -> bool {
-    let mut violations = report.violations.iter();
-    violations.any(|violation| {
-        violation.what.contains(wanted) && (at.is_none() || violation.address == at)
     })
 }
 

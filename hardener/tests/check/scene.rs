@@ -1,7 +1,7 @@
 //! A real bundle, and hands to break it with.
 
 use goblin::elf::Elf;
-use hardener::check::Checker;
+use hardener::check::{Checker, Rule, RuleReport};
 use hardener::recipe::Recipe;
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 use penumbra_bundle::{Bundle, Edit, LinkVa, SiteKind, SlotKind, TextOff, Trap, VaRange};
@@ -46,6 +46,21 @@ const LOGGING: &str = "schema = 1\n[pass.return-cfi]\non-violation = \"log\"\n[p
 pub fn emitted(recipe: &str) -> Bundle {
     let recipe = Recipe::parse("recipe", recipe.as_bytes()).unwrap();
     hardener::emit::emit(&vmlinuz(), &recipe, &mut |_| {}).unwrap()
+}
+
+/// What one rule says of `bundle`.
+pub fn report(bundle: &Bundle, rule: Rule) -> RuleReport {
+    let (checker, _) = real();
+    let mut rules = checker.prove(bundle, &[rule]).unwrap();
+    rules.pop().expect("one rule was asked for")
+}
+
+/// Whether something that is said about `at`, or about any place, has `wanted` in it.
+pub fn says(report: &RuleReport, at: Option<LinkVa>, wanted: &str) -> bool {
+    let mut violations = report.violations.iter();
+    violations.any(|violation| {
+        violation.what.contains(wanted) && (at.is_none() || violation.address == at)
+    })
 }
 
 /// A copy of a real bundle, to be broken.

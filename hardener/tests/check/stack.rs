@@ -1,6 +1,6 @@
 //! `stack-clear`: proved on a real kernel; a stack that is not cleared, or too much of it, is caught.
 
-use crate::scene::{Scene, branch, emitted, real, target};
+use crate::scene::{Scene, branch, emitted, real, report, says, target};
 use hardener::check::{Rule, RuleReport};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use penumbra_bundle::{Bundle, LinkVa, SlotKind};
@@ -16,16 +16,7 @@ fn clearing() -> &'static Bundle {
 }
 
 fn contracts(bundle: &Bundle) -> RuleReport {
-    let (checker, _) = real();
-    let mut rules = checker.prove(bundle, &[Rule::ThunkContract]).unwrap();
-    rules.pop().expect("one rule was asked for")
-}
-
-fn says(report: &RuleReport, at: Option<LinkVa>, wanted: &str) -> bool {
-    let mut violations = report.violations.iter();
-    violations.any(|violation| {
-        violation.what.contains(wanted) && (at.is_none() || violation.address == at)
-    })
+    report(bundle, Rule::ThunkContract)
 }
 
 impl Scene {

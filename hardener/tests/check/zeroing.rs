@@ -1,6 +1,6 @@
 //! `zero-regs`: proved on a real kernel, and clearing what lives is caught.
 
-use crate::scene::{Scene, branch, emitted, real, target};
+use crate::scene::{Scene, branch, emitted, real, report, says, target};
 use hardener::check::{Rule, RuleReport};
 use iced_x86::{Mnemonic, Register};
 use penumbra_bundle::{Bundle, LinkVa, SlotKind, TextOff};
@@ -14,17 +14,7 @@ fn clearing() -> &'static Bundle {
 }
 
 fn contracts(bundle: &Bundle) -> RuleReport {
-    let (checker, _) = real();
-    let mut rules = checker.prove(bundle, &[Rule::ThunkContract]).unwrap();
-    rules.pop().expect("one rule was asked for")
-}
-
-/// Whether something that is said about `at` has `wanted` in it.
-fn says(report: &RuleReport, at: Option<LinkVa>, wanted: &str) -> bool {
-    let mut violations = report.violations.iter();
-    violations.any(|violation| {
-        violation.what.contains(wanted) && (at.is_none() || violation.address == at)
-    })
+    report(bundle, Rule::ThunkContract)
 }
 
 impl Scene {

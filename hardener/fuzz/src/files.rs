@@ -1,0 +1,14 @@
+//! The parts of an input of the target `bundle`: it and the seeds take them in one order.
+
+/// A bundle's files, behind the manifest, which comes first.
+pub const FILES: [&str; 9] = [
+    "text.bin",
+    "model.postcard",
+    "symbols.postcard",
+    "cave.elf",
+    "stock.edits",
+    "fast.edits",
+    "hardened.edits",
+    "forward.postcard",
+    "modules.postcard",
+];
