@@ -6,6 +6,7 @@ use crate::passes::{self, Analyses, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
 use crate::text::callgraph::CallGraph;
 use crate::text::exposed::Exposed;
+use crate::text::outside::Outside;
 use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
 use crate::text::stack_use::StackUse;
@@ -286,7 +287,7 @@ fn bundle(
     let tables = lacks.note(image.tables())?;
     lacks.none()?;
     progress(Stage::Text);
-    let text = Text::analyse(image, &tables)?;
+    let mut text = Text::analyse(image, &tables)?;
     progress(Stage::Model);
     let model = text::model::build(image, &tables, text.span)?;
     let kernel = kernel_thunks(image)?;
@@ -303,8 +304,9 @@ fn bundle(
     let typed = btf.as_ref().filter(|_| shared_names == 0);
     let (by_function, by_frame) = (asked(passes::is_per_function), asked(passes::is_by_frame));
     let zeroing = asked(passes::is_zeroing);
+    let profile = passes::debloat_profile(recipe);
     // Prototypes, stack and callers need nothing of each other.
-    let ((forward, stack), (return_sets, (exposed, zeroing))) = rayon::join(
+    let ((forward, stack), (outside, return_sets, (exposed, zeroing))) = rayon::join(
         || {
             rayon::join(
                 || typed.map(|btf| types::analyse(image, btf, &tables, &text)),
@@ -312,10 +314,17 @@ fn bundle(
             )
         },
         || {
-            let wanted = by_function || by_frame || zeroing;
-            let graph = wanted.then(|| CallGraph::build(image, &tables, &text));
+            let wanted = by_function || by_frame || zeroing || profile.is_some();
+            let mut graph = wanted.then(|| CallGraph::build(image, &tables, &text));
+            let outside = profile
+                .zip(graph.as_mut())
+                .map(|((profile, widen), graph)| {
+                    let outside = Outside::find(image, &tables, &text, graph, &profile, widen);
+                    graph.redirect(&text, &outside.functions);
+                    outside
+                });
             let of = |wanted: bool| graph.as_ref().filter(|_| wanted);
-            rayon::join(
+            let (return_sets, others) = rayon::join(
                 || of(by_function).map(|graph| ReturnSets::find(image, &tables, &text, graph)),
                 || {
                     rayon::join(
@@ -323,10 +332,18 @@ fn bundle(
                         || of(zeroing).map(|graph| Zeroing::find(image, &tables, &text, graph)),
                     )
                 },
-            )
+            );
+            (outside, return_sets, others)
         },
     );
-    let forward = forward.transpose()?;
+    let mut forward = forward.transpose()?;
+    if let Some(outside) = &outside {
+        text.entries.retain(|at| !outside.contains(*at));
+        text.landings.retain(|at| !outside.contains(*at));
+        if let Some(forward) = &mut forward {
+            forward.retain(|at| !outside.contains(at));
+        }
+    }
     let profile = passes::promote_profile(recipe);
     let promotion = profile.map(|profile| Promotion::find(image, &text, &profile));
     let for_choice = |choice: &Recipe| Analyses {
@@ -338,6 +355,7 @@ fn bundle(
         zeroing: zeroing.as_ref(),
         stack: stack.as_ref(),
         promotion: promotion.as_ref(),
+        outside: outside.as_ref(),
     };
     let slots = modules.slots();
     let build = |choice: &Recipe| match shared_names {
@@ -383,6 +401,7 @@ fn bundle(
     let modules = modules.finish(&cave).map_err(Failure::Pass)?;
     let mut manifest = manifest(image, &text, &cave, variants, layout, data)?;
     manifest.forward = forward.map(|_| file_ref("forward.postcard"));
+    manifest.outside = outside.as_ref().map(|_| file_ref("outside.postcard"));
     manifest.modules = module_set(&modules);
     let symbols = symbols(image, &text);
     let bundle = Bundle {
@@ -393,6 +412,7 @@ fn bundle(
         cave: cave.elf,
         edits,
         forward: forward.map(|forward| forward.claims()),
+        outside: outside.map(|outside| penumbra_bundle::Outside(outside.functions)),
         modules,
     };
     Ok(Emitted {
@@ -482,6 +502,7 @@ fn manifest(
         },
         variants,
         forward: None,
+        outside: None,
         modules: None,
         layout,
         data,

@@ -4,6 +4,8 @@
 #[path = "check/cases.rs"]
 mod cases;
 mod common;
+#[path = "check/debloat.rs"]
+mod debloat;
 #[path = "check/functions.rs"]
 mod functions;
 #[path = "check/modules.rs"]

@@ -12,6 +12,7 @@ that was preempted in a thunk would be running then.
 """
 
 import time
+from contextlib import contextmanager
 
 from . import TARGET, LabError, chain, initramfs, kernel
 from .agent import Agent
@@ -125,6 +126,27 @@ class Guest:
             return pages
         finally:
             self.machine.qmp("cont")
+
+    @contextmanager
+    def patched(self, at, content):
+        """Has other bytes at a guest-physical address, for as long as the context is open."""
+        path = self.folder / "patched.dump"
+
+        def swap(new):
+            self.machine.qmp("stop")
+            try:
+                self.machine.qmp("pmemsave", val=at, size=len(new), filename=str(path))
+                with self.gdb() as gdb:
+                    gdb.write_physical(at, new)
+                return path.read_bytes()
+            finally:
+                self.machine.qmp("cont")
+
+        old = swap(content)
+        try:
+            yield
+        finally:
+            swap(old)
 
     def explained(self):
         """Fails unless the running text, less the variant, is the kernel's own, every byte explained, and

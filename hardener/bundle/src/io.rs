@@ -2,8 +2,8 @@
 
 use crate::manifest::SCHEMA;
 use crate::{
-    Edits, FileRef, ForwardSets, Manifest, Module, Offending, RunTimeModel, SlotKind, Symbols,
-    TextOff, VaRange,
+    Edits, FileRef, ForwardSets, Manifest, Module, Offending, Outside, RunTimeModel, SlotKind,
+    Symbols, TextOff, VaRange,
 };
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -100,6 +100,8 @@ pub struct Bundle {
     pub edits: Vec<Edits>,
     /// `forward.postcard`, when the manifest names it.
     pub forward: Option<ForwardSets>,
+    /// `outside.postcard`, when the manifest names it.
+    pub outside: Option<Outside>,
     /// `modules.postcard`: modules by name; empty when the bundle has none.
     pub modules: Vec<Module>,
 }
@@ -149,6 +151,10 @@ impl Bundle {
             cave: get(&manifest.cave.file.name)?.clone(),
             edits,
             forward: match &manifest.forward {
+                Some(file) => Some(decode(&file.name, get(&file.name)?)?),
+                None => None,
+            },
+            outside: match &manifest.outside {
                 Some(file) => Some(decode(&file.name, get(&file.name)?)?),
                 None => None,
             },
@@ -230,6 +236,9 @@ impl Bundle {
         if let (Some(file), Some(sets)) = (&mut self.manifest.forward, &self.forward) {
             put(file, encode(sets));
         }
+        if let (Some(file), Some(outside)) = (&mut self.manifest.outside, &self.outside) {
+            put(file, encode(outside));
+        }
         if let Some(set) = &mut self.manifest.modules {
             put(&mut set.file, encode(&self.modules));
         }
@@ -292,6 +301,12 @@ impl Bundle {
             let detail = "its lists are unsorted or leave the text".to_owned();
             return fail(&file.name, detail);
         }
+ if let (Some(file), Some(outside)) = (&manifest.outside, &self.outside)
+            && !outside.is_sound(text_len)
+        {
+            let detail = "its list is unsorted or leaves the text".to_owned();
+            return fail(&file.name, detail);
+        }
         let mut ranges: Vec<(&str, VaRange)> = vec![("cave", manifest.cave.range)];
         ranges.extend(
             manifest
@@ -312,7 +327,7 @@ impl Bundle {
         for trap in &manifest.cave.traps {
             let register = match trap.offending {
                 Offending::Register(number) => number,
-                Offending::Stack(_) => 0,
+                Offending::Stack(_) | Offending::Address(_) => 0,
             };
             // An `out imm8` has 2 bytes (SDM volume 2, OUT).
             if trap.at.0 < free || trap.at.0 >= manifest.cave.range.end.0 - 1 || register > 15 {
@@ -443,6 +458,7 @@ fn file_refs(manifest: &Manifest) -> impl Iterator<Item = &FileRef> {
     .into_iter()
     .chain(manifest.variants.iter().map(|variant| &variant.edits))
     .chain(&manifest.forward)
+    .chain(&manifest.outside)
     .chain(manifest.modules.iter().map(|set| &set.file))
 }
 

@@ -11,6 +11,7 @@
 //! | `cave.elf` | thunks and tables at their link addresses; read it with `objdump -d` |
 //! | `VARIANT.edits` | [`Edits`]: the slots that a variant replaces |
 //! | `forward.postcard` | [`ForwardSets`], when a variant checks indirect branches by class |
+//! | `outside.postcard` | [`Outside`], when a variant stops before functions outside a profile |
 //! | `modules.postcard` | a list of [`Module`], when the bundle has modules |
 //! | `statement.dsse.json` | the signer's envelope; not part of what it signs |
 //!
@@ -27,6 +28,7 @@ mod io;
 mod manifest;
 mod model;
 mod module;
+mod outside;
 
 pub use addr::{LinkVa, TextOff, VaRange};
 pub use edits::{Edit, Edits, SlotKind};
@@ -37,6 +39,7 @@ pub use manifest::{
     Reloc, RelocKind, SCHEMA, Table, TableKind, Text, Trap, Variant, ViolationAction,
 };
 pub use model::{Form, RunTimeModel, Site, SiteKind, Symbol, Symbols};
+pub use outside::Outside;
 pub use module::{
     Export, FormReloc, Module, ModuleEdit, ModuleReloc, ModuleRelocKind, ModuleSection, Place,
     Placement, Put, RelocateError, Target,

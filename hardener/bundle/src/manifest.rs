@@ -30,6 +30,9 @@ pub struct Manifest {
     /// What indirect branches may reach, when they are checked by class: the [`crate::ForwardSets`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forward: Option<FileRef>,
+    /// Functions that a profile does not have, when a variant keeps them from being entered: the [`crate::Outside`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outside: Option<FileRef>,
     /// Modules whose text has views too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<ModuleSet>,
@@ -158,6 +161,8 @@ pub enum Offending {
     Register(u8),
     /// In the word of this index at RSP: 0 is the word that RSP points to.
     Stack(u32),
+    /// Nowhere: it is this address in the kernel, whoever comes.
+    Address(LinkVa),
 }
 
 /// What a thunk does about a value that it does not accept, once it has reported it.

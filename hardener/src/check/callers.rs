@@ -101,8 +101,8 @@ impl Gathered {
 }
 
 impl Parts {
-    /// Derives all of it.
-    pub fn of(kernel: &Kernel) -> Result<Parts, KernelError> {
+    /// Derives all of it; `redirected` are the functions whose calls some variant leads elsewhere.
+    pub fn of(kernel: &Kernel, redirected: &BTreeSet<LinkVa>) -> Result<Parts, KernelError> {
         let mut starts: Vec<LinkVa> = kernel.tables.fentry.clone();
         let code = kernel.symbols.iter();
         let code = code.filter(|symbol| matches!(symbol.letter, b't' | b'T' | b'w' | b'W'));
@@ -141,6 +141,9 @@ impl Parts {
         let between = kernel.symbols.find("module_arch_cleanup");
         let between = between.and_then(|at| gathered.part(at));
         gathered.odd.extend(between);
+        let redirected = redirected.iter().filter_map(|at| gathered.part(*at));
+        let redirected: Vec<u32> = redirected.collect();
+        gathered.odd.extend(redirected);
         let traced: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
         let starts = gathered.starts.iter().zip(0..);
         let starts = starts.filter(|(start, _)| has_fentry(kernel, &traced, **start));

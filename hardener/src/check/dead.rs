@@ -15,6 +15,7 @@ use super::kernel::symbols::hex;
 use super::kernel::{Kernel, KernelError};
 use super::owed::{computed_gotos, has_fentry};
 use super::report::Findings;
+use super::slots::KernelThunks;
 use iced_x86::{
     Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
     OpKind, Register, RflagsBits,
@@ -80,7 +81,7 @@ impl Ask {
 
 impl<'a> Dead<'a> {
     /// Reads what the tables say; nothing is walked yet.
-    pub fn of(kernel: &'a Kernel, retpolines: &HashMap<LinkVa, u8>) -> Result<Self, KernelError> {
+    pub fn of(kernel: &'a Kernel, thunks: &KernelThunks) -> Result<Self, KernelError> {
         let mut silent: BTreeMap<LinkVa, Vec<LinkVa>> = BTreeMap::new();
         for (at, to) in &kernel.tables.silent_jumps {
             silent.entry(*at).or_default().push(*to);
@@ -106,10 +107,10 @@ impl<'a> Dead<'a> {
         let sites = kernel.tables.alternatives.iter().map(|one| one.site);
         let patched = sites.flat_map(|site| (site.start.0..site.end.0).map(LinkVa));
         let ends = kernel.symbols.find("__x86_return_thunk");
-        let retpolines = retpolines.iter();
+        let retpolines = thunks.indirect.iter();
         Ok(Dead {
             kernel,
-            parts: Parts::of(kernel)?,
+            parts: Parts::of(kernel, &thunks.outside)?,
             silent,
             replaced,
             patched: patched.collect(),
@@ -381,9 +382,7 @@ impl<'s, 'k> Cleared<'s, 'k> {
     /// Asks about the return at `at`; what is needed to answer is read when it is first asked.
     fn lives(&mut self, at: LinkVa, ask: Ask) -> Option<String> {
         let (kernel, thunks) = (self.subject.kernel, self.subject.thunks);
-        let dead = self
-            .dead
-            .get_or_insert_with(|| Dead::of(kernel, &thunks.indirect));
+        let dead = self.dead.get_or_insert_with(|| Dead::of(kernel, thunks));
         match dead {
             Ok(dead) => dead.lives(at, ask),
             Err(error) => Some(error.to_string()),

@@ -1,6 +1,7 @@
 //! Rule 6: what the bundle says about the kernel is what the image says.
 
 use super::Subject;
+use super::debloat;
 use super::kernel::Kernel;
 use super::kernel::btf::Btf;
 use super::kernel::symbols::hex;
@@ -294,7 +295,16 @@ fn counts(subject: &Subject<'_>, findings: &mut Findings<'_>) {
         for pass in &variant.passes {
             let seen = pass.edited + pass.left.values().sum::<u64>();
             let hook = pass.name == "module-free" && seen == 1;
-            if !hook && !all.contains(&seen) {
+            if pass.name == debloat::PASS {
+                let into = debloat::into_outside(subject).count() as u64;
+                if seen != into {
+                    let what = format!(
+                        "pass {} accounts for {seen} calls and jumps; {into} leave the profile",
+                        pass.name
+                    );
+                    findings.broken(Some(&variant.name), None, what);
+                }
+            } else if !hook && !all.contains(&seen) {
                 let what = format!(
                     "pass {} accounts for {seen} slots; the image has {} return and {} retpoline sites",
                     pass.name, all[0], all[1]

@@ -13,8 +13,8 @@ const R10_R11: u16 = 1 << 10 | 1 << 11;
 /// labels in itself.
 pub fn contract(original: Original, free: bool, goto: bool) -> Contract {
     match original {
-        // The call that reports a freed module asks for nothing; it is proved by its instructions.
-        Original::Return | Original::ModuleFree(_) => Contract {
+        // Calls ask for nothing; their thunks are proved by their instructions.
+        Original::Return | Original::ModuleFree(_) | Original::Direct { .. } => Contract {
             target: None,
             scratch: if free { R10_R11 } else { 0 },
             flags: free,

@@ -1,6 +1,7 @@
 //! Rules 1 and 3: each edit replaces one whole instruction by one of the same length, in a slot that nobody pokes.
 
 use super::Subject;
+use super::debloat;
 use super::exec::machine::{register_name, register_number};
 use super::exposed::Exposed;
 use super::kernel::symbols::hex;
@@ -29,6 +30,13 @@ pub enum Original {
     Jump(u8),
     /// `call module_arch_cleanup` in `free_module`.
     ModuleFree(LinkVa),
+    /// `call` or `jmp` to a function outside the profile.
+    Direct {
+        /// The function.
+        to: LinkVa,
+        /// `jmp`.
+        jump: bool,
+    },
 }
 
 /// What an edit puts there.
@@ -46,7 +54,7 @@ pub enum Replacement {
     Ret,
 }
 
-/// The kernel's own thunks, by address.
+/// What slots lead to in the image: the kernel's own thunks, and functions that are called.
 pub struct KernelThunks {
     /// `__x86_return_thunk`.
     pub ret: LinkVa,
@@ -54,13 +62,15 @@ pub struct KernelThunks {
     pub indirect: HashMap<LinkVa, u8>,
     /// `panic`.
     pub panic: LinkVa,
-    /// The only call slot: where `free_module` calls `module_arch_cleanup`, and that. None when it does not do so once.
+    /// Where `free_module` calls `module_arch_cleanup`, and that. None when it does not do so once.
     pub module_free: Option<(LinkVa, LinkVa)>,
+    /// Where the functions start that the bundle claims are outside the profile.
+    pub outside: BTreeSet<LinkVa>,
 }
 
 impl KernelThunks {
     /// Finds them by name.
-    pub fn find(kernel: &Kernel) -> Result<KernelThunks, KernelError> {
+    pub fn find(kernel: &Kernel, outside: BTreeSet<LinkVa>) -> Result<KernelThunks, KernelError> {
         let find = |name| {
             kernel.symbols.find(name).ok_or(KernelError::Missing {
                 what: "symbol",
@@ -76,6 +86,7 @@ impl KernelThunks {
             indirect: indirect.collect(),
             panic: find("panic")?,
             module_free: module_free(kernel),
+            outside,
         })
     }
 
@@ -96,6 +107,12 @@ impl KernelThunks {
             (Code::Jmp_rel32_64, None) if to == self.ret => Original::Return,
             (Code::Jmp_rel32_64, Some(register)) => Original::Jump(*register),
             (Code::Call_rel32_64, Some(register)) => Original::Call(*register),
+            (code @ (Code::Jmp_rel32_64 | Code::Call_rel32_64), None)
+                if len == 5 && self.outside.contains(&to) =>
+            {
+                let jump = code == Code::Jmp_rel32_64;
+                Original::Direct { to, jump }
+            }
             _ => return None,
         };
         Some((original, len))
@@ -239,8 +256,11 @@ fn same_boundary(
 pub fn fits(original: Original, replacement: Replacement) -> Result<(), String> {
     let fits = match (original, replacement) {
         (Original::Return, Replacement::Ret | Replacement::Jump(_))
-        | (Original::Call(_) | Original::ModuleFree(_), Replacement::Call(_))
-        | (Original::Jump(_), Replacement::Jump(_)) => true,
+        | (
+            Original::Call(_) | Original::ModuleFree(_) | Original::Direct { jump: false, .. },
+            Replacement::Call(_),
+        )
+        | (Original::Jump(_) | Original::Direct { jump: true, .. }, Replacement::Jump(_)) => true,
         (Original::Call(old), Replacement::CallRegister(new))
         | (Original::Jump(old), Replacement::JumpRegister(new)) => {
             if old != new {
@@ -270,36 +290,31 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
     let forbidden = forbidden(kernel)?;
     let returns: HashSet<LinkVa> = kernel.tables.return_sites.iter().copied().collect();
     let retpolines: HashSet<LinkVa> = kernel.tables.retpoline_sites.iter().copied().collect();
-    let (mut r, mut i, mut c) = (0, 0, 0);
+    let (mut r, mut i, mut c, mut d) = (0, 0, 0, 0);
     for (variant, edit) in subject.edits() {
         let at = subject.place(edit);
         let end = LinkVa(at.0 + edit.bytes.len() as u64);
         let listed = match edit.slot {
             SlotKind::Return => returns.contains(&at),
             SlotKind::Indirect => retpolines.contains(&at),
-            SlotKind::Call if matches!(subject.thunks.module_free, Some((call, _)) if call == at) => {
-                true
-            }
-            SlotKind::Call => {
-                let what = "edits a call slot, which no rule proves yet".to_owned();
-                findings.broken(Some(variant), Some(at), what);
-                continue;
-            }
+            // What they call says it.
+            SlotKind::Call => true,
         };
         let original = subject.thunks.original(kernel, at);
         let kind = match original {
             Some((Original::Return, _)) => Some(SlotKind::Return),
-            Some((Original::ModuleFree(_), _)) => Some(SlotKind::Call),
+            Some((Original::ModuleFree(_) | Original::Direct { .. }, _)) => Some(SlotKind::Call),
             Some(_) => Some(SlotKind::Indirect),
             None => None,
         };
         let mut clean = true;
         if !listed || kind != Some(edit.slot) {
-            let table = match edit.slot {
-                SlotKind::Return => ".return_sites",
-                _ => ".retpoline_sites",
+            let what = match edit.slot {
+                SlotKind::Return => "is not a slot that .return_sites lists",
+                SlotKind::Indirect => "is not a slot that .retpoline_sites lists",
+                SlotKind::Call => "calls nothing that a variant keeps from being called",
             };
-            let what = format!("is not a slot that {table} lists");
+            let what = what.to_owned();
             findings.broken(Some(variant), Some(at), what);
             clean = false;
         }
@@ -314,14 +329,26 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
         }
         match edit.slot {
             SlotKind::Return => r += u64::from(clean),
+            SlotKind::Indirect => i += u64::from(clean),
+            SlotKind::Call if matches!(original, Some((Original::Direct { .. }, _))) => {
+                d += u64::from(clean);
+            }
             SlotKind::Call => c += u64::from(clean),
-            _ => i += u64::from(clean),
         }
     }
     unchecked(subject, &forbidden, &mut findings);
+    let forbids = |at: LinkVa, end: LinkVa| {
+        let from = forbidden.partition_point(|part| part.range.end <= at);
+        let next = forbidden.get(from);
+        next.is_some_and(|part| part.range.start < end)
+    };
+    debloat::all_stopped(subject, forbids, &mut findings);
     findings.proved("return sites", r);
     findings.proved("retpoline sites", i);
     findings.proved("calls before a module is freed", c);
+    if d > 0 {
+        findings.proved("calls and jumps to functions outside the profile", d);
+    }
     findings.proved("forbidden stretches avoided", forbidden.len() as u64);
     Ok(findings.done())
 }

@@ -3,6 +3,7 @@
 use super::Subject;
 use super::cave::CaveImage;
 use super::classes;
+use super::debloat;
 use super::kernel::KernelError;
 use super::kernel::symbols::hex;
 use super::promoted;
@@ -128,7 +129,12 @@ pub fn check(subject: &Subject<'_>, roles: &Roles) -> Result<RuleReport, KernelE
         }
     }
     let mut used = roles.hashed.clone();
-    let (return_sites, entries) = (sets::return_sites(kernel)?, sets::entries(kernel)?);
+    let (return_sites, mut entries) = (sets::return_sites(kernel)?, sets::entries(kernel)?);
+    debloat::claims(subject, &mut findings);
+    for at in &subject.thunks.outside {
+        entries.required.remove(at);
+        entries.optional.remove(at);
+    }
     returns::check(subject, roles, &return_sites, &mut findings)?;
     classes::check(subject, roles, &entries, &mut findings)?;
     promoted::are_entries(&roles.promoted, &entries, &mut findings);

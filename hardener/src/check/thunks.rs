@@ -2,6 +2,7 @@
 
 use super::cave::CaveImage;
 use super::dead::{self, Cleared};
+use super::debloat;
 use super::exec::calls::{Decides, Named};
 use super::exec::exits::Reports;
 use super::exec::machine::{Code, Contract, Exit, Fault, Machine};
@@ -90,6 +91,9 @@ fn groups<'a>(
         let Some((original, _)) = subject.thunks.original(kernel, at) else {
             continue;
         };
+        if let Original::Direct { .. } = original {
+            continue;
+        }
         if let Original::ModuleFree(cleanup) = original {
             // Neither registers nor stack are touched by the two instructions that this thunk is.
             match subject.cave {
@@ -315,7 +319,7 @@ fn prove(
         threads.into_iter().map(join).collect()
     });
     let (mut contracts, mut slots, mut kinds) = (0, 0, BTreeSet::new());
-    let (mut reported, mut failed) = (Vec::new(), BTreeSet::new());
+    let (mut reported, mut failed) = (debloat::thunks(subject, findings), BTreeSet::new());
     for ((thunk, contract), verdict) in proofs.iter().flat_map(|proofs| &proofs.verdicts) {
         let group = groups.get(&(*thunk, *contract));
         let (seen, reports) = match verdict {
@@ -332,11 +336,8 @@ fn prove(
                 continue;
             }
         };
-        reported.extend(reports.iter().map(|(at, report)| Reported {
-            at: LinkVa(*at),
-            report: *report,
-            contract: *contract,
-        }));
+        let reports = reports.iter();
+        reported.extend(reports.map(|(at, report)| Reported::of(LinkVa(*at), *report, contract)));
         match (contract.target, seen) {
             (Some(_), Passes::Tables(seen)) => {
                 roles.entries.insert(seen.clone());

@@ -1,5 +1,6 @@
 //! The passes: each turns slots into edits. Where to add one: a file here, and its name in [`VARIANTS`].
 
+mod debloat;
 mod forward_cfi;
 mod module_free;
 mod no_rethunk;
@@ -9,6 +10,7 @@ mod return_cfi;
 mod stack_clear;
 mod zero_regs;
 
+pub use debloat::{NAME as DEBLOAT, profile as debloat_profile};
 pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
 pub use promote::profile as promote_profile;
 pub use return_cfi::{
@@ -19,6 +21,7 @@ pub use zero_regs::is_wanted as is_zeroing;
 
 use crate::recipe::{Parameter, Recipe};
 use crate::text::exposed::Exposed;
+use crate::text::outside::Outside;
 use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
 use crate::text::stack_use::StackUse;
@@ -59,6 +62,8 @@ pub struct Analyses<'a> {
     pub stack: Option<&'a StackUse>,
     /// Which indirect branches compare with which targets.
     pub promotion: Option<&'a Promotion>,
+    /// Which functions lie outside the profile.
+    pub outside: Option<&'a Outside>,
 }
 
 impl Analyses<'_> {
@@ -174,6 +179,7 @@ pub const VARIANTS: [(&str, &[&dyn Pass]); 3] = [
             &forward_cfi::ForwardCfi,
             &zero_regs::ZeroRegs,
             &stack_clear::StackClear,
+            &debloat::Debloat,
             &module_free::ModuleFree,
         ],
     ),

@@ -195,6 +195,14 @@ impl CallGraph {
         }
     }
 
+    /// Says that a variant redirects the calls of the functions that start at these places: what stands before a return
+    /// address does not name them there.
+    pub fn redirect(&mut self, text: &Text, functions: &[TextOff]) {
+        for number in functions.iter().filter_map(|at| text.functions.number(*at)) {
+            self.facts[number].called_inside = true;
+        }
+    }
+
     fn call(&mut self, from: &Drawn<'_>, end: TextOff, to: Option<LinkVa>) {
         let callee = to.filter(|to| !from.regions.is_x86_thunk(*to));
         let Some(to) = callee else {

@@ -1,8 +1,11 @@
 //! Where functions start, and which have an `__fentry__` site.
 
-use super::Span;
+use super::{Span, Sweep};
 use crate::image::{Image, Tables};
 use penumbra_bundle::TextOff;
+
+/// The length of ENDBR64.
+const ENDBR64: u32 = 4;
 
 /// Starts of functions, by address.
 pub struct Functions {
@@ -21,21 +24,24 @@ struct Start {
 impl Functions {
     /// Collects starts from symbols and from `__mcount_loc`: a weak function that another overrode keeps its code and
     /// its `__fentry__` site but loses its symbol.
-    pub fn find(image: &Image, tables: &Tables, span: Span) -> Functions {
+    pub fn find(image: &Image, tables: &Tables, span: Span, sweep: &Sweep) -> Functions {
         let mut sites: Vec<TextOff> = tables
             .fentry
             .iter()
             .filter_map(|va| span.offset(*va))
             .collect();
         sites.sort_unstable();
+        // With CONFIG_X86_KERNEL_IBT the call stands behind ENDBR64.
+        let behind = |at: TextOff| {
+            let endbr = sweep.endbr.binary_search(&at).is_ok();
+            endbr.then_some(TextOff(at.0 + ENDBR64))
+        };
         let code = image.symbols.iter().filter(|symbol| symbol.is_code());
         let mut starts: Vec<Start> = code
             .filter_map(|symbol| span.offset(symbol.va))
             .map(|at| {
-                // With CONFIG_X86_KERNEL_IBT the call stands behind ENDBR64.
-                let traced = [at, TextOff(at.0 + 4)]
-                    .iter()
-                    .any(|at| sites.binary_search(at).is_ok());
+                let mut places = [Some(at), behind(at)].into_iter().flatten();
+                let traced = places.any(|at| sites.binary_search(&at).is_ok());
                 Start {
                     at,
                     named: true,
@@ -46,7 +52,8 @@ impl Functions {
         // The site behind a named function's ENDBR64 starts no other function.
         starts.sort_unstable();
         let own = |site: &TextOff| {
-            let start = site.0.checked_sub(4).map(TextOff);
+            let start = site.0.checked_sub(ENDBR64).map(TextOff);
+            let start = start.filter(|at| behind(*at).is_some());
             start.is_some_and(|at| starts.binary_search_by_key(&at, |start| start.at).is_ok())
         };
         let unnamed: Vec<TextOff> = sites.into_iter().filter(|site| !own(site)).collect();

@@ -11,6 +11,7 @@ mod functions;
 mod liveness;
 pub mod model;
 pub mod module;
+pub mod outside;
 pub mod promotion;
 mod regions;
 pub mod return_sets;
@@ -26,7 +27,7 @@ pub use caves::{Cave, FILLER};
 pub use error::TextError;
 pub use functions::Functions;
 pub use regions::Regions;
-pub use slots::{Indirect, REGISTERS, Return, Slots, inline_asm_is_plain};
+pub use slots::{Direct, Indirect, REGISTERS, Return, Slots, inline_asm_is_plain};
 pub use sweep::{Call, Sweep};
 
 use crate::image::{Image, Tables};
@@ -93,7 +94,7 @@ impl Text {
         let sweep = Sweep::run(&bytes[..code.len() as usize], span);
         sweep::gate(&sweep, image, tables, span)?;
         let regions = Regions::find(image, tables, span)?;
-        let functions = Functions::find(image, tables, span);
+        let functions = Functions::find(image, tables, span, &sweep);
         let cave = caves::find(&bytes, span, &regions)?;
         let plain = inline_asm_is_plain(image);
         let slots = slots::find(

@@ -57,7 +57,7 @@ impl ModuleText {
         }
         sweep::gate(&sweep, image, &tables, span)?;
         let regions = Regions::of_module(image, &tables, span);
-        let functions = Functions::find(image, &tables, span);
+        let functions = Functions::find(image, &tables, span, &sweep);
         let slots = slots::find(
             &bytes,
             span,

@@ -1,6 +1,6 @@
 //! The slots that passes may edit: whole instructions that nobody pokes after boot (design, invariant 3).
 
-use super::{Bitmap, Functions, Regions, Span, Sweep, TextError, entries};
+use super::{Bitmap, Functions, Regions, Span, Sweep, Text, TextError, entries};
 use crate::image::{Image, Tables};
 use crate::thunks::MODULE_CLEANUP;
 use penumbra_bundle::{LinkVa, TextOff};
@@ -30,6 +30,17 @@ pub struct Indirect {
     pub scratch_free: bool,
 }
 
+/// C: a direct call or unconditional jump to where another function starts, 5 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Direct {
+    /// Where it starts.
+    pub at: TextOff,
+    /// The function's first byte.
+    pub to: TextOff,
+    /// `jmp`, not `call`.
+    pub jump: bool,
+}
+
 /// All slots, by address, and how many were left out for which reason.
 #[derive(Clone, Default)]
 pub struct Slots {
@@ -53,6 +64,72 @@ pub const REGISTERS: [&str; 16] = [
 
 /// Sites in initialisation code: they are gone when views exist, and are not counted.
 const ELSEWHERE: &str = "elsewhere";
+/// `call rel32`, `jmp rel32`.
+const CALL: u8 = 0xe8;
+const JMP: u8 = 0xe9;
+
+/// Where a pass may edit.
+struct Editable<'a> {
+    span: Span,
+    regions: &'a Regions,
+    poked: Bitmap,
+}
+
+impl<'a> Editable<'a> {
+    fn of(span: Span, tables: &Tables, regions: &'a Regions) -> Editable<'a> {
+        Editable {
+            span,
+            regions,
+            poked: poked(span, tables),
+        }
+    }
+
+    /// Whether the `len` bytes at `at` are in a region that must stay as it is, or written by the kernel.
+    fn why_not(&self, at: TextOff, len: usize) -> Option<&'static str> {
+        let start = at.0 as usize;
+        let poked = || self.poked.any(start..start + len);
+        let forbids = self.regions.forbids(self.span, at);
+        forbids.or_else(|| poked().then_some("poked-by-kernel"))
+    }
+
+    /// The offset of `va`, where a pass may edit `len` bytes.
+    fn slot(&self, va: LinkVa, len: usize) -> Result<TextOff, &'static str> {
+        let at = self.span.offset(va).ok_or(ELSEWHERE)?;
+        self.why_not(at, len).map_or(Ok(at), Err)
+    }
+}
+
+/// Finds all direct calls and jumps to where another function starts that a pass may edit, by address, and how many others go
+/// to functions for which `wanted` is said, by reason.
+pub fn find_direct(
+    text: &Text,
+    tables: &Tables,
+    wanted: impl Fn(TextOff) -> bool,
+) -> (Vec<Direct>, BTreeMap<String, u64>) {
+    let editable = Editable::of(text.span, tables, &text.regions);
+    let (mut slots, mut left) = (Vec::new(), BTreeMap::new());
+    let calls = text.sweep.calls.iter().map(|call| (call.at, call.to, CALL));
+    let jumps = text.sweep.jumps.iter().map(|jump| (jump.at, jump.to, JMP));
+    for (at, to, opcode) in calls.chain(jumps) {
+        let to = to.and_then(|to| text.span.offset(to));
+        let Some(to) = to.filter(|to| text.functions.is_start(*to) && wanted(*to)) else {
+            continue;
+        };
+        let jump = opcode == JMP;
+        if jump && text.functions.around(at).contains(&to) || text.slots.module_free == Some(at) {
+            continue;
+        }
+        let whole =
+            text.bytes[at.0 as usize] == opcode && text.sweep.is_boundary(TextOff(at.0 + 5));
+        let reason = editable.why_not(at, 5);
+        match reason.or_else(|| (!whole).then_some("conditional-or-short")) {
+            None => slots.push(Direct { at, to, jump }),
+            Some(reason) => *left.entry(reason.to_owned()).or_default() += 1,
+        }
+    }
+    slots.sort_by_key(|slot| slot.at);
+    (slots, left)
+}
 
 /// Finds all slots.
 #[allow(
@@ -76,19 +153,8 @@ pub fn find(
             thunks.insert(va, number);
         }
     }
-    let poked = poked(span, tables);
+    let editable = Editable::of(span, tables, regions);
     let mut slots = Slots::default();
-    let why_not = |va: LinkVa, len: usize| -> Result<TextOff, &'static str> {
-        let at = span.offset(va).ok_or(ELSEWHERE)?;
-        let start = at.0 as usize;
-        if let Some(reason) = regions.forbids(span, at) {
-            return Err(reason);
-        }
-        if poked.any(start..start + len) {
-            return Err("poked-by-kernel");
-        }
-        Ok(at)
-    };
     let target = |at: TextOff, opcode_at: usize| {
         let start = at.0 as usize + opcode_at;
         let displacement = bytes.get(start + 1..start + 5)?;
@@ -98,7 +164,7 @@ pub fn find(
         ))
     };
     for va in &tables.returns {
-        let slot = why_not(*va, 5).and_then(|at| {
+        let slot = editable.slot(*va, 5).and_then(|at| {
             let expected = bytes[at.0 as usize] == 0xe9
                 && target(at, 0) == Some(return_thunk)
                 && sweep.is_boundary(TextOff(at.0 + 5));
@@ -127,32 +193,35 @@ pub fn find(
         labels.get(first).is_some_and(|label| *label < function.end)
     };
     for va in &tables.retpolines {
-        let slot = why_not(*va, 6).or_else(|_| why_not(*va, 5)).and_then(|at| {
-            let start = at.0 as usize;
-            let prefix = usize::from(bytes[start] == 0x2e);
-            let opcode = bytes.get(start + prefix).copied();
-            let register = target(at, prefix).and_then(|va| thunks.get(&va));
-            match (opcode, register) {
-                (Some(opcode @ (0xe8 | 0xe9)), Some(register))
-                    if sweep.is_boundary(TextOff(at.0 + prefix as u32 + 5)) =>
-                {
-                    let jump = opcode == 0xe9;
-                    if jump && has_labels(at) {
-                        // It may go to a label, with any register live.
-                        return Err("computed-goto");
+        let slot = editable
+            .slot(*va, 6)
+            .or_else(|_| editable.slot(*va, 5))
+            .and_then(|at| {
+                let start = at.0 as usize;
+                let prefix = usize::from(bytes[start] == 0x2e);
+                let opcode = bytes.get(start + prefix).copied();
+                let register = target(at, prefix).and_then(|va| thunks.get(&va));
+                match (opcode, register) {
+                    (Some(opcode @ (0xe8 | 0xe9)), Some(register))
+                        if sweep.is_boundary(TextOff(at.0 + prefix as u32 + 5)) =>
+                    {
+                        let jump = opcode == 0xe9;
+                        if jump && has_labels(at) {
+                            // It may go to a label, with any register live.
+                            return Err("computed-goto");
+                        }
+                        Ok(Indirect {
+                            at,
+                            len: 5 + prefix as u8,
+                            register: *register,
+                            jump,
+                            // Around inline assembly no register is lost for sure.
+                            scratch_free: !inline_asm_plain && functions.has_fentry(at),
+                        })
                     }
-                    Ok(Indirect {
-                        at,
-                        len: 5 + prefix as u8,
-                        register: *register,
-                        jump,
-                        // Around inline assembly no register is lost for sure.
-                        scratch_free: !inline_asm_plain && functions.has_fentry(at),
-                    })
+                    _ => Err("unexpected-bytes"),
                 }
-                _ => Err("unexpected-bytes"),
-            }
-        });
+            });
         match slot {
             Ok(slot) => slots.indirect.push(slot),
             Err(ELSEWHERE) => {}
@@ -167,7 +236,7 @@ pub fn find(
             let direct = bytes[call.at.0 as usize] == 0xe8 && call.end.0 == call.at.0 + 5;
             function.contains(&call.at) && direct && target(call.at, 0) == Some(cleanup)
         });
-        let mut calls = calls.filter_map(|call| why_not(span.va(call.at), 5).ok());
+        let mut calls = calls.filter_map(|call| editable.slot(span.va(call.at), 5).ok());
         let first = calls.next();
         slots.module_free = first.filter(|_| calls.next().is_none());
     }

@@ -2,6 +2,7 @@
 //! address inside it is valid in every view (design, invariant 2).
 
 mod assembler;
+pub mod debloat;
 mod elf;
 pub mod forward_cfi;
 pub mod forward_class;
@@ -15,7 +16,7 @@ pub mod stack_clear;
 mod tables;
 mod violation;
 
-use crate::passes::{Analyses, FORWARD_CFI, RETURN_CFI};
+use crate::passes::{Analyses, DEBLOAT, FORWARD_CFI, RETURN_CFI};
 use crate::recipe::Recipe;
 use crate::text::{Indirect, PAGE, Slots, Text, TextError};
 use crate::types::{Forward, Reach};
@@ -137,6 +138,7 @@ fn build_with(
         zeroing,
         stack,
         promotion,
+        outside,
     } = analyses;
     let start = text.cave.pages.start;
     let dense_end = text.cave.run.start;
@@ -188,6 +190,7 @@ fn build_with(
         violation
     };
     let (on_return, on_call) = (violation(RETURN_CFI), violation(FORWARD_CFI));
+    let on_entry = outside.map(|outside| (outside, violation(DEBLOAT)));
     let code_start = LinkVa(at.0.next_multiple_of(PAGE));
 
     let mut code = Section::new(code_start);
@@ -240,6 +243,9 @@ fn build_with(
     }
     if let Some(promotion) = promotion {
         promote::emit(&mut code, promotion, &text.slots, &on_call);
+    }
+    if let Some((outside, on_entry)) = &on_entry {
+        debloat::emit(&mut code, text, outside, on_entry);
     }
     let code_end = LinkVa(code_start.0 + code.bytes().len() as u64);
     let range = VaRange {

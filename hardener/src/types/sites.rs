@@ -206,6 +206,14 @@ impl Forward {
         self.sites = sites.collect();
     }
 
+    /// Takes entries out of every class.
+    pub fn retain(&mut self, keep: impl Fn(TextOff) -> bool) {
+        for class in &mut self.classes {
+            class.entries.retain(|at| keep(*at));
+        }
+        self.arities.retain(|(at, _)| keep(*at));
+    }
+
     /// The number of the class of the branch at `at`.
     pub fn class_number(&self, at: TextOff) -> Option<u32> {
         let index = self.sites.binary_search_by_key(&at, |site| site.at).ok()?;

@@ -219,7 +219,7 @@ pub const EDITS: &[Case] = &[
     case(
         Rule::AllowedSlots,
         "a direct call edited",
-        "edits a call slot, which no rule proves yet",
+        "calls nothing that a variant keeps from being called",
         |scene| Some(scene.change("hardened", is_call, |edit| edit.slot = SlotKind::Call)),
     ),
     case(

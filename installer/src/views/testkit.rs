@@ -256,6 +256,7 @@ fn make_bundle() -> Bundle {
                 variant("hardened", Vec::new()),
             ],
             forward: None,
+        outside: None,
             modules: None,
             layout: LAYOUT
                 .iter()
@@ -280,6 +281,7 @@ fn make_bundle() -> Bundle {
         ]),
         cave: elf(LINK + 0x2010, &cave),
         forward: None,
+        outside: None,
         modules: Vec::new(),
         edits: vec![
             Edits::default(),

@@ -6,12 +6,13 @@
 //! 0xffffffff812f3a4c  ext4_file_read_iter 8042
 //! ```
 //!
-//! One branch and one target a line; the counts of lines that say the same are added up, so that profiles are merged by
-//! concatenation. A place is a symbol, with or without an offset, or an address as the kernel is linked.
+//! One branch and one target a line; the counts of lines that say the same are added up. A place is a symbol, with or without
+//! an offset, or an address as the kernel is linked.
 
+use super::{Names, Place, lines};
 use crate::image::Image;
 use penumbra_bundle::LinkVa;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 /// Where indirect branches went.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -22,12 +23,6 @@ struct Line {
     branch: Place,
     target: Place,
     count: u64,
-}
-
-#[derive(Clone, PartialEq, Eq, Debug)]
-enum Place {
-    Va(LinkVa),
-    Symbol(String, u64),
 }
 
 /// A profile's branches in one kernel.
@@ -42,41 +37,28 @@ pub struct Resolved {
 impl Branches {
     /// Reads a profile; which line is none, and why.
     pub fn parse(text: &str) -> Result<Branches, String> {
-        let mut lines = Vec::new();
-        for (number, line) in (1..).zip(text.lines()) {
-            let content = line.split('#').next().unwrap_or_default();
-            let words: Vec<&str> = content.split_whitespace().collect();
-            if words.is_empty() {
-                continue;
-            }
+        let mut branches = Vec::new();
+        for (number, words) in lines(text) {
             let parsed = match words[..] {
                 [branch, target, count] => Line::parse(branch, target, count),
                 _ => None,
             };
-            let Some(line) = parsed else {
-                return Err(format!(
+            branches.push(parsed.ok_or_else(|| {
+                format!(
                     "line {number} is no `BRANCH TARGET COUNT`, as in `do_syscall_64+0x5b __x64_sys_read 1200`"
-                ));
-            };
-            lines.push(line);
+                )
+            })?);
         }
-        Ok(Branches(lines))
+        Ok(Branches(branches))
     }
 
     /// Finds its places in `image`.
     pub fn resolve(&self, image: &Image) -> Resolved {
-        let mut symbols: HashMap<&str, Option<LinkVa>> = HashMap::new();
-        for symbol in &image.symbols {
-            let known = symbols.entry(&symbol.name).or_insert(Some(symbol.va));
-            // A name that several have names none of them.
-            *known = known.filter(|va| *va == symbol.va);
-        }
-        let find = |place: &Place| match place {
-            Place::Va(va) => Some(*va),
-            Place::Symbol(name, offset) => {
-                let start = symbols.get(name.as_str()).copied().flatten()?;
-                start.checked_add(*offset)
-            }
+        let names = Names::of(image);
+        // A name that several have names none of them.
+        let find = |place: &Place| match names.find(place)[..] {
+            [va] => Some(va),
+            _ => None,
         };
         let mut resolved = Resolved::default();
         for line in &self.0 {
@@ -99,23 +81,6 @@ impl Line {
             target: Place::parse(target)?,
             count: count.parse().ok()?,
         })
-    }
-}
-
-impl Place {
-    fn parse(word: &str) -> Option<Place> {
-        let hex = |digits: &str| u64::from_str_radix(digits, 16).ok();
-        if let Some(digits) = word.strip_prefix("0x") {
-            return Some(Place::Va(LinkVa(hex(digits)?)));
-        }
-        if word.starts_with(|first: char| first.is_ascii_digit()) {
-            return None;
-        }
-        let (name, offset) = match word.split_once('+') {
-            Some((name, offset)) => (name, hex(offset.strip_prefix("0x")?)?),
-            None => (word, 0),
-        };
-        (!name.is_empty()).then(|| Place::Symbol(name.to_owned(), offset))
     }
 }
 

@@ -1,0 +1,95 @@
+//! `debloat`: what a recorded profile does not run cannot be entered: direct calls and jumps to functions outside it are
+//! stopped, and `forward-cfi` lets no indirect branch reach one. The functions themselves stay as they are.
+
+use super::{CALL, Context, FileParameter, JMP, Pass, PassError};
+use crate::profile::Functions;
+use crate::recipe::{Parameter, Recipe, VIOLATION};
+use crate::text::Slots;
+use crate::thunks::{CaveContents, debloat};
+use penumbra_bundle::{Edit, ModuleEdit, SlotKind};
+use std::collections::BTreeMap;
+
+/// The pass's name.
+pub const NAME: &str = "debloat";
+
+/// What the kernel runs.
+const PROFILE: FileParameter = FileParameter {
+    name: "profile",
+    check: |text| Functions::parse(text).map(drop),
+};
+
+/// What counts as inside beside the profile: nothing more, or all that its functions call or jump to directly, and so on.
+const WIDEN: Parameter = Parameter {
+    name: "widen",
+    values: &["no", "calls"],
+    takes_list: false,
+};
+
+/// The profile that `recipe` gives, if it asks for this pass, and whether to widen it by direct calls.
+pub fn profile(recipe: &Recipe) -> Option<(Functions, bool)> {
+    let profile = Functions::parse(recipe.file(NAME)?).ok()?;
+    Some((profile, recipe.value(NAME, &WIDEN) == "calls"))
+}
+
+/// See the module.
+pub struct Debloat;
+
+impl Pass for Debloat {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn slot(&self) -> SlotKind {
+        SlotKind::Call
+    }
+
+    fn does(&self) -> &'static str {
+        "stops before functions that are outside the profile"
+    }
+
+    fn is_optional(&self) -> bool {
+        true
+    }
+
+    fn is_in(&self, thunk: &str) -> bool {
+        debloat::is_name(thunk)
+    }
+
+    fn parameters(&self) -> &'static [Parameter] {
+        &[VIOLATION, WIDEN]
+    }
+
+    fn file(&self) -> Option<FileParameter> {
+        Some(PROFILE)
+    }
+
+    fn figures(&self, context: &Context<'_>) -> BTreeMap<String, u64> {
+        let outside = context.analyses.outside;
+        outside
+            .map(|outside| outside.figures.clone())
+            .unwrap_or_default()
+    }
+
+    fn module(&self, _: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
+        Ok(Vec::new())
+    }
+
+    fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {
+        let Some(outside) = context.analyses.outside else {
+            return Ok((Vec::new(), BTreeMap::new()));
+        };
+        let edits = outside.slots.iter().map(|slot| {
+            let thunk = context.thunk(NAME, &debloat::name(slot.to))?;
+            let opcode = if slot.jump { JMP } else { CALL };
+            Ok(Edit {
+                at: slot.at,
+                slot: SlotKind::Call,
+                bytes: context.branch(slot.at, 0, opcode, thunk),
+            })
+        });
+        Ok((
+            edits.collect::<Result<_, PassError>>()?,
+            outside.left.clone(),
+        ))
+    }
+}

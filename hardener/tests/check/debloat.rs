@@ -1,0 +1,248 @@
+//! `debloat`: proved on a real kernel by a small profile, and every way to let a function outside be entered is caught.
+
+use crate::scene::{Scene, branch, real, report, says, target, vmlinuz};
+use hardener::check::Rule;
+use hardener::recipe::Recipe;
+use iced_x86::Mnemonic;
+use penumbra_bundle::{Bundle, Edit, LinkVa, Offending, PassSummary, SlotKind, TextOff};
+use std::fs;
+use std::sync::OnceLock;
+
+/// A system call, and what calls it.
+const PROFILE: &str = "# small\ndo_syscall_64\n__x64_sys_getppid\nno_such_function\n";
+
+fn by(parameters: &str) -> Bundle {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("small.profile"), PROFILE).unwrap();
+    let recipe = format!("schema = 1\n[pass.debloat]\nprofile = \"small.profile\"\n{parameters}");
+    let file = folder.path().join("recipe.toml");
+    fs::write(&file, recipe).unwrap();
+    let recipe = Recipe::open(&file).unwrap();
+    hardener::emit::emit(&vmlinuz(), &recipe, &mut |_| {}).unwrap()
+}
+
+fn killing() -> &'static Bundle {
+    static MADE: OnceLock<Bundle> = OnceLock::new();
+    MADE.get_or_init(|| by(""))
+}
+
+fn logging() -> &'static Bundle {
+    static MADE: OnceLock<Bundle> = OnceLock::new();
+    MADE.get_or_init(|| by("on-violation = \"log\"\nwiden = \"calls\"\n"))
+}
+
+fn pass(bundle: &Bundle) -> &PassSummary {
+    let mut passes = bundle.manifest.variants[2].passes.iter();
+    passes.find(|pass| pass.name == "debloat").unwrap()
+}
+
+/// A call or jump out of the profile.
+fn leaves(edit: &Edit) -> bool {
+    edit.slot == SlotKind::Call
+}
+
+/// What the first check that fails says.
+fn broken(scene: &Scene, rule: Rule, at: Option<LinkVa>, wanted: &str) {
+    let report = report(&scene.bundle, rule);
+    assert!(says(&report, at, wanted), "{report:?}");
+}
+
+#[test]
+fn bundles_are_proved_whatever_is_done_about_who_leaves_the_profile() {
+    let (checker, plain) = real();
+    for bundle in [killing(), logging(), &by("on-violation = \"panic\"\n")] {
+        let outcome = checker.check(bundle, false).unwrap();
+        assert!(outcome.clean, "{}", outcome.render());
+        let pass = pass(bundle);
+        assert!(pass.edited > 10_000, "{}", pass.edited);
+        assert_eq!(pass.figures["functions-in-profile"], 2);
+        assert_eq!(pass.figures["profile-lines-unknown"], 1);
+        let outside = bundle.outside.as_ref().unwrap();
+        assert_eq!(pass.figures["functions-outside"], outside.0.len() as u64);
+        // What is not of this pass is as without it, but for the cave's addresses.
+        let calls = |bundle: &Bundle| {
+            bundle.edits[2]
+                .0
+                .iter()
+                .filter(|edit| !leaves(edit))
+                .count()
+        };
+        assert_eq!(calls(bundle), calls(plain));
+    }
+    let inside = |bundle| pass(bundle).figures["functions-inside"];
+    assert!(inside(killing()) < inside(logging()));
+}
+
+#[test]
+fn a_call_that_is_not_stopped_is_caught() {
+    let mut scene = Scene::of(killing());
+    let mut gone = None;
+    scene.edits("hardened").retain(|edit| {
+        let first = gone.is_none() && leaves(edit);
+        if first {
+            gone = Some(edit.at);
+        }
+        !first
+    });
+    let at = gone.map(|at| scene.va(at));
+    broken(&scene, Rule::AllowedSlots, at, "and is not stopped");
+    broken(&scene, Rule::TrueToImage, None, "edits; the manifest says");
+}
+
+#[test]
+fn a_function_that_is_claimed_and_still_called_is_caught() {
+    let mut scene = Scene::of(killing());
+    let inside = scene.off(scene.symbol("do_exit"));
+    let outside = &mut scene.bundle.outside.as_mut().unwrap().0;
+    let index = outside
+        .binary_search(&inside)
+        .expect_err("do_exit is needed");
+    outside.insert(index, inside);
+    broken(
+        &scene,
+        Rule::AllowedSlots,
+        None,
+        "which is outside the profile, and is not stopped",
+    );
+}
+
+#[test]
+fn an_entry_outside_that_indirect_branches_may_reach_is_caught() {
+    let mut scene = Scene::of(killing());
+    let entry = scene.symbol("__x64_sys_getppid");
+    let outside = &mut scene.bundle.outside.as_mut().unwrap().0;
+    let start = scene.bundle.manifest.text.start.0;
+    let at = TextOff((entry.0 - start) as u32);
+    outside.insert(outside.binary_search(&at).unwrap_err(), at);
+    broken(&scene, Rule::ExactSets, Some(entry), "too many in entries");
+}
+
+#[test]
+fn a_stopped_function_that_is_not_claimed_is_caught() {
+    let mut scene = Scene::of(killing());
+    let edits = scene.edits("hardened").clone();
+    let edit = edits.iter().find(|edit| leaves(edit)).unwrap();
+    let at = scene.va(edit.at);
+    let text = scene.bundle.text.clone();
+    let start = edit.at.0 as usize;
+    let function = scene.off(target(&text[start..start + 5], at.0));
+    let outside = &mut scene.bundle.outside.as_mut().unwrap().0;
+    outside.retain(|at| *at != function);
+    broken(
+        &scene,
+        Rule::AllowedSlots,
+        Some(at),
+        "calls nothing that a variant keeps from being called",
+    );
+}
+
+#[test]
+fn a_claim_about_what_no_recorder_sees_is_caught() {
+    let mut scene = Scene::of(killing());
+    let entry = scene.symbol("entry_SYSCALL_64");
+    let start = scene.bundle.manifest.text.start.0;
+    let at = TextOff((entry.0 - start) as u32);
+    let outside = &mut scene.bundle.outside.as_mut().unwrap().0;
+    outside.insert(outside.binary_search(&at).unwrap_err(), at);
+    broken(
+        &scene,
+        Rule::ExactSets,
+        Some(entry),
+        "no function that the kernel can trace",
+    );
+}
+
+#[test]
+fn a_pass_without_its_claim_is_caught() {
+    let mut scene = Scene::of(killing());
+    scene.bundle.outside = None;
+    scene.bundle.manifest.outside = None;
+    broken(&scene, Rule::ExactSets, None, "belong together");
+}
+
+#[test]
+fn the_thunk_of_another_function_is_caught() {
+    let mut scene = Scene::of(killing());
+    let other = scene.thunk(leaves);
+    let differs = move |edit: &Edit, at: LinkVa| leaves(edit) && target(&edit.bytes, at.0) != other;
+    let start = scene.bundle.manifest.text.start.0;
+    let place = |edit: &Edit| LinkVa(start + u64::from(edit.at.0));
+    scene.change(
+        "hardened",
+        |edit| differs(edit, place(edit)),
+        |edit| edit.bytes = branch(&edit.bytes[..1].to_vec(), place(edit), other),
+    );
+    broken(
+        &scene,
+        Rule::ThunkContract,
+        Some(other),
+        "the manifest's trap is about",
+    );
+}
+
+#[test]
+fn a_trap_that_names_another_function_is_caught() {
+    let mut scene = Scene::of(killing());
+    let thunk = scene.thunk(leaves);
+    let traps = &mut scene.bundle.manifest.cave.traps;
+    let trap = traps.iter_mut().find(|trap| trap.at == thunk).unwrap();
+    let Offending::Address(at) = &mut trap.offending else {
+        panic!("the trap is about a function");
+    };
+    at.0 += 16;
+    broken(
+        &scene,
+        Rule::ThunkContract,
+        Some(thunk),
+        "the manifest's trap is about",
+    );
+}
+
+#[test]
+fn a_thunk_that_goes_on_though_it_says_that_it_does_not_is_caught() {
+    let mut scene = Scene::of(killing());
+    let thunk = scene.thunk(leaves);
+    scene.patch(thunk, |instruction, _| {
+        (instruction.mnemonic() == Mnemonic::Ud2).then(|| vec![0x66, 0x90])
+    });
+    broken(
+        &scene,
+        Rule::ThunkContract,
+        None,
+        "reports that it does not go on, and goes on",
+    );
+}
+
+#[test]
+fn a_thunk_that_does_not_report_is_caught() {
+    let mut scene = Scene::of(killing());
+    let thunk = scene.thunk(leaves);
+    scene.patch(thunk, |instruction, _| {
+        (instruction.mnemonic() == Mnemonic::Out).then(|| vec![0x66, 0x90])
+    });
+    broken(
+        &scene,
+        Rule::ThunkContract,
+        None,
+        "which does not report first",
+    );
+}
+
+#[test]
+fn a_thunk_that_goes_on_elsewhere_is_caught() {
+    let mut scene = Scene::of(logging());
+    let thunk = scene.thunk(leaves);
+    scene.patch(thunk, |instruction, bytes| {
+        (instruction.mnemonic() == Mnemonic::Jmp).then(|| {
+            let mut bytes = bytes.to_vec();
+            bytes[1] ^= 0x10;
+            bytes
+        })
+    });
+    broken(
+        &scene,
+        Rule::ThunkContract,
+        None,
+        "does not go on into the function that was called",
+    );
+}
