@@ -301,7 +301,7 @@ impl Bundle {
             let detail = "its lists are unsorted or leave the text".to_owned();
             return fail(&file.name, detail);
         }
- if let (Some(file), Some(outside)) = (&manifest.outside, &self.outside)
+        if let (Some(file), Some(outside)) = (&manifest.outside, &self.outside)
             && !outside.is_sound(text_len)
         {
             let detail = "its list is unsorted or leaves the text".to_owned();

@@ -39,8 +39,8 @@ pub use manifest::{
     Reloc, RelocKind, SCHEMA, Table, TableKind, Text, Trap, Variant, ViolationAction,
 };
 pub use model::{Form, RunTimeModel, Site, SiteKind, Symbol, Symbols};
-pub use outside::Outside;
 pub use module::{
     Export, FormReloc, Module, ModuleEdit, ModuleReloc, ModuleRelocKind, ModuleSection, Place,
     Placement, Put, RelocateError, Target,
 };
+pub use outside::Outside;

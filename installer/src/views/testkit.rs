@@ -256,7 +256,7 @@ fn make_bundle() -> Bundle {
                 variant("hardened", Vec::new()),
             ],
             forward: None,
-        outside: None,
+            outside: None,
             modules: None,
             layout: LAYOUT
                 .iter()
