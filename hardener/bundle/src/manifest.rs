@@ -136,6 +136,20 @@ pub struct Cave {
     pub traps: Vec<Trap>,
 }
 
+impl Cave {
+    /// The traps in `range`, by address.
+    pub fn traps_in(&self, range: VaRange) -> &[Trap] {
+        let before = |end: LinkVa| self.traps.partition_point(|trap| trap.at < end);
+        &self.traps[before(range.start)..before(range.end)]
+    }
+
+    /// The trap at `at`.
+    pub fn trap_at(&self, at: LinkVa) -> Option<&Trap> {
+        let index = self.traps.binary_search_by_key(&at, |trap| trap.at).ok()?;
+        Some(&self.traps[index])
+    }
+}
+
 /// Where a thunk reports what it stops: `out %al,$0xe4` when it then goes on, `out %al,$0xe5` when it does not.
 ///
 /// RSP and every register that the thunk must keep are there as at its entry, so the word at RSP is the return address of a

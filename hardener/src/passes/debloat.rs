@@ -79,7 +79,7 @@ impl Pass for Debloat {
             return Ok((Vec::new(), BTreeMap::new()));
         };
         let edits = outside.slots.iter().map(|slot| {
-            let thunk = context.thunk(NAME, &debloat::name(slot.to))?;
+            let thunk = context.thunk(NAME, &debloat::name(outside, slot.to))?;
             let opcode = if slot.jump { JMP } else { CALL };
             Ok(Edit {
                 at: slot.at,

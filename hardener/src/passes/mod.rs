@@ -96,7 +96,7 @@ pub trait Pass: Sync {
         false
     }
 
-    /// Whether the thunk of this name does its part, where it shares slots.
+    /// Whether the thunk of this name does its part: asked where its traps do not tell, or it shares slots.
     fn is_in(&self, _thunk: &str) -> bool {
         false
     }

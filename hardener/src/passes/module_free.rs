@@ -23,6 +23,10 @@ impl Pass for ModuleFree {
         "tells the hypervisor before a module's memory is freed"
     }
 
+    fn is_in(&self, thunk: &str) -> bool {
+        thunk == module_free::NAME
+    }
+
     fn module(&self, _: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
         Ok(Vec::new())
     }

@@ -4,9 +4,7 @@ use super::cave::CaveView;
 use super::listing::{Lister, Names, spaced};
 use super::place::{self, Place};
 use crate::passes;
-use penumbra_bundle::{
-    Bundle, Edit, LinkVa, PassSummary, SiteKind, SlotKind, TextOff, VaRange, Variant,
-};
+use penumbra_bundle::{Bundle, Edit, LinkVa, SiteKind, SlotKind, TextOff, VaRange, Variant};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use thiserror::Error;
@@ -203,7 +201,8 @@ impl Explainer<'_> {
         let text: Vec<&str> = lines.iter().map(|line| line.text.as_str()).collect();
         let target = lines.last().and_then(|line| line.target);
         let thunk = target.and_then(|target| self.cave.thunk_at(target).cloned());
-        let pass = self.pass_of(variant, edit.slot, thunk.as_ref().map(|thunk| thunk.range));
+        let cave = &self.bundle.manifest.cave;
+        let pass = place::pass_of(cave, variant, edit.slot, thunk.as_ref());
         let known = passes::known();
         let does = known
             .get(pass.map_or("", |pass| &pass.name))
@@ -227,29 +226,6 @@ impl Explainer<'_> {
             does: does.unwrap_or("").to_owned() + &also,
             parameters: pass.map(|pass| pass.parameters.clone()).unwrap_or_default(),
         }
-    }
-
-    /// The pass whose edit it is: that of the thunk's traps, else the only one of the variant that edits such slots.
-    fn pass_of<'v>(
-        &self,
-        variant: &'v Variant,
-        slot: SlotKind,
-        thunk: Option<VaRange>,
-    ) -> Option<&'v PassSummary> {
-        let mut traps = self.bundle.manifest.cave.traps.iter();
-        let trap = thunk.and_then(|thunk| traps.find(|trap| thunk.contains(trap.at)));
-        if let Some(trap) = trap {
-            let pass = variant.passes.iter().find(|pass| pass.name == trap.pass);
-            if pass.is_some() {
-                return pass;
-            }
-        }
-        let known = passes::known();
-        let of_kind = |pass: &&PassSummary| {
-            let pass = known.get(pass.name.as_str());
-            pass.is_some_and(|pass| pass.slot() == slot)
-        };
-        variant.passes.iter().find(of_kind)
     }
 
     /// Why a return or an indirect branch that the image's tables name is no slot.
@@ -286,8 +262,8 @@ impl Explainer<'_> {
     }
 
     fn in_thunk(&mut self, line: &super::listing::Line) -> Row {
-        let mut traps = self.bundle.manifest.cave.traps.iter();
-        let reports = traps.find(|trap| trap.at == line.at).map(|trap| {
+        let trap = self.bundle.manifest.cave.trap_at(line.at);
+        let reports = trap.map(|trap| {
             format!(
                 "{} reports the value in {}, then: {}",
                 trap.pass,

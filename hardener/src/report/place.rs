@@ -1,7 +1,10 @@
 //! What a person means by an address or a name.
 
-use super::cave::CaveView;
-use penumbra_bundle::{Bundle, LinkVa, Offending, SlotKind, TextOff, VaRange};
+use super::cave::{CaveView, Thunk};
+use crate::passes;
+use penumbra_bundle::{
+    Bundle, Cave, LinkVa, Offending, PassSummary, SlotKind, TextOff, VaRange, Variant,
+};
 use thiserror::Error;
 
 /// A function of the kernel or a thunk, and perhaps an address in it.
@@ -240,6 +243,35 @@ pub fn slot(kind: SlotKind) -> (char, &'static str) {
         SlotKind::Return => ('R', "return"),
         SlotKind::Indirect => ('I', "indirect branch"),
     }
+}
+
+/// The pass of `variant` whose edit leads to `thunk`: that which the thunk's traps or its name tell, else the first that edits
+/// such slots.
+pub fn pass_of<'v>(
+    cave: &Cave,
+    variant: &'v Variant,
+    slot: SlotKind,
+    thunk: Option<&Thunk>,
+) -> Option<&'v PassSummary> {
+    let traps = thunk.map_or(&[][..], |thunk| cave.traps_in(thunk.range));
+    let by_trap = |pass: &&PassSummary| traps.first().is_some_and(|trap| trap.pass == pass.name);
+    let known = passes::known();
+    let of_kind = |pass: &&PassSummary| {
+        let pass = known.get(pass.name.as_str());
+        pass.is_some_and(|pass| pass.slot() == slot)
+    };
+    let named = |pass: &&PassSummary| {
+        let pass = known.get(pass.name.as_str());
+        thunk.is_some_and(|thunk| pass.is_some_and(|pass| pass.is_in(&thunk.name)))
+    };
+    let all = || variant.passes.iter();
+    let alone = |pass: &&PassSummary| {
+        let pass = known.get(pass.name.as_str());
+        pass.is_some_and(|pass| !pass.shares_slots())
+    };
+    let found = all().find(by_trap);
+    let found = found.or_else(|| all().filter(alone).find(named));
+    found.or_else(|| all().find(of_kind))
 }
 
 /// Where a trap's value stands.

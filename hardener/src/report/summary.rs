@@ -33,6 +33,9 @@ struct Json<'a> {
     /// What `return-cfi` measured, where it looks at functions.
     #[serde(rename = "return", skip_serializing_if = "Option::is_none")]
     returns: Option<&'a BTreeMap<String, u64>>,
+    /// What a profile leaves of the text, where `debloat` has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    debloat: Option<&'a BTreeMap<String, u64>>,
 }
 
 /// How many entries indirect branches may reach, when they are checked by class.
@@ -158,6 +161,7 @@ impl<'a> Summary<'a> {
             layout: &manifest.layout,
             data: &manifest.data,
             returns: self.figures("return-cfi"),
+            debloat: self.figures("debloat"),
         };
         super::json(&json)
     }
@@ -205,6 +209,9 @@ impl<'a> Summary<'a> {
         line("written by", manifest.generator.clone());
         if let Some(modules) = Modules::of(self.bundle) {
             line("modules", modules.line());
+        }
+        if let Some(profile) = self.figures("debloat").and_then(profile_line) {
+            line("profile", profile);
         }
         text.push('\n');
         text.push_str(&self.variants_table());
@@ -279,6 +286,20 @@ impl<'a> Summary<'a> {
         right(&mut variants, &[2]);
         trimmed(&variants) + "\n"
     }
+}
+
+/// What a profile leaves of the text.
+fn profile_line(figures: &BTreeMap<String, u64>) -> Option<String> {
+    let figure = |name: &str| figures.get(name).copied();
+    let (inside, outside) = (figure("bytes-inside")?, figure("bytes-outside")?);
+    let share = 100.0 * inside as f64 / (inside + outside).max(1) as f64;
+    Some(format!(
+        "{share:.0} % of the text can be reached, {} KiB of {}; {} functions ran, {} are outside",
+        inside / 1024,
+        (inside + outside) / 1024,
+        figure("functions-in-profile")?,
+        figure("functions-outside")?,
+    ))
 }
 
 /// A table for a terminal.

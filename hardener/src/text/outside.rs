@@ -9,7 +9,7 @@ use super::{Direct, FILLER, Text, slots};
 use crate::image::{Image, Tables};
 use crate::profile::Functions;
 use penumbra_bundle::{LinkVa, TextOff};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// Where the kernel goes when something is wrong: no profile has it, and a thunk that stops a task relies on it. What
 /// `exc_invalid_op` does about an `ud2` (arch/x86/kernel/traps.c), to the end of the task (kernel/exit.c), and a panic.
@@ -26,6 +26,8 @@ const LAST_RESORTS: [&str; 6] = [
 pub struct Outside {
     /// Where each starts. Sorted.
     pub functions: Vec<TextOff>,
+    /// What each is called; where several have a name, with its offset behind it.
+    pub names: Vec<String>,
     /// The slots that enter one.
     pub slots: Vec<Direct>,
     /// Direct calls and jumps to one that are no slots, by reason.
@@ -94,11 +96,18 @@ impl Outside {
             ("profile-lines-unknown", unknown),
         ];
         Outside {
+            names: names(image, text, &functions),
             functions,
             slots,
             left,
             figures: figures.map(|(name, value)| (name.to_owned(), value)).into(),
         }
+    }
+
+    /// What the function that starts at `at` is called.
+    pub fn name(&self, at: TextOff) -> Option<&str> {
+        let index = self.functions.binary_search(&at).ok()?;
+        Some(&self.names[index])
     }
 
     /// Whether the function that starts at `at` lies outside.
@@ -124,6 +133,32 @@ fn callees(text: &Text, graph: &CallGraph) -> Vec<Vec<u32>> {
         }
     }
     callees
+}
+
+/// A name for each function, and no two the same.
+fn names(image: &Image, text: &Text, functions: &[TextOff]) -> Vec<String> {
+    let symbols: Vec<Option<&str>> = functions
+        .iter()
+        .map(|at| {
+            let va = text.va(*at);
+            let first = image.symbols.partition_point(|symbol| symbol.va < va);
+            let symbols = image.symbols[first..].iter();
+            let mut own = symbols.take_while(|symbol| symbol.va == va);
+            own.find(|symbol| symbol.is_code())
+                .map(|symbol| symbol.name.as_str())
+        })
+        .collect();
+    let mut uses: HashMap<&str, u32> = HashMap::new();
+    for name in symbols.iter().flatten() {
+        *uses.entry(name).or_default() += 1;
+    }
+    let all = functions.iter().zip(symbols);
+    all.map(|(at, symbol)| match symbol {
+        Some(name) if uses[name] == 1 => name.to_owned(),
+        Some(name) => format!("{name}@{:x}", at.0),
+        None => format!("@{:x}", at.0),
+    })
+    .collect()
 }
 
 /// Adds to `set` what can be reached from `open`.

@@ -8,12 +8,12 @@ use crate::text::outside::Outside;
 use penumbra_bundle::{LinkVa, Offending, TextOff};
 use std::collections::BTreeSet;
 
-/// How the thunks' names begin; the function's offset in the text follows.
+/// How the thunks' names begin; the function's own follows.
 const PREFIX: &str = "debloat_";
 
-/// The thunk that stands for the function at `to`.
-pub fn name(to: TextOff) -> String {
-    format!("{PREFIX}{:x}", to.0)
+/// The thunk that stands for the function at `to`, which is one of those outside.
+pub fn name(outside: &Outside, to: TextOff) -> String {
+    format!("{PREFIX}{}", outside.name(to).unwrap_or_default())
 }
 
 /// Whether a thunk of this name is one.
@@ -26,7 +26,7 @@ pub fn emit(section: &mut Section, text: &Text, outside: &Outside, violation: &V
     let entered: BTreeSet<TextOff> = outside.slots.iter().map(|slot| slot.to).collect();
     for to in entered {
         let LinkVa(va) = text.va(to);
-        section.packed(&name(to), violation, |thunk| {
+        section.packed(&name(outside, to), violation, |thunk| {
             if violation.report(thunk, Offending::Address(LinkVa(va)))? {
                 thunk.asm.jmp(va)?;
             }

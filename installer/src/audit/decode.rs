@@ -126,8 +126,7 @@ impl<'a> Decoder<'a> {
 
     fn trap(&self, rip: u64) -> Option<&Trap> {
         let at = LinkVa(rip.wrapping_sub(self.slide.0));
-        let traps = &self.bundle.manifest.cave.traps;
-        traps.iter().find(|trap| trap.at == at)
+        self.bundle.manifest.cave.trap_at(at)
     }
 
     /// The edited call whose return address this is.

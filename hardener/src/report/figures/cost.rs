@@ -1,7 +1,7 @@
 //! What thunks cost, in instructions: an estimate from their code alone, by walking every way through it.
 
-use crate::passes;
 use crate::report::cave::{CaveView, Thunk};
+use crate::report::place;
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use penumbra_bundle::{Bundle, LinkVa, Manifest, SlotKind, VaRange};
 use serde::Serialize;
@@ -58,7 +58,8 @@ pub fn of(bundle: &Bundle, cave: &CaveView<'_>) -> Vec<Cost> {
                 continue;
             };
             if thunk.range.contains(target) {
-                let pass = pass_of(manifest, &variant.name, edit.slot, thunk.range);
+                let pass = place::pass_of(&manifest.cave, variant, edit.slot, Some(thunk));
+                let pass = pass.map_or("another pass", |pass| &pass.name).to_owned();
                 by_pass.entry((edit.slot, pass)).or_default().push(*ways);
             }
         }
@@ -86,27 +87,12 @@ fn branch_target(at: u64, bytes: &[u8]) -> Option<LinkVa> {
     (target != 0).then_some(LinkVa(target))
 }
 
-/// The pass that a thunk's traps name, else the variant's pass for such slots.
-fn pass_of(manifest: &Manifest, variant: &str, slot: SlotKind, thunk: VaRange) -> String {
-    let mut traps = manifest.cave.traps.iter();
-    if let Some(trap) = traps.find(|trap| thunk.contains(trap.at)) {
-        return trap.pass.clone();
-    }
-    let known = passes::known();
-    let mut variants = manifest.variants.iter();
-    let variant = variants.find(|one| one.name == variant);
-    let passes = variant.into_iter().flat_map(|variant| &variant.passes);
-    let mut passes = passes.map(|pass| pass.name.as_str());
-    let own = passes.find(|name| known.get(name).is_some_and(|pass| pass.slot() == slot));
-    own.unwrap_or("another pass").to_owned()
-}
-
 /// How many addresses the tables hold that the thunks of `pass` read.
 pub fn members(cave: &CaveView<'_>, manifest: &Manifest, pass: &str) -> u64 {
     let mut read = BTreeSet::new();
     for thunk in cave.thunks() {
-        let mut traps = manifest.cave.traps.iter();
-        if !traps.any(|trap| trap.pass == pass && thunk.range.contains(trap.at)) {
+        let mut traps = manifest.cave.traps_in(thunk.range).iter();
+        if !traps.any(|trap| trap.pass == pass) {
             continue;
         }
         for instruction in decoded(cave, thunk) {
@@ -162,7 +148,7 @@ impl Walk<'_> {
     fn next(&self, instruction: &Instruction) -> (Vec<u64>, bool) {
         let (next, to) = (instruction.next_ip(), instruction.near_branch_target());
         let inside = |at: &u64| self.thunk.contains(LinkVa(*at));
-        let reports = |at: u64| self.manifest.cave.traps.iter().any(|trap| trap.at.0 == at);
+        let reports = |at: u64| self.manifest.cave.trap_at(LinkVa(at)).is_some();
         if reports(instruction.ip()) || instruction.code() == Code::Ud2 {
             return (Vec::new(), false);
         }
