@@ -319,9 +319,9 @@ fn bundle(
             let outside = profile
                 .zip(graph.as_mut())
                 .map(|((profile, widen), graph)| {
-                    let outside = Outside::find(image, &tables, &text, graph, &profile, widen);
+                    let outside = Outside::find(image, &tables, &text, graph, &profile, widen)?;
                     graph.redirect(&text, &outside.functions);
-                    outside
+                    Ok::<Outside, Fault>(outside)
                 });
             let of = |wanted: bool| graph.as_ref().filter(|_| wanted);
             let (return_sets, others) = rayon::join(
@@ -337,7 +337,9 @@ fn bundle(
         },
     );
     let mut forward = forward.transpose()?;
-    if let Some(outside) = &outside {
+    let outside = outside.transpose()?;
+    let narrowed = outside.as_ref().filter(|_| passes::narrows_targets(recipe));
+    if let Some(outside) = narrowed {
         text.entries.retain(|at| !outside.contains(*at));
         text.landings.retain(|at| !outside.contains(*at));
         if let Some(forward) = &mut forward {
@@ -557,20 +559,9 @@ fn data(image: &Image, lacks: &mut Lacks) -> Result<BTreeMap<String, LinkVa>, Fa
             data.insert((*name).to_owned(), va);
         }
     }
-    let current = current(image).map(|va| va.0);
+    let current = image.per_cpu(CURRENT, CURRENT).map(|va| va.0);
     data.insert(CURRENT.to_owned(), LinkVa(lacks.note(current)?));
     Ok(data)
-}
-
-/// Where a CPU's running task stands, as an offset from its GS base. Linux 6.2 to 6.14 has it in `pcpu_hot`.
-fn current(image: &Image) -> Result<LinkVa, Fault> {
-    if let Some(va) = image.symbol(CURRENT) {
-        return Ok(va);
-    }
-    let hot = image.need_symbol("pcpu_hot")?;
-    let member = image.btf.member("pcpu_hot", CURRENT);
-    let at = member.and_then(|member| hot.checked_add(u64::from(member.byte()?)));
-    at.ok_or_else(|| Fault::unsupported(".BTF", "`struct pcpu_hot` has no `current_task`"))
 }
 
 /// Every symbol in the text's pages, whatever its kind.

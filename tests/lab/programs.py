@@ -23,6 +23,7 @@ PROGRAMS = {
     "bpf": ["bpf.c"],
     "bench": ["bench.c"],
     "kexec": ["kexec.c"],
+    "leave": ["leave.c"],
     "load": [f"load/{name}.c" for name in ("load", "files", "sockets", "processes", "memory", "threads",
                                            "modules")],
 }

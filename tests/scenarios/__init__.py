@@ -9,7 +9,7 @@ says what it proves.  Scenarios of a module run in the order in which they are w
 Unmarked names are helpers.  A scenario fails by an exception, `expect` is the usual one.
 """
 
-MODULES = ["lab_itself", "command_lines", "fuzzing", "stock_guest", "run_time_cost", "differential",
+MODULES = ["lab_itself", "command_lines", "fuzzing", "stock_guest", "run_time_cost", "debloat", "differential",
            "other_kernels", "live_guest", "address_spaces", "address_spaces_pti", "violations", "lifecycle",
            "retpolines_off", "unpatched_xen", "xen_interface", "modules", "whole_chain",
            "view_storm"]

@@ -327,7 +327,7 @@ impl Bundle {
         for trap in &manifest.cave.traps {
             let register = match trap.offending {
                 Offending::Register(number) => number,
-                Offending::Stack(_) | Offending::Address(_) => 0,
+                Offending::Stack(_) => 0,
             };
             // An `out imm8` has 2 bytes (SDM volume 2, OUT).
             if trap.at.0 < free || trap.at.0 >= manifest.cave.range.end.0 - 1 || register > 15 {

@@ -175,8 +175,6 @@ pub enum Offending {
     Register(u8),
     /// In the word of this index at RSP: 0 is the word that RSP points to.
     Stack(u32),
-    /// Nowhere: it is this address in the kernel, whoever comes.
-    Address(LinkVa),
 }
 
 /// What a thunk does about a value that it does not accept, once it has reported it.

@@ -1,19 +1,23 @@
 //! Functions outside a profile. Which these are is a claim of the manifest's; proved is that nothing enters them:
 //!
 //! - rule 3: every direct call and jump to one is edited, but for those that nobody may edit;
-//! - rule 4: each edit goes to a thunk that does nothing but report that function, and then what the pass says;
-//! - rule 5: each is the first byte of a function that the kernel can trace, and no table of entries and no class has one.
+//! - rule 4: each edit goes to a thunk that names that function; the one behind it goes on for interrupts and kernel threads,
+//!   and for tasks it reports, and does what the pass says;
+//! - rule 5: each is the first byte of a function that the kernel can trace; and where the pass says so, no table of entries and
+//!   no class has one.
 
 use super::Subject;
 use super::cave::CaveImage;
 use super::exec::exits::Report;
+use super::kernel::Kernel;
+use super::kernel::btf::Btf;
 use super::kernel::sweep::Branch;
 use super::kernel::symbols::hex;
 use super::owed::has_fentry;
 use super::report::Findings;
 use super::slots::{Original, Replacement};
 use super::violations::Reported;
-use iced_x86::{Code, Decoder, DecoderOptions, Register};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Register};
 use penumbra_bundle::{Bundle, LinkVa, Offending, VaRange, ViolationAction};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -21,14 +25,24 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 pub const PASS: &str = "debloat";
 /// The parameter by which it counts more as inside than the profile has: part of the claim.
 pub const WIDEN: &str = "widen";
+/// The parameter by which indirect branches may not reach what is outside either.
+pub const TARGETS: &str = "targets";
+const NARROWED: &str = "profile";
 
 /// How far behind a function's start its `__fentry__` site may stand.
 const ENDBR64: u64 = 4;
 /// `out %al,$PORT`, by what follows: the report is gone on with, or not.
 const LOG: u64 = 0xe4;
 const FATAL: u64 = 0xe5;
-/// The longest thunk: `out`, `mov $message,%rdi`, `xor %eax,%eax`, `jmp panic`.
-const LONGEST: u64 = 16;
+/// More bytes than any of these thunks has.
+const LONGEST: u64 = 96;
+/// The register that holds the function's address: r11. Like r10 and the flags it is lost to whoever calls a function that was
+/// compiled for tracing (`has_fentry`).
+const FUNCTION: u8 = 11;
+/// `NMI_MASK`, `HARDIRQ_MASK` and `SOFTIRQ_OFFSET` of the preemption count (include/linux/preempt.h).
+const INTERRUPT: u64 = 0xff_0100;
+/// `PF_KTHREAD` (include/linux/sched.h): which byte of a task's flags, and which bit of it.
+const KTHREAD: (u64, u64) = (2, 0x20);
 
 /// Where the functions start that the bundle says are outside.
 pub fn claimed(bundle: &Bundle) -> BTreeSet<LinkVa> {
@@ -37,6 +51,16 @@ pub fn claimed(bundle: &Bundle) -> BTreeSet<LinkVa> {
     outside
         .map(|at| LinkVa(text.wrapping_add(u64::from(at.0))))
         .collect()
+}
+
+/// Where indirect branches may not go, though they could without the pass.
+pub fn unreachable<'a>(subject: &'a Subject<'_>) -> impl Iterator<Item = &'a LinkVa> {
+    let mut passes = subject.variants().flat_map(|(variant, _)| &variant.passes);
+    let narrowed = passes.any(|pass| {
+        let targets = pass.parameters.get(TARGETS);
+        pass.name == PASS && targets.is_some_and(|targets| targets == NARROWED)
+    });
+    subject.thunks.outside.iter().filter(move |_| narrowed)
 }
 
 /// Direct branches that enter a function outside, but for the one that another pass edits.
@@ -94,8 +118,9 @@ pub fn all_stopped(
 
 /// Rule 4: the thunks of all edited calls and jumps, and what they report.
 pub fn thunks(subject: &Subject<'_>, findings: &mut Findings<'_>) -> Vec<Reported> {
-    let mut proved: BTreeMap<(LinkVa, LinkVa), bool> = BTreeMap::new();
-    let (mut reported, mut slots) = (Vec::new(), 0);
+    let mut entered: BTreeMap<(LinkVa, LinkVa), Result<LinkVa, String>> = BTreeMap::new();
+    let mut shared: BTreeMap<LinkVa, Result<Reported, String>> = BTreeMap::new();
+    let mut slots = 0;
     for (variant, edit) in subject.edits() {
         let at = subject.place(edit);
         let original = subject.thunks.original(subject.kernel, at);
@@ -103,86 +128,181 @@ pub fn thunks(subject: &Subject<'_>, findings: &mut Findings<'_>) -> Vec<Reporte
             continue;
         };
         let thunk = subject.check_of(edit);
-        let Some(Replacement::Call(thunk) | Replacement::Jump(thunk)) = thunk else {
+        let (Some(Replacement::Call(thunk) | Replacement::Jump(thunk)), Ok(image)) =
+            (thunk, subject.cave)
+        else {
             continue;
         };
-        let sound = *proved.entry((thunk, function)).or_insert_with(|| {
-            let image = subject.cave.as_ref().map_err(Clone::clone);
-            match image.and_then(|image| report_of(subject, image, thunk, function)) {
-                Ok(report) => {
-                    reported.push(Reported {
-                        at: thunk,
-                        report,
-                        pass: PASS,
-                        offending: Offending::Address(function),
-                    });
-                    true
-                }
-                Err(what) => {
-                    findings.broken(Some(variant), Some(at), what);
-                    false
-                }
-            }
+        let code = Thunk { subject, image };
+        let first = entered
+            .entry((thunk, function))
+            .or_insert_with(|| code.stands_for(thunk, function));
+        let proved = first.clone().and_then(|behind| {
+            let report = shared.entry(behind).or_insert_with(|| code.stops(behind));
+            report.as_ref().map(drop).map_err(Clone::clone)
         });
-        slots += u64::from(sound);
+        match proved {
+            Ok(()) => slots += 1,
+            Err(what) => findings.broken(Some(variant), Some(at), what),
+        }
     }
     if slots > 0 {
         findings.proved("calls and jumps out of the profile", slots);
+        findings.proved("thunks that stand for a function", entered.len() as u64);
     }
-    reported
+    shared.into_values().flatten().collect()
 }
 
-/// What the thunk at `at` reports and does, which stands for `function`: by its instructions, which touch neither registers nor
-/// stack before they leave.
-fn report_of(
-    subject: &Subject<'_>,
-    image: &CaveImage,
-    at: LinkVa,
-    function: LinkVa,
-) -> Result<Report, String> {
-    let range = VaRange {
-        start: at,
-        end: LinkVa(at.0.saturating_add(LONGEST).min(image.thunks.end.0)),
-    };
-    let wrong = |what: &str| {
-        let name = image.describe(at);
+/// Thunks as instructions.
+struct Thunk<'a> {
+    subject: &'a Subject<'a>,
+    image: &'a CaveImage,
+}
+
+impl Thunk<'_> {
+    fn wrong<T>(&self, at: LinkVa, what: &str) -> Result<T, String> {
+        let name = self.image.describe(at);
         Err(format!("goes to {name}, which {what}"))
-    };
-    if range.is_empty() || !image.thunks.encloses(&range) {
-        return wrong("is no thunk");
     }
-    let bytes = image.slice(&subject.bundle.manifest.cave, range);
-    let code: Vec<_> = Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE)
-        .into_iter()
-        .take(4)
-        .collect();
-    let port = code.first().and_then(|first| {
-        let out = first.code() == Code::Out_imm8_AL && first.op1_register() == Register::AL;
-        first.try_immediate(0).ok().filter(|_| out)
-    });
-    let jumps = |index: usize, to: LinkVa| {
-        code.get(index).is_some_and(|jump| {
-            jump.code() == Code::Jmp_rel32_64 && jump.near_branch_target() == to.0
-        })
-    };
-    let is = |index: usize, wanted: Code| code.get(index).is_some_and(|one| one.code() == wanted);
-    let report = |action, message| Ok(Report { action, message });
-    match port {
-        Some(LOG) if jumps(1, function) => report(ViolationAction::Log, None),
-        Some(LOG) => wrong("reports and does not go on into the function that was called"),
-        Some(FATAL) if is(1, Code::Ud2) => report(ViolationAction::Kill, None),
-        Some(FATAL) if is(1, Code::Mov_rm64_imm32) && jumps(3, subject.thunks.panic) => {
-            let told = code[1].op0_register() == Register::RDI;
-            let none = matches!(code[2].code(), Code::Xor_rm32_r32 | Code::Xor_r32_rm32)
-                && code[2].op0_register() == Register::EAX
-                && code[2].op1_register() == Register::EAX;
-            match told && none {
-                true => report(ViolationAction::Panic, Some(code[1].immediate(1))),
-                false => wrong("does not call panic as it is called"),
-            }
+
+    /// The instructions from `at` on.
+    fn code(&self, at: LinkVa) -> Vec<Instruction> {
+        let end = at.0.saturating_add(LONGEST).min(self.image.thunks.end.0);
+        let range = VaRange {
+            start: at,
+            end: LinkVa(end),
+        };
+        if range.is_empty() || !self.image.thunks.encloses(&range) {
+            return Vec::new();
         }
-        Some(FATAL) => wrong("reports that it does not go on, and goes on"),
-        _ => wrong("does not report first"),
+        let bytes = self.image.slice(&self.subject.bundle.manifest.cave, range);
+        let decoder = Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE);
+        decoder.into_iter().collect()
+    }
+
+    /// `lea FUNCTION(%rip),%r11; jmp BEHIND`: what is behind.
+    fn stands_for(&self, at: LinkVa, function: LinkVa) -> Result<LinkVa, String> {
+        let code = self.code(at);
+        let names = code.first().is_some_and(|first| {
+            first.code() == Code::Lea_r64_m
+                && first.op0_register() == Register::R11
+                && first.is_ip_rel_memory_operand()
+                && first.ip_rel_memory_address() == function.0
+        });
+        let jump = code.get(1);
+        let jump =
+            jump.filter(|jump| matches!(jump.code(), Code::Jmp_rel8_64 | Code::Jmp_rel32_64));
+        match jump {
+            Some(jump) if names => Ok(LinkVa(jump.near_branch_target())),
+            _ => self.wrong(at, "does not stand for the function that was called"),
+        }
+    }
+
+    /// Goes on to r11 in interrupts and kernel threads; what it reports in other tasks, and does then. Registers but r10 and the
+    /// flags are not touched, nor is the stack.
+    fn stops(&self, at: LinkVa) -> Result<Reported, String> {
+        let code = self.code(at);
+        let Some(task) = Task::of(self.subject.kernel) else {
+            return self.wrong(at, "asks for a task that this kernel does not describe");
+        };
+        let per_cpu = |instruction: &Instruction, at: u64| {
+            instruction.memory_segment() == Register::GS
+                && instruction.memory_base() == Register::None
+                && instruction.memory_index() == Register::None
+                && instruction.memory_displacement64() == at
+        };
+        let [count, busy, current, flags, thread, out, ..] = &code[..] else {
+            return self.wrong(at, "is no thunk");
+        };
+        let asks = count.code() == Code::Test_rm32_imm32
+            && per_cpu(count, task.preempt_count)
+            && count.immediate(1) == INTERRUPT
+            && current.code() == Code::Mov_r64_rm64
+            && current.op0_register() == Register::R10
+            && per_cpu(current, task.current)
+            && flags.code() == Code::Test_rm8_imm8
+            && flags.memory_base() == Register::R10
+            && flags.memory_index() == Register::None
+            && flags.segment_prefix() == Register::None
+            && flags.memory_displacement64() == task.flags + KTHREAD.0
+            && flags.immediate(1) == KTHREAD.1;
+        let branches = [busy, thread];
+        let branches = branches.map(|branch| {
+            let jne = matches!(branch.code(), Code::Jne_rel8_64 | Code::Jne_rel32_64);
+            jne.then(|| branch.near_branch_target())
+        });
+        let (Some(on), true) = (branches[0], branches[0] == branches[1] && asks) else {
+            return self.wrong(at, "does not ask for whom the function is called");
+        };
+        let jumps = |index: usize, to: Option<LinkVa>| {
+            code.get(index).is_some_and(|jump| {
+                jump.code() == Code::Jmp_rel32_64
+                    && to.is_some_and(|to| jump.near_branch_target() == to.0)
+            })
+        };
+        let goes_on = |index: usize| {
+            let indirect = self.subject.thunks.indirect.iter();
+            let mut r11 = indirect.filter(|(_, register)| **register == FUNCTION);
+            code.get(index).is_some_and(|one| one.ip() == on)
+                && jumps(index, r11.next().map(|(at, _)| *at))
+        };
+        let port = out
+            .try_immediate(0)
+            .ok()
+            .filter(|_| out.code() == Code::Out_imm8_AL && out.op1_register() == Register::AL);
+        let is =
+            |index: usize, wanted: Code| code.get(index).map(Instruction::code) == Some(wanted);
+        let (action, message) = match port {
+            Some(LOG) if goes_on(6) => (ViolationAction::Log, None),
+            Some(FATAL) if is(6, Code::Ud2) && goes_on(7) => (ViolationAction::Kill, None),
+            Some(FATAL) if is(6, Code::Mov_rm64_imm32) && goes_on(9) => {
+                let none = matches!(code[7].code(), Code::Xor_rm32_r32 | Code::Xor_r32_rm32)
+                    && code[7].op0_register() == Register::EAX
+                    && code[7].op1_register() == Register::EAX;
+                if code[6].op0_register() != Register::RDI
+                    || !none
+                    || !jumps(8, Some(self.subject.thunks.panic))
+                {
+                    return self.wrong(at, "does not call panic as it is called");
+                }
+                (ViolationAction::Panic, Some(code[6].immediate(1)))
+            }
+            Some(LOG) => return self.wrong(at, "does not go on into the function"),
+            Some(FATAL) => return self.wrong(at, "reports that it does not go on, and goes on"),
+            _ => return self.wrong(at, "does not report"),
+        };
+        Ok(Reported {
+            at: LinkVa(out.ip()),
+            report: Report { action, message },
+            pass: PASS,
+            offending: Offending::Register(FUNCTION),
+        })
+    }
+}
+
+/// What tells for whom a function is called.
+struct Task {
+    preempt_count: u64,
+    current: u64,
+    flags: u64,
+}
+
+impl Task {
+    fn of(kernel: &Kernel) -> Option<Task> {
+        let btf = Btf::read(&kernel.vmlinux).ok()?;
+        let per_cpu = |symbol: &str, member: &str| {
+            let own = kernel.symbols.find(symbol);
+            let inside = || {
+                let hot = kernel.symbols.find("pcpu_hot")?;
+                Some(hot.0 + u64::from(btf.offset("pcpu_hot", member)?))
+            };
+            own.map(|at| at.0).or_else(inside)
+        };
+        Some(Task {
+            preempt_count: per_cpu("__preempt_count", "preempt_count")?,
+            current: per_cpu("current_task", "current_task")?,
+            flags: btf.offset("task_struct", "flags")?.into(),
+        })
     }
 }
 

@@ -131,7 +131,7 @@ pub fn check(subject: &Subject<'_>, roles: &Roles) -> Result<RuleReport, KernelE
     let mut used = roles.hashed.clone();
     let (return_sites, mut entries) = (sets::return_sites(kernel)?, sets::entries(kernel)?);
     debloat::claims(subject, &mut findings);
-    for at in &subject.thunks.outside {
+    for at in debloat::unreachable(subject) {
         entries.required.remove(at);
         entries.optional.remove(at);
     }

@@ -165,7 +165,7 @@ fn said(pass: &PassSummary, actions: &BTreeSet<ViolationAction>) -> Option<Strin
         *key == ON_VIOLATION
             || cfi && *key == POLICY
             || scoped && *key == SCOPE
-            || widened && *key == debloat::WIDEN
+            || widened && [debloat::WIDEN, debloat::TARGETS].contains(&key.as_str())
     };
     if let Some(other) = pass.parameters.keys().find(|key| !proved(key)) {
         return Some(format!("pass {name} says `{other}`, which no rule proves"));

@@ -243,6 +243,18 @@ impl Image {
         })
     }
 
+    /// Where a per-CPU variable stands, as an offset from a CPU's GS base: a symbol of its own, or in Linux 6.2 to 6.14 a member
+    /// of `pcpu_hot`.
+    pub fn per_cpu(&self, symbol: &str, member: &str) -> Result<LinkVa, Fault> {
+        if let Some(va) = self.symbol(symbol) {
+            return Ok(va);
+        }
+        let hot = self.need_symbol("pcpu_hot")?;
+        let found = self.btf.member("pcpu_hot", member);
+        let at = found.and_then(|found| hot.checked_add(u64::from(found.byte()?)));
+        at.ok_or_else(|| Fault::unsupported(".BTF", format!("`struct pcpu_hot` has no `{member}`")))
+    }
+
     /// The range from one symbol to another.
     pub fn between(&self, start: &str, end: &str) -> Result<VaRange, Fault> {
         let range = VaRange {

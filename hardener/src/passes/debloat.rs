@@ -1,5 +1,6 @@
 //! `debloat`: what a recorded profile does not run cannot be entered: direct calls and jumps to functions outside it are
-//! stopped, and `forward-cfi` lets no indirect branch reach one. The functions themselves stay as they are.
+//! stopped, and with `targets = "profile"` `forward-cfi` lets no indirect branch reach one. The functions themselves stay as they
+//! are.
 
 use super::{CALL, Context, FileParameter, JMP, Pass, PassError};
 use crate::profile::Functions;
@@ -24,6 +25,19 @@ const WIDEN: Parameter = Parameter {
     values: &["no", "calls"],
     takes_list: false,
 };
+
+/// Which functions indirect branches may reach: all that they may by `forward-cfi`, or those of them that are inside. Unlike calls,
+/// such branches are stopped in interrupts and kernel threads too, whose functions the profile then must have.
+const TARGETS: Parameter = Parameter {
+    name: "targets",
+    values: &["all", "profile"],
+    takes_list: false,
+};
+
+/// Whether `recipe` keeps indirect branches inside the profile.
+pub fn narrows_targets(recipe: &Recipe) -> bool {
+    recipe.value(NAME, &TARGETS) == "profile"
+}
 
 /// The profile that `recipe` gives, if it asks for this pass, and whether to widen it by direct calls.
 pub fn profile(recipe: &Recipe) -> Option<(Functions, bool)> {
@@ -56,7 +70,7 @@ impl Pass for Debloat {
     }
 
     fn parameters(&self) -> &'static [Parameter] {
-        &[VIOLATION, WIDEN]
+        &[VIOLATION, WIDEN, TARGETS]
     }
 
     fn file(&self) -> Option<FileParameter> {

@@ -10,7 +10,7 @@ mod return_cfi;
 mod stack_clear;
 mod zero_regs;
 
-pub use debloat::{NAME as DEBLOAT, profile as debloat_profile};
+pub use debloat::{NAME as DEBLOAT, narrows_targets, profile as debloat_profile};
 pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
 pub use promote::profile as promote_profile;
 pub use return_cfi::{

@@ -281,7 +281,6 @@ pub fn offending(place: Offending) -> String {
             let name = crate::text::REGISTERS.get(usize::from(number));
             format!("%{}", name.unwrap_or(&"?"))
         }
-        Offending::Address(at) => at.to_string(),
         Offending::Stack(word) => format!("the word at {}(%rsp)", 8 * word),
     }
 }

@@ -6,7 +6,7 @@
 
 use super::callgraph::CallGraph;
 use super::{Direct, FILLER, Text, slots};
-use crate::image::{Image, Tables};
+use crate::image::{Fault, Image, Tables};
 use crate::profile::Functions;
 use penumbra_bundle::{LinkVa, TextOff};
 use std::collections::{BTreeMap, HashMap};
@@ -22,12 +22,46 @@ const LAST_RESORTS: [&str; 6] = [
     "__warn",
 ];
 
+/// A function that calls more others is a switch over what somebody asks for, as `x64_sys_call` is: what of it is used, the profile
+/// says.
+const MOST_CALLEES: usize = 128;
+
+/// What thunks look at to tell for whom they are called.
+#[derive(Clone, Copy, Debug)]
+pub struct Task {
+    /// Where a CPU's preemption count stands, from its GS base.
+    pub preempt_count: u32,
+    /// The same of a pointer to its running task.
+    pub current: u32,
+    /// Where the flags of a task stand, from its start.
+    pub flags: u32,
+}
+
+impl Task {
+    fn of(image: &Image) -> Result<Task, Fault> {
+        let missing =
+            |what: &str| Fault::unsupported(".BTF", format!("does not tell where {what} stands"));
+        let low = |va: LinkVa, what| u32::try_from(va.0).map_err(|_| missing(what));
+        let count = image.per_cpu("__preempt_count", "preempt_count")?;
+        let current = image.per_cpu("current_task", "current_task")?;
+        let flags = image.btf.member("task_struct", "flags");
+        let flags = flags.and_then(|member| member.byte());
+        Ok(Task {
+            preempt_count: low(count, "the preemption count")?,
+            current: low(current, "the running task")?,
+            flags: flags.ok_or_else(|| missing("`task_struct.flags`"))?,
+        })
+    }
+}
+
 /// The functions of one kernel that lie outside a profile.
 pub struct Outside {
     /// Where each starts. Sorted.
     pub functions: Vec<TextOff>,
     /// What each is called; where several have a name, with its offset behind it.
     pub names: Vec<String>,
+    /// What their thunks look at.
+    pub task: Task,
     /// The slots that enter one.
     pub slots: Vec<Direct>,
     /// Direct calls and jumps to one that are no slots, by reason.
@@ -45,7 +79,7 @@ impl Outside {
         graph: &CallGraph,
         profile: &Functions,
         reachable: bool,
-    ) -> Outside {
+    ) -> Result<Outside, Fault> {
         let (named, unknown) = profile.resolve(image);
         let number = |va: LinkVa| text.functions.number(text.span.offset(va)?);
         let callees = callees(text, graph);
@@ -95,13 +129,14 @@ impl Outside {
             ("indirect-targets-outside", taken.count() as u64),
             ("profile-lines-unknown", unknown),
         ];
-        Outside {
+        Ok(Outside {
+            task: Task::of(image)?,
             names: names(image, text, &functions),
             functions,
             slots,
             left,
             figures: figures.map(|(name, value)| (name.to_owned(), value)).into(),
-        }
+        })
     }
 
     /// What the function that starts at `at` is called.
@@ -132,6 +167,10 @@ fn callees(text: &Text, graph: &CallGraph) -> Vec<Vec<u32>> {
             callees[*source as usize].push(to as u32);
         }
     }
+    for list in &mut callees {
+        list.sort_unstable();
+        list.dedup();
+    }
     callees
 }
 
@@ -161,12 +200,15 @@ fn names(image: &Image, text: &Text, functions: &[TextOff]) -> Vec<String> {
     .collect()
 }
 
-/// Adds to `set` what can be reached from `open`.
+/// Adds to `set` what can be reached from `open`, but not through switches.
 fn close(set: &mut [bool], mut open: Vec<usize>, callees: &[Vec<u32>]) {
     for number in &open {
         set[*number] = true;
     }
     while let Some(number) = open.pop() {
+        if callees[number].len() > MOST_CALLEES {
+            continue;
+        }
         for callee in &callees[number] {
             if !std::mem::replace(&mut set[*callee as usize], true) {
                 open.push(*callee as usize);

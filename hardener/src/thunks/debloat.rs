@@ -1,15 +1,31 @@
-//! `debloat_FUNCTION`: a direct call or jump to a function outside the profile goes here instead. It reports, and where it goes
-//! on it does so into the function, with everything as the caller left it.
+//! `debloat_FUNCTION`: a direct call or jump to a function outside the profile goes here instead.
+//!
+//! Each says which function it stands for, and goes on to code that all share. Interrupts and kernel threads use the text of
+//! whatever process they find, and do nothing for it: they go on into the function. A task that is at work for itself is
+//! stopped.
+//!
+//! Those functions have an `__fentry__` site, so r10, r11 and the flags are free where they are called (design, invariant 4);
+//! none of these is an argument.
 
 use super::Violation;
 use super::assembler::Section;
 use crate::text::Text;
 use crate::text::outside::Outside;
+use iced_x86::code_asm::*;
+use iced_x86::{Code, Instruction, MemoryOperand, Register};
 use penumbra_bundle::{LinkVa, Offending, TextOff};
 use std::collections::BTreeSet;
 
-/// How the thunks' names begin; the function's own follows.
+/// What the thunks share, and how their own names begin; the function's follows.
+const SHARED: &str = "debloat";
 const PREFIX: &str = "debloat_";
+/// r11, in which the function's address is.
+pub const FUNCTION: u8 = 11;
+
+/// In an NMI, a hardware interrupt, or a softirq (include/linux/preempt.h: `NMI_MASK`, `HARDIRQ_MASK`, `SOFTIRQ_OFFSET`).
+const INTERRUPT: u32 = 0x00f0_0000 | 0x000f_0000 | 0x0000_0100;
+/// `PF_KTHREAD` of `task_struct.flags` (include/linux/sched.h): the bit in the byte of this offset.
+const KTHREAD: (i32, i32) = (2, 0x20);
 
 /// The thunk that stands for the function at `to`, which is one of those outside.
 pub fn name(outside: &Outside, to: TextOff) -> String {
@@ -18,19 +34,45 @@ pub fn name(outside: &Outside, to: TextOff) -> String {
 
 /// Whether a thunk of this name is one.
 pub fn is_name(name: &str) -> bool {
-    name.starts_with(PREFIX)
+    name == SHARED || name.starts_with(PREFIX)
 }
 
-/// Assembles a thunk for each function that some slot enters.
-pub fn emit(section: &mut Section, text: &Text, outside: &Outside, violation: &Violation) {
+/// Assembles a thunk for each function that some slot enters; `go_on` is the kernel's retpoline for r11.
+pub fn emit(
+    section: &mut Section,
+    text: &Text,
+    outside: &Outside,
+    go_on: LinkVa,
+    violation: &Violation,
+) {
     let entered: BTreeSet<TextOff> = outside.slots.iter().map(|slot| slot.to).collect();
+    if entered.is_empty() {
+        return;
+    }
+    let task = outside.task;
+    let shared = section.thunk(SHARED, violation, |thunk| {
+        let a = &mut thunk.asm;
+        let mut other = a.create_label();
+        a.test(
+            dword_ptr(u64::from(task.preempt_count)).gs(),
+            INTERRUPT as i32,
+        )?;
+        a.jne(other)?;
+        a.mov(r10, qword_ptr(u64::from(task.current)).gs())?;
+        a.test(byte_ptr(r10 + task.flags as i32 + KTHREAD.0), KTHREAD.1)?;
+        a.jne(other)?;
+        violation.report(thunk, Offending::Register(FUNCTION))?;
+        thunk.asm.set_label(&mut other)?;
+        thunk.asm.jmp(go_on.0)
+    });
     for to in entered {
-        let LinkVa(va) = text.va(to);
+        let function = text.va(to);
         section.packed(&name(outside, to), violation, |thunk| {
-            if violation.report(thunk, Offending::Address(LinkVa(va)))? {
-                thunk.asm.jmp(va)?;
-            }
-            Ok(())
+            // Relative to the instruction pointer, so that nothing is to be relocated.
+            let place = MemoryOperand::with_base_displ(Register::RIP, function.0 as i64);
+            let names = Instruction::with2(Code::Lea_r64_m, Register::R11, place)?;
+            thunk.asm.add_instruction(names)?;
+            thunk.asm.jmp(shared.0)
         });
     }
 }

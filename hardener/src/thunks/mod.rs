@@ -245,7 +245,11 @@ fn build_with(
         promote::emit(&mut code, promotion, &text.slots, &on_call);
     }
     if let Some((outside, on_entry)) = &on_entry {
-        debloat::emit(&mut code, text, outside, on_entry);
+        let go_on = kernel.indirect.get(&debloat::FUNCTION);
+        let go_on = go_on.copied().ok_or(TextError::Missing {
+            what: "__x86_indirect_thunk_r11",
+        })?;
+        debloat::emit(&mut code, text, outside, go_on, on_entry);
     }
     let code_end = LinkVa(code_start.0 + code.bytes().len() as u64);
     let range = VaRange {

@@ -3,7 +3,7 @@
 use crate::scene::{Scene, branch, real, report, says, target, vmlinuz};
 use hardener::check::Rule;
 use hardener::recipe::Recipe;
-use iced_x86::Mnemonic;
+use iced_x86::{Instruction, Mnemonic, Register};
 use penumbra_bundle::{Bundle, Edit, LinkVa, Offending, PassSummary, SlotKind, TextOff};
 use std::fs;
 use std::sync::OnceLock;
@@ -23,7 +23,7 @@ fn by(parameters: &str) -> Bundle {
 
 fn killing() -> &'static Bundle {
     static MADE: OnceLock<Bundle> = OnceLock::new();
-    MADE.get_or_init(|| by(""))
+    MADE.get_or_init(|| by("targets = \"profile\"\n"))
 }
 
 fn logging() -> &'static Bundle {
@@ -69,6 +69,18 @@ fn bundles_are_proved_whatever_is_done_about_who_leaves_the_profile() {
         };
         assert_eq!(calls(bundle), calls(plain));
     }
+    // Without `targets` they are what they are without the pass.
+    let entries = |bundle: &Bundle| {
+        bundle
+            .manifest
+            .cave
+            .tables
+            .iter()
+            .map(|table| table.count)
+            .sum::<u64>()
+    };
+    assert_eq!(entries(logging()), entries(plain));
+    assert!(entries(killing()) < entries(plain) - 10_000);
     let inside = |bundle| pass(bundle).figures["functions-inside"];
     assert!(inside(killing()) < inside(logging()));
 }
@@ -164,85 +176,119 @@ fn a_pass_without_its_claim_is_caught() {
 fn the_thunk_of_another_function_is_caught() {
     let mut scene = Scene::of(killing());
     let other = scene.thunk(leaves);
-    let differs = move |edit: &Edit, at: LinkVa| leaves(edit) && target(&edit.bytes, at.0) != other;
     let start = scene.bundle.manifest.text.start.0;
     let place = |edit: &Edit| LinkVa(start + u64::from(edit.at.0));
-    scene.change(
+    let at = scene.change(
         "hardened",
-        |edit| differs(edit, place(edit)),
+        |edit| leaves(edit) && target(&edit.bytes, place(edit).0) != other,
         |edit| edit.bytes = branch(&edit.bytes[..1].to_vec(), place(edit), other),
     );
     broken(
         &scene,
         Rule::ThunkContract,
-        Some(other),
-        "the manifest's trap is about",
+        Some(at),
+        "does not stand for the function that was called",
     );
 }
 
+/// What all thunks share is changed in one instruction, and what is then said.
+fn changed(bundle: &Bundle, with: impl Fn(&Instruction, &[u8]) -> Option<Vec<u8>>, wanted: &str) {
+    let mut scene = Scene::of(bundle);
+    let shared = scene.named("debloat");
+    scene.patch(shared, with);
+    broken(&scene, Rule::ThunkContract, None, wanted);
+}
+
+/// The bytes with one of them changed, if that is wanted.
+fn flipped(wanted: bool, bytes: &[u8], index: usize) -> Option<Vec<u8>> {
+    wanted.then(|| {
+        let mut bytes = bytes.to_vec();
+        bytes[index] ^= 0x10;
+        bytes
+    })
+}
+
+const FOR_WHOM: &str = "does not ask for whom the function is called";
+
 #[test]
-fn a_trap_that_names_another_function_is_caught() {
-    let mut scene = Scene::of(killing());
-    let thunk = scene.thunk(leaves);
-    let traps = &mut scene.bundle.manifest.cave.traps;
-    let trap = traps.iter_mut().find(|trap| trap.at == thunk).unwrap();
-    let Offending::Address(at) = &mut trap.offending else {
-        panic!("the trap is about a function");
-    };
-    at.0 += 16;
-    broken(
-        &scene,
-        Rule::ThunkContract,
-        Some(thunk),
-        "the manifest's trap is about",
+fn a_thunk_that_lets_other_contexts_through_is_caught() {
+    let is = |mnemonic: Mnemonic| move |one: &Instruction| one.mnemonic() == mnemonic;
+    let test = is(Mnemonic::Test);
+    // The mask of the preemption count: SOFTIRQ_MASK, by which whoever disables softirqs counts as one.
+    changed(
+        killing(),
+        |one, bytes| flipped(test(one), bytes, 9),
+        FOR_WHOM,
+    );
+    // Another per-CPU variable.
+    changed(
+        killing(),
+        |one, bytes| flipped(test(one), bytes, 4),
+        FOR_WHOM,
+    );
+    let task = is(Mnemonic::Mov);
+    changed(
+        killing(),
+        |one, bytes| flipped(task(one), bytes, 5),
+        FOR_WHOM,
+    );
+    // Another flag of the task: 0x30.
+    changed(
+        killing(),
+        |one, bytes| {
+            let flag = test(one) && one.memory_base() == Register::R10;
+            flipped(flag, bytes, bytes.len() - 1)
+        },
+        FOR_WHOM,
+    );
+    // All but interrupts.
+    changed(
+        killing(),
+        |one, bytes| {
+            let branch = one.mnemonic() == Mnemonic::Jne;
+            branch.then(|| [&[bytes[0] ^ 1], &bytes[1..]].concat())
+        },
+        FOR_WHOM,
     );
 }
 
 #[test]
 fn a_thunk_that_goes_on_though_it_says_that_it_does_not_is_caught() {
-    let mut scene = Scene::of(killing());
-    let thunk = scene.thunk(leaves);
-    scene.patch(thunk, |instruction, _| {
-        (instruction.mnemonic() == Mnemonic::Ud2).then(|| vec![0x66, 0x90])
-    });
-    broken(
-        &scene,
-        Rule::ThunkContract,
-        None,
+    changed(
+        killing(),
+        |one, _| (one.mnemonic() == Mnemonic::Ud2).then(|| vec![0x66, 0x90]),
         "reports that it does not go on, and goes on",
     );
 }
 
 #[test]
 fn a_thunk_that_does_not_report_is_caught() {
-    let mut scene = Scene::of(killing());
-    let thunk = scene.thunk(leaves);
-    scene.patch(thunk, |instruction, _| {
-        (instruction.mnemonic() == Mnemonic::Out).then(|| vec![0x66, 0x90])
-    });
-    broken(
-        &scene,
-        Rule::ThunkContract,
-        None,
-        "which does not report first",
-    );
+    for bundle in [killing(), logging()] {
+        changed(
+            bundle,
+            |one, _| (one.mnemonic() == Mnemonic::Out).then(|| vec![0x66, 0x90]),
+            "which does not report",
+        );
+    }
 }
 
 #[test]
 fn a_thunk_that_goes_on_elsewhere_is_caught() {
-    let mut scene = Scene::of(logging());
-    let thunk = scene.thunk(leaves);
-    scene.patch(thunk, |instruction, bytes| {
-        (instruction.mnemonic() == Mnemonic::Jmp).then(|| {
-            let mut bytes = bytes.to_vec();
-            bytes[1] ^= 0x10;
-            bytes
-        })
-    });
+    changed(
+        logging(),
+        |one, bytes| flipped(one.mnemonic() == Mnemonic::Jmp, bytes, 1),
+        "does not go on into the function",
+    );
+}
+
+#[test]
+fn a_trap_that_says_another_register_is_caught() {
+    let mut scene = Scene::of(killing());
+    scene.trap("debloat").offending = Offending::Register(10);
     broken(
         &scene,
         Rule::ThunkContract,
         None,
-        "does not go on into the function that was called",
+        "the manifest's trap is about",
     );
 }

@@ -96,20 +96,19 @@ impl<'a> Decoder<'a> {
         let value = match trap.offending {
             Offending::Register(number) => event.gpr[usize::from(number & 15)],
             Offending::Stack(word) => event.stack.get(word as usize).copied().unwrap_or(0),
-            Offending::Address(at) => at.0.wrapping_add(self.slide.0),
         };
         // The word on top is the slot's return address when the slot was a call; a jump left its caller's there.
         let top = event.stack[0];
         let site = self.called_from(top);
         let caller = match trap.offending {
-            Offending::Register(_) | Offending::Address(_) if site.is_none() => self.site(top),
+            Offending::Register(_) if site.is_none() => self.site(top),
             _ => None,
         };
         Body::Violation {
             action: trap.action.name().to_owned(),
             pass: trap.pass.clone(),
             site: match trap.offending {
-                Offending::Register(_) | Offending::Address(_) => site,
+                Offending::Register(_) => site,
                 // A return leaves no trace of where it was.
                 Offending::Stack(_) => None,
             },
