@@ -2,7 +2,7 @@
 /*
  * Leaves what a profile has of the kernel.
  *
- *   leave call      mq_open(), which nothing else does: the system call calls do_mq_open()
+ *   leave call      mq_open(), which nothing else does
  *   leave branch    writes to /dev/full: vfs_write() calls write_full() by its address
  *
  * Prints `done` when it was not stopped.
