@@ -11,12 +11,12 @@
 //! on-violation = "panic"
 //! policy = "typed"         # address-taken (the default) or typed
 //!
-//! [pass.zero-regs]         # runs only where it is named, as do stack-clear and promote
+//! [pass.zero-regs]         # runs only where it is named, as do stack-clear, promote and debloat
 //! ```
 //!
 //! Of several policies the first is used for which the kernel has room.
 //!
-//! A pass that works by a file (`[pass.promote]`, `profile = "FILE"`) is given its name, from the recipe's folder.
+//! A pass that works by a file (`[pass.promote]` and `[pass.debloat]`, `profile = "FILE"`) is given its name, from the recipe's folder.
 //!
 //! All errors of a file are found at once, each with its place.
 

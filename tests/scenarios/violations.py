@@ -4,7 +4,7 @@
 import time
 from contextlib import contextmanager
 
-from lab import LabError, chain, victim
+from lab import LabError, chain, programs, recorder, victim
 from lab.lab import Lab
 
 from . import expect, scenario
@@ -12,6 +12,8 @@ from . import expect, scenario
 G = chain.GUEST
 ACTIONS = ["kill", "log", "panic"]
 PASSES = {"pointer": "forward-cfi", "return": "return-cfi"}
+# The functions that the profile of the bundle `profile` lacks.
+OUTSIDE = ["__x64_sys_mq_open", "__ia32_sys_mq_open", "do_mq_open"]
 # Who calls what the attacker wrote, where no process is at work.
 INTERRUPTS = {"timer": "__hrtimer_run_queues", "nmi": "nmi_handle"}
 
@@ -84,13 +86,23 @@ def world():
         recipe = work / f"{action}.toml"
         recipe.write_text("schema = 1\n" + "".join(f'\n[pass.{name}]\non-violation = "{action}"\n'
                                                     for name in PASSES.values()))
-        bundle = chain.emit(work / action, recipe=recipe)
-        chain.sign(bundle, secret)
-        files += [(f"p/{action}/{f.name}", f, 0o644) for f in bundle.iterdir() if f.is_file()]
-    with Lab.boot(xen, extra=files, name="violations", kaslr=True) as lab:
+        files += _signed(chain.emit(work / action, recipe=recipe), secret)
+    names = {name for _, name in recorder.Symbols(work / "kill").all} - set(OUTSIDE)
+    (work / "most.profile").write_text("".join(f"{name}\n" for name in sorted(names)))
+    recipe = work / "profile.toml"
+    recipe.write_text('schema = 1\n[pass.debloat]\nprofile = "most.profile"\n')
+    files += _signed(chain.emit(work / "profile", recipe=recipe), secret)
+    leave = ("usr/bin/leave", programs.program("leave"), 0o755)
+    with Lab.boot(xen, extra=files, guest_extra=[leave], name="violations", kaslr=True) as lab:
         lab.guest.start()
         victim.prepare_attacks(lab.guest)
         yield World(lab)
+
+
+def _signed(bundle, secret):
+    """A bundle's files for dom0."""
+    chain.sign(bundle, secret)
+    return [(f"p/{bundle.name}/{f.name}", f, 0o644) for f in bundle.iterdir() if f.is_file()]
 
 
 def _complete(record, kind, found, action):
@@ -139,6 +151,24 @@ def interrupts_report_and_go_on(w):
         expect("noop_fsync" in str(record["target"]), kind, record)
         expect(record["view"] == "hardened" and record["process"]["pid"] == found.pid, kind, record)
         expect(len(w.guest.trouble()) == before, kind, w.guest.trouble()[before:])
+
+
+@scenario
+def who_leaves_the_profile_is_reported_and_killed(w):
+    """debloat: a system call that the profile lacks is reported with its function, and the process dies; others do not
+    notice."""
+    w.apply("profile")
+    before = len(w.installer.events("violation"))
+    trouble = len(w.guest.trouble())
+    expect("done" not in w.guest.run("/usr/bin/leave call").out)
+    expect("done" in w.guest.run("/usr/bin/leave branch").out)
+    records = w.records(before)
+    expect(len(records) == 1, records)
+    record = records[0]
+    expect(record["pass"] == "debloat" and record["action"] == "kill", record)
+    expect("__x64_sys_mq_open" in str(record["target"]) and record["view"] == "hardened", record)
+    expect(record["process"]["comm"] == "leave", record)
+    expect(any("invalid opcode" in line for line in w.guest.trouble()[trouble:]), w.guest.trouble())
 
 
 def _ends_the_guest(w, action, attack):
