@@ -7,6 +7,7 @@ use crate::recipe::{Recipe, RecipeError};
 use crate::text::callgraph::CallGraph;
 use crate::text::exposed::Exposed;
 use crate::text::outside::Outside;
+use crate::text::probed::Probed;
 use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
 use crate::text::stack_use::StackUse;
@@ -16,7 +17,7 @@ use crate::thunks::{self, CaveContents, KernelThunks};
 use crate::types;
 use penumbra_bundle::{
     Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, Module, ModuleName, ModuleSet, SCHEMA, Symbol,
-    Symbols, VaRange, Variant, WriteError,
+    Symbols, VaRange, Variant, Watched, WriteError,
 };
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -304,9 +305,12 @@ fn bundle(
     let typed = btf.as_ref().filter(|_| shared_names == 0);
     let (by_function, by_frame) = (asked(passes::is_per_function), asked(passes::is_by_frame));
     let zeroing = asked(passes::is_zeroing);
-    let profile = passes::debloat_profile(recipe);
+    let (profile, probes) = (
+        passes::debloat_profile(recipe),
+        passes::probed_functions(recipe),
+    );
     // Prototypes, stack and callers need nothing of each other.
-    let ((forward, stack), (outside, return_sets, (exposed, zeroing))) = rayon::join(
+    let ((forward, stack), ((outside, probed), return_sets, (exposed, zeroing))) = rayon::join(
         || {
             rayon::join(
                 || typed.map(|btf| types::analyse(image, btf, &tables, &text)),
@@ -314,15 +318,22 @@ fn bundle(
             )
         },
         || {
-            let wanted = by_function || by_frame || zeroing || profile.is_some();
+            let wanted =
+                by_function || by_frame || zeroing || profile.is_some() || probes.is_some();
             let mut graph = wanted.then(|| CallGraph::build(image, &tables, &text));
             let outside = profile
                 .zip(graph.as_mut())
                 .map(|((profile, widen), graph)| {
                     let outside = Outside::find(image, &tables, &text, graph, &profile, widen)?;
-                    graph.redirect(&text, &outside.functions);
+                    graph.redirect(&text, &outside.watched.functions);
                     Ok::<Outside, Fault>(outside)
                 });
+            let probed = probes.zip(graph.as_mut()).map(|(list, graph)| {
+                let outside = outside.as_ref().and_then(|outside| outside.as_ref().ok());
+                let probed = Probed::find(image, &tables, &text, &list, outside)?;
+                graph.redirect(&text, &probed.watched.functions);
+                Ok::<Probed, Fault>(probed)
+            });
             let of = |wanted: bool| graph.as_ref().filter(|_| wanted);
             let (return_sets, others) = rayon::join(
                 || of(by_function).map(|graph| ReturnSets::find(image, &tables, &text, graph)),
@@ -333,17 +344,17 @@ fn bundle(
                     )
                 },
             );
-            (outside, return_sets, others)
+            ((outside, probed), return_sets, others)
         },
     );
     let mut forward = forward.transpose()?;
-    let outside = outside.transpose()?;
+    let (outside, probed) = (outside.transpose()?, probed.transpose()?);
     let narrowed = outside.as_ref().filter(|_| passes::narrows_targets(recipe));
     if let Some(outside) = narrowed {
-        text.entries.retain(|at| !outside.contains(*at));
-        text.landings.retain(|at| !outside.contains(*at));
+        text.entries.retain(|at| !outside.watched.contains(*at));
+        text.landings.retain(|at| !outside.watched.contains(*at));
         if let Some(forward) = &mut forward {
-            forward.retain(|at| !outside.contains(at));
+            forward.retain(|at| !outside.watched.contains(at));
         }
     }
     let profile = passes::promote_profile(recipe);
@@ -358,6 +369,7 @@ fn bundle(
         stack: stack.as_ref(),
         promotion: promotion.as_ref(),
         outside: outside.as_ref(),
+        probed: probed.as_ref(),
     };
     let slots = modules.slots();
     let build = |choice: &Recipe| match shared_names {
@@ -403,7 +415,8 @@ fn bundle(
     let modules = modules.finish(&cave).map_err(Failure::Pass)?;
     let mut manifest = manifest(image, &text, &cave, variants, layout, data)?;
     manifest.forward = forward.map(|_| file_ref("forward.postcard"));
-    manifest.outside = outside.as_ref().map(|_| file_ref("outside.postcard"));
+    let watching = outside.is_some() || probed.is_some();
+    manifest.watched = watching.then(|| file_ref("watched.postcard"));
     manifest.modules = module_set(&modules);
     let symbols = symbols(image, &text);
     let bundle = Bundle {
@@ -414,7 +427,10 @@ fn bundle(
         cave: cave.elf,
         edits,
         forward: forward.map(|forward| forward.claims()),
-        outside: outside.map(|outside| penumbra_bundle::Outside(outside.functions)),
+        watched: watching.then(|| Watched {
+            outside: outside.map_or(Vec::new(), |outside| outside.watched.functions),
+            probed: probed.map_or(Vec::new(), |probed| probed.watched.functions),
+        }),
         modules,
     };
     Ok(Emitted {
@@ -504,7 +520,7 @@ fn manifest(
         },
         variants,
         forward: None,
-        outside: None,
+        watched: None,
         modules: None,
         layout,
         data,

@@ -2,8 +2,8 @@
 
 use crate::manifest::SCHEMA;
 use crate::{
-    Edits, FileRef, ForwardSets, Manifest, Module, Offending, Outside, RunTimeModel, SlotKind,
-    Symbols, TextOff, VaRange,
+    Edits, FileRef, ForwardSets, Manifest, Module, Offending, RunTimeModel, SlotKind, Symbols,
+    TextOff, VaRange, Watched,
 };
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -100,8 +100,8 @@ pub struct Bundle {
     pub edits: Vec<Edits>,
     /// `forward.postcard`, when the manifest names it.
     pub forward: Option<ForwardSets>,
-    /// `outside.postcard`, when the manifest names it.
-    pub outside: Option<Outside>,
+    /// `watched.postcard`, when the manifest names it.
+    pub watched: Option<Watched>,
     /// `modules.postcard`: modules by name; empty when the bundle has none.
     pub modules: Vec<Module>,
 }
@@ -154,7 +154,7 @@ impl Bundle {
                 Some(file) => Some(decode(&file.name, get(&file.name)?)?),
                 None => None,
             },
-            outside: match &manifest.outside {
+            watched: match &manifest.watched {
                 Some(file) => Some(decode(&file.name, get(&file.name)?)?),
                 None => None,
             },
@@ -236,8 +236,8 @@ impl Bundle {
         if let (Some(file), Some(sets)) = (&mut self.manifest.forward, &self.forward) {
             put(file, encode(sets));
         }
-        if let (Some(file), Some(outside)) = (&mut self.manifest.outside, &self.outside) {
-            put(file, encode(outside));
+        if let (Some(file), Some(watched)) = (&mut self.manifest.watched, &self.watched) {
+            put(file, encode(watched));
         }
         if let Some(set) = &mut self.manifest.modules {
             put(&mut set.file, encode(&self.modules));
@@ -301,10 +301,10 @@ impl Bundle {
             let detail = "its lists are unsorted or leave the text".to_owned();
             return fail(&file.name, detail);
         }
-        if let (Some(file), Some(outside)) = (&manifest.outside, &self.outside)
-            && !outside.is_sound(text_len)
+        if let (Some(file), Some(watched)) = (&manifest.watched, &self.watched)
+            && !watched.is_sound(text_len)
         {
-            let detail = "its list is unsorted or leaves the text".to_owned();
+            let detail = "its lists are unsorted or leave the text".to_owned();
             return fail(&file.name, detail);
         }
         let mut ranges: Vec<(&str, VaRange)> = vec![("cave", manifest.cave.range)];
@@ -458,7 +458,7 @@ fn file_refs(manifest: &Manifest) -> impl Iterator<Item = &FileRef> {
     .into_iter()
     .chain(manifest.variants.iter().map(|variant| &variant.edits))
     .chain(&manifest.forward)
-    .chain(&manifest.outside)
+    .chain(&manifest.watched)
     .chain(manifest.modules.iter().map(|set| &set.file))
 }
 

@@ -11,7 +11,7 @@
 //! | `cave.elf` | thunks and tables at their link addresses; read it with `objdump -d` |
 //! | `VARIANT.edits` | [`Edits`]: the slots that a variant replaces |
 //! | `forward.postcard` | [`ForwardSets`], when a variant checks indirect branches by class |
-//! | `outside.postcard` | [`Outside`], when a variant stops before functions outside a profile |
+//! | `watched.postcard` | [`Watched`], when a variant leads the calls of some functions through thunks |
 //! | `modules.postcard` | a list of [`Module`], when the bundle has modules |
 //! | `statement.dsse.json` | the signer's envelope; not part of what it signs |
 //!
@@ -28,7 +28,7 @@ mod io;
 mod manifest;
 mod model;
 mod module;
-mod outside;
+mod watched;
 
 pub use addr::{LinkVa, TextOff, VaRange};
 pub use edits::{Edit, Edits, SlotKind};
@@ -43,4 +43,4 @@ pub use module::{
     Export, FormReloc, Module, ModuleEdit, ModuleReloc, ModuleRelocKind, ModuleSection, Place,
     Placement, Put, RelocateError, Target,
 };
-pub use outside::Outside;
+pub use watched::Watched;

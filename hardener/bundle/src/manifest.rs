@@ -30,9 +30,9 @@ pub struct Manifest {
     /// What indirect branches may reach, when they are checked by class: the [`crate::ForwardSets`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forward: Option<FileRef>,
-    /// Functions that a profile does not have, when a variant keeps them from being entered: the [`crate::Outside`].
+    /// Functions whose calls are led through thunks, when a variant does so: the [`crate::Watched`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub outside: Option<FileRef>,
+    pub watched: Option<FileRef>,
     /// Modules whose text has views too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<ModuleSet>,

@@ -66,7 +66,7 @@ fn small() -> Bundle {
             },
             variants: vec![variant("stock"), variant("hardened")],
             forward: None,
-            outside: None,
+            watched: None,
             modules: None,
             layout: BTreeMap::from([("task_struct.mm".to_owned(), 0x8b0)]),
             data: BTreeMap::from([("init_task".to_owned(), LinkVa(START))]),
@@ -87,7 +87,7 @@ fn small() -> Bundle {
         }]),
         cave: b"\x7fELF".to_vec(),
         forward: None,
-        outside: None,
+        watched: None,
         modules: Vec::new(),
         edits: vec![
             Edits::default(),

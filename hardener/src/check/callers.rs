@@ -102,7 +102,7 @@ impl Gathered {
 
 impl Parts {
     /// Derives all of it; `redirected` are the functions whose calls some variant leads elsewhere.
-    pub fn of(kernel: &Kernel, redirected: &BTreeSet<LinkVa>) -> Result<Parts, KernelError> {
+    pub fn of(kernel: &Kernel, redirected: &BTreeMap<LinkVa, &str>) -> Result<Parts, KernelError> {
         let mut starts: Vec<LinkVa> = kernel.tables.fentry.clone();
         let code = kernel.symbols.iter();
         let code = code.filter(|symbol| matches!(symbol.letter, b't' | b'T' | b'w' | b'W'));
@@ -141,7 +141,7 @@ impl Parts {
         let between = kernel.symbols.find("module_arch_cleanup");
         let between = between.and_then(|at| gathered.part(at));
         gathered.odd.extend(between);
-        let redirected = redirected.iter().filter_map(|at| gathered.part(*at));
+        let redirected = redirected.keys().filter_map(|at| gathered.part(*at));
         let redirected: Vec<u32> = redirected.collect();
         gathered.odd.extend(redirected);
         let traced: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();

@@ -110,7 +110,7 @@ impl<'a> Dead<'a> {
         let retpolines = thunks.indirect.iter();
         Ok(Dead {
             kernel,
-            parts: Parts::of(kernel, &thunks.outside)?,
+            parts: Parts::of(kernel, &thunks.watched)?,
             silent,
             replaced,
             patched: patched.collect(),

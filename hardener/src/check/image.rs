@@ -1,11 +1,11 @@
 //! Rule 6: what the bundle says about the kernel is what the image says.
 
 use super::Subject;
-use super::debloat;
 use super::kernel::Kernel;
 use super::kernel::btf::Btf;
 use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
+use super::watched;
 use penumbra_bundle::{LinkVa, Site, SiteKind, SlotKind, TextOff, VaRange};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -295,11 +295,11 @@ fn counts(subject: &Subject<'_>, findings: &mut Findings<'_>) {
         for pass in &variant.passes {
             let seen = pass.edited + pass.left.values().sum::<u64>();
             let hook = pass.name == "module-free" && seen == 1;
-            if pass.name == debloat::PASS {
-                let into = debloat::into_outside(subject).count() as u64;
+            if watched::PASSES.contains(&pass.name.as_str()) {
+                let into = watched::into(subject, &pass.name).count() as u64;
                 if seen != into {
                     let what = format!(
-                        "pass {} accounts for {seen} calls and jumps; {into} leave the profile",
+                        "pass {} accounts for {seen} calls and jumps; {into} enter what it watches",
                         pass.name
                     );
                     findings.broken(Some(&variant.name), None, what);

@@ -13,7 +13,7 @@
 //! | thunk-contract | `dead.rs` | what returns clear is read by nobody who is returned to |
 //! | thunk-contract | `stack.rs`, `stack/` | the stack is cleared before user mode as far down as it was used, and nothing else is |
 //! | thunk-contract | `promoted.rs` | branches that compare with hot targets go where the target says |
-//! | three of them | `debloat.rs` | functions outside a profile are not entered |
+//! | three of them | `watched.rs` | functions outside a profile are not entered, and probed ones are reported |
 //! | thunk-contract | `violations.rs` | what they stop is reported as the manifest says, with all that the slot had in place |
 //! | exact-sets | `tables.rs`, `sets.rs` | the tables hold exactly the legal addresses |
 //! | exact-sets | `returns.rs`, `callers.rs` | returns by function go back to that function's callers |
@@ -25,7 +25,6 @@ mod callers;
 mod cave;
 mod classes;
 mod dead;
-mod debloat;
 mod exec;
 mod exposed;
 #[cfg(fuzzing)]
@@ -43,6 +42,7 @@ mod stack;
 mod tables;
 mod thunks;
 mod violations;
+mod watched;
 mod wrong;
 
 use kernel::Kernel;
@@ -201,7 +201,7 @@ impl Checker {
             kernel: &self.kernel,
             bundle,
             cave: &cave,
-            thunks: &KernelThunks::find(&self.kernel, debloat::claimed(bundle)).map_err(fail)?,
+            thunks: &KernelThunks::find(&self.kernel, watched::claimed(bundle)).map_err(fail)?,
         };
         let mut reports = Vec::new();
         // What the tables are for is what the thunks were proved to do with them.

@@ -62,7 +62,7 @@ pub fn check(
         return Ok(());
     }
     let kernel = subject.kernel;
-    let parts = Parts::of(kernel, &subject.thunks.outside)?;
+    let parts = Parts::of(kernel, &subject.thunks.watched)?;
     let without = callers::without_call(kernel, &sites.required);
     let with = without.union(&parts.indirect).copied().collect();
     let compared = Compared {

@@ -1,15 +1,15 @@
 //! Rules 1 and 3: each edit replaces one whole instruction by one of the same length, in a slot that nobody pokes.
 
 use super::Subject;
-use super::debloat;
 use super::exec::machine::{register_name, register_number};
 use super::exposed::Exposed;
 use super::kernel::symbols::hex;
 use super::kernel::{Kernel, KernelError};
 use super::report::{Findings, Rule, RuleReport};
+use super::watched;
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
 use penumbra_bundle::{Edit, LinkVa, Mitigation, SlotKind, VaRange};
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use yaxpeax_arch::LengthedInstruction;
 use yaxpeax_x86::amd64::InstDecoder;
 
@@ -30,7 +30,7 @@ pub enum Original {
     Jump(u8),
     /// `call module_arch_cleanup` in `free_module`.
     ModuleFree(LinkVa),
-    /// `call` or `jmp` to a function outside the profile.
+    /// `call` or `jmp` to a watched function.
     Direct {
         /// The function.
         to: LinkVa,
@@ -64,13 +64,16 @@ pub struct KernelThunks {
     pub panic: LinkVa,
     /// Where `free_module` calls `module_arch_cleanup`, and that. None when it does not do so once.
     pub module_free: Option<(LinkVa, LinkVa)>,
-    /// Where the functions start that the bundle claims are outside the profile.
-    pub outside: BTreeSet<LinkVa>,
+    /// Where the functions start that the bundle claims are watched, and by which pass.
+    pub watched: BTreeMap<LinkVa, &'static str>,
 }
 
 impl KernelThunks {
     /// Finds them by name.
-    pub fn find(kernel: &Kernel, outside: BTreeSet<LinkVa>) -> Result<KernelThunks, KernelError> {
+    pub fn find(
+        kernel: &Kernel,
+        watched: BTreeMap<LinkVa, &'static str>,
+    ) -> Result<KernelThunks, KernelError> {
         let find = |name| {
             kernel.symbols.find(name).ok_or(KernelError::Missing {
                 what: "symbol",
@@ -86,7 +89,7 @@ impl KernelThunks {
             indirect: indirect.collect(),
             panic: find("panic")?,
             module_free: module_free(kernel),
-            outside,
+            watched,
         })
     }
 
@@ -108,7 +111,7 @@ impl KernelThunks {
             (Code::Jmp_rel32_64, Some(register)) => Original::Jump(*register),
             (Code::Call_rel32_64, Some(register)) => Original::Call(*register),
             (code @ (Code::Jmp_rel32_64 | Code::Call_rel32_64), None)
-                if len == 5 && self.outside.contains(&to) =>
+                if len == 5 && self.watched.contains_key(&to) =>
             {
                 let jump = code == Code::Jmp_rel32_64;
                 Original::Direct { to, jump }
@@ -342,12 +345,12 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
         let next = forbidden.get(from);
         next.is_some_and(|part| part.range.start < end)
     };
-    debloat::all_stopped(subject, forbids, &mut findings);
+    watched::all_stopped(subject, forbids, &mut findings);
     findings.proved("return sites", r);
     findings.proved("retpoline sites", i);
     findings.proved("calls before a module is freed", c);
     if d > 0 {
-        findings.proved("calls and jumps to functions outside the profile", d);
+        findings.proved("calls and jumps to watched functions", d);
     }
     findings.proved("forbidden stretches avoided", forbidden.len() as u64);
     Ok(findings.done())

@@ -3,7 +3,6 @@
 use super::Subject;
 use super::cave::CaveImage;
 use super::classes;
-use super::debloat;
 use super::kernel::KernelError;
 use super::kernel::symbols::hex;
 use super::promoted;
@@ -11,6 +10,7 @@ use super::report::{Findings, Rule, RuleReport};
 use super::returns;
 use super::sets::{self, Legal};
 use super::thunks::Roles;
+use super::watched;
 use penumbra_bundle::{Bundle, LinkVa, TableKind};
 use std::collections::BTreeSet;
 
@@ -130,8 +130,8 @@ pub fn check(subject: &Subject<'_>, roles: &Roles) -> Result<RuleReport, KernelE
     }
     let mut used = roles.hashed.clone();
     let (return_sites, mut entries) = (sets::return_sites(kernel)?, sets::entries(kernel)?);
-    debloat::claims(subject, &mut findings);
-    for at in debloat::unreachable(subject) {
+    watched::claims(subject, &mut findings);
+    for at in watched::unreachable(subject) {
         entries.required.remove(at);
         entries.optional.remove(at);
     }

@@ -2,7 +2,6 @@
 
 use super::cave::CaveImage;
 use super::dead::{self, Cleared};
-use super::debloat;
 use super::exec::calls::{Decides, Named};
 use super::exec::exits::Reports;
 use super::exec::machine::{Code, Contract, Exit, Fault, Machine};
@@ -14,6 +13,7 @@ use super::promoted::{self, Promoted};
 use super::report::{Findings, Rule, RuleReport};
 use super::slots::{Original, Replacement};
 use super::violations::{self, Reported};
+use super::watched;
 use super::wrong::explain;
 use super::{Subject, decoded_tables, module, stack};
 use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, Mnemonic};
@@ -319,7 +319,7 @@ fn prove(
         threads.into_iter().map(join).collect()
     });
     let (mut contracts, mut slots, mut kinds) = (0, 0, BTreeSet::new());
-    let (mut reported, mut failed) = (debloat::thunks(subject, findings), BTreeSet::new());
+    let (mut reported, mut failed) = (watched::thunks(subject, findings), BTreeSet::new());
     for ((thunk, contract), verdict) in proofs.iter().flat_map(|proofs| &proofs.verdicts) {
         let group = groups.get(&(*thunk, *contract));
         let (seen, reports) = match verdict {

@@ -2,10 +2,10 @@
 
 use super::Subject;
 use super::cave::CaveImage;
-use super::debloat;
 use super::exec::exits::Report;
 use super::exec::machine::Contract;
 use super::report::Findings;
+use super::watched;
 use penumbra_bundle::{LinkVa, Offending, PassSummary, Trap, VaRange, ViolationAction};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -160,12 +160,13 @@ fn said(pass: &PassSummary, actions: &BTreeSet<ViolationAction>) -> Option<Strin
     let name = &pass.name;
     let cfi = [RETURN_CFI, FORWARD_CFI].contains(&name.as_str());
     let scoped = name == RETURN_CFI;
-    let widened = name == debloat::PASS;
+    let widened = name == watched::DEBLOAT;
+    let probe = name == watched::PROBE;
     let proved = |key: &&String| {
         *key == ON_VIOLATION
             || cfi && *key == POLICY
             || scoped && *key == SCOPE
-            || widened && [debloat::WIDEN, debloat::TARGETS].contains(&key.as_str())
+            || widened && [watched::WIDEN, watched::TARGETS].contains(&key.as_str())
     };
     if let Some(other) = pass.parameters.keys().find(|key| !proved(key)) {
         return Some(format!("pass {name} says `{other}`, which no rule proves"));
@@ -173,7 +174,9 @@ fn said(pass: &PassSummary, actions: &BTreeSet<ViolationAction>) -> Option<Strin
     let found: Vec<&str> = actions.iter().map(|action| action.name()).collect();
     let said = pass.parameters.get(ON_VIOLATION);
     let said: Vec<&str> = said.map(String::as_str).into_iter().collect();
-    let idle = widened && pass.edited == 0 && found.is_empty();
+    // A probe always goes on, and there is nothing to say about it.
+    let goes_on = probe && said.is_empty() && (found == ["log"] || pass.edited == 0);
+    let idle = goes_on || widened && pass.edited == 0 && found.is_empty();
     (found != said && !idle).then(|| {
         let (said, found) = (said.join(", "), found.join(", "));
         format!("pass {name} says {ON_VIOLATION} `{said}`, its thunks do `{found}`")

@@ -2,11 +2,11 @@
 //! stopped, and with `targets = "profile"` `forward-cfi` lets no indirect branch reach one. The functions themselves stay as they
 //! are.
 
-use super::{CALL, Context, FileParameter, JMP, Pass, PassError};
+use super::{Context, FileParameter, Pass, PassError, to_thunks};
 use crate::profile::Functions;
 use crate::recipe::{Parameter, Recipe, VIOLATION};
 use crate::text::Slots;
-use crate::thunks::{CaveContents, debloat};
+use crate::thunks::{CaveContents, watched};
 use penumbra_bundle::{Edit, ModuleEdit, SlotKind};
 use std::collections::BTreeMap;
 
@@ -66,7 +66,7 @@ impl Pass for Debloat {
     }
 
     fn is_in(&self, thunk: &str) -> bool {
-        debloat::is_name(thunk)
+        watched::is_name(NAME, thunk)
     }
 
     fn parameters(&self) -> &'static [Parameter] {
@@ -89,21 +89,7 @@ impl Pass for Debloat {
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {
-        let Some(outside) = context.analyses.outside else {
-            return Ok((Vec::new(), BTreeMap::new()));
-        };
-        let edits = outside.slots.iter().map(|slot| {
-            let thunk = context.thunk(NAME, &debloat::name(outside, slot.to))?;
-            let opcode = if slot.jump { JMP } else { CALL };
-            Ok(Edit {
-                at: slot.at,
-                slot: SlotKind::Call,
-                bytes: context.branch(slot.at, 0, opcode, thunk),
-            })
-        });
-        Ok((
-            edits.collect::<Result<_, PassError>>()?,
-            outside.left.clone(),
-        ))
+        let outside = context.analyses.outside;
+        to_thunks(context, NAME, outside.map(|outside| &outside.watched))
     }
 }

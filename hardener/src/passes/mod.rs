@@ -5,6 +5,7 @@ mod forward_cfi;
 mod module_free;
 mod no_rethunk;
 mod no_retpoline;
+mod probe;
 mod promote;
 mod return_cfi;
 mod stack_clear;
@@ -12,6 +13,7 @@ mod zero_regs;
 
 pub use debloat::{NAME as DEBLOAT, narrows_targets, profile as debloat_profile};
 pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
+pub use probe::{NAME as PROBE, functions as probed_functions};
 pub use promote::profile as promote_profile;
 pub use return_cfi::{
     NAME as RETURN_CFI, is_by_frame, is_per_function, thunk_name as return_check,
@@ -22,12 +24,14 @@ pub use zero_regs::is_wanted as is_zeroing;
 use crate::recipe::{Parameter, Recipe};
 use crate::text::exposed::Exposed;
 use crate::text::outside::Outside;
+use crate::text::probed::Probed;
 use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
 use crate::text::stack_use::StackUse;
+use crate::text::watched::Watched;
 use crate::text::zeroing::Zeroing;
 use crate::text::{Indirect, Return, Slots, Text};
-use crate::thunks::CaveContents;
+use crate::thunks::{self, CaveContents};
 use crate::types::Forward;
 use penumbra_bundle::{
     Edit, Edits, LinkVa, Mitigation, ModuleEdit, PassSummary, SlotKind, TextOff,
@@ -64,6 +68,8 @@ pub struct Analyses<'a> {
     pub promotion: Option<&'a Promotion>,
     /// Which functions lie outside the profile.
     pub outside: Option<&'a Outside>,
+    /// Which functions are probed.
+    pub probed: Option<&'a Probed>,
 }
 
 impl Analyses<'_> {
@@ -180,6 +186,7 @@ pub const VARIANTS: [(&str, &[&dyn Pass]); 3] = [
             &zero_regs::ZeroRegs,
             &stack_clear::StackClear,
             &debloat::Debloat,
+            &probe::Probe,
             &module_free::ModuleFree,
         ],
     ),
@@ -285,6 +292,30 @@ fn self_check(variant: &'static str, text: &Text, edits: &Edits) -> Result<(), P
         });
     }
     Ok(())
+}
+
+/// Leads the calls of what `pass` watches to their thunks: the edits, and what is left alone.
+fn to_thunks(
+    context: &Context<'_>,
+    pass: &'static str,
+    watched: Option<&Watched>,
+) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {
+    let Some(watched) = watched else {
+        return Ok((Vec::new(), BTreeMap::new()));
+    };
+    let edits = watched.slots.iter().map(|slot| {
+        let thunk = context.thunk(pass, &thunks::watched::name(pass, watched, slot.to))?;
+        let opcode = if slot.jump { JMP } else { CALL };
+        Ok(Edit {
+            at: slot.at,
+            slot: SlotKind::Call,
+            bytes: context.branch(slot.at, 0, opcode, thunk),
+        })
+    });
+    Ok((
+        edits.collect::<Result<_, PassError>>()?,
+        watched.left.clone(),
+    ))
 }
 
 fn thunk(cave: &CaveContents, pass: &'static str, name: &str) -> Result<LinkVa, PassError> {

@@ -12,6 +12,7 @@ mod liveness;
 pub mod model;
 pub mod module;
 pub mod outside;
+pub mod probed;
 pub mod promotion;
 mod regions;
 pub mod return_sets;
@@ -20,6 +21,7 @@ mod scratch;
 mod slots;
 pub mod stack_use;
 mod sweep;
+pub mod watched;
 pub mod zeroing;
 
 pub use bitmap::Bitmap;

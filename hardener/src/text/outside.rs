@@ -5,11 +5,12 @@
 //! recorder of the kernel's own sees.
 
 use super::callgraph::CallGraph;
-use super::{Direct, FILLER, Text, slots};
+use super::watched::Watched;
+use super::{FILLER, Text};
 use crate::image::{Fault, Image, Tables};
 use crate::profile::Functions;
 use penumbra_bundle::{LinkVa, TextOff};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 /// Where the kernel goes when something is wrong: no profile has it, and a thunk that stops a task relies on it. What
 /// `exc_invalid_op` does about an `ud2` (arch/x86/kernel/traps.c), to the end of the task (kernel/exit.c), and a panic.
@@ -26,46 +27,10 @@ const LAST_RESORTS: [&str; 6] = [
 /// says.
 const MOST_CALLEES: usize = 128;
 
-/// What thunks look at to tell for whom they are called.
-#[derive(Clone, Copy, Debug)]
-pub struct Task {
-    /// Where a CPU's preemption count stands, from its GS base.
-    pub preempt_count: u32,
-    /// The same of a pointer to its running task.
-    pub current: u32,
-    /// Where the flags of a task stand, from its start.
-    pub flags: u32,
-}
-
-impl Task {
-    fn of(image: &Image) -> Result<Task, Fault> {
-        let missing =
-            |what: &str| Fault::unsupported(".BTF", format!("does not tell where {what} stands"));
-        let low = |va: LinkVa, what| u32::try_from(va.0).map_err(|_| missing(what));
-        let count = image.per_cpu("__preempt_count", "preempt_count")?;
-        let current = image.per_cpu("current_task", "current_task")?;
-        let flags = image.btf.member("task_struct", "flags");
-        let flags = flags.and_then(|member| member.byte());
-        Ok(Task {
-            preempt_count: low(count, "the preemption count")?,
-            current: low(current, "the running task")?,
-            flags: flags.ok_or_else(|| missing("`task_struct.flags`"))?,
-        })
-    }
-}
-
 /// The functions of one kernel that lie outside a profile.
 pub struct Outside {
-    /// Where each starts. Sorted.
-    pub functions: Vec<TextOff>,
-    /// What each is called; where several have a name, with its offset behind it.
-    pub names: Vec<String>,
-    /// What their thunks look at.
-    pub task: Task,
-    /// The slots that enter one.
-    pub slots: Vec<Direct>,
-    /// Direct calls and jumps to one that are no slots, by reason.
-    pub left: BTreeMap<String, u64>,
+    /// With their calls.
+    pub watched: Watched,
     /// Shares and counts, for the manifest.
     pub figures: BTreeMap<String, u64>,
 }
@@ -106,7 +71,6 @@ impl Outside {
             .map(|number| text.functions.start(number))
             .collect();
         let enters = |at: TextOff| functions.binary_search(&at).is_ok();
-        let (slots, left) = slots::find_direct(text, tables, enters);
         let size = |number: usize| {
             let start = text.functions.start(number).0 as usize;
             let end = text.functions.starts_after(number);
@@ -130,24 +94,9 @@ impl Outside {
             ("profile-lines-unknown", unknown),
         ];
         Ok(Outside {
-            task: Task::of(image)?,
-            names: names(image, text, &functions),
-            functions,
-            slots,
-            left,
+            watched: Watched::of(image, tables, text, functions)?,
             figures: figures.map(|(name, value)| (name.to_owned(), value)).into(),
         })
-    }
-
-    /// What the function that starts at `at` is called.
-    pub fn name(&self, at: TextOff) -> Option<&str> {
-        let index = self.functions.binary_search(&at).ok()?;
-        Some(&self.names[index])
-    }
-
-    /// Whether the function that starts at `at` lies outside.
-    pub fn contains(&self, at: TextOff) -> bool {
-        self.functions.binary_search(&at).is_ok()
     }
 }
 
@@ -172,32 +121,6 @@ fn callees(text: &Text, graph: &CallGraph) -> Vec<Vec<u32>> {
         list.dedup();
     }
     callees
-}
-
-/// A name for each function, and no two the same.
-fn names(image: &Image, text: &Text, functions: &[TextOff]) -> Vec<String> {
-    let symbols: Vec<Option<&str>> = functions
-        .iter()
-        .map(|at| {
-            let va = text.va(*at);
-            let first = image.symbols.partition_point(|symbol| symbol.va < va);
-            let symbols = image.symbols[first..].iter();
-            let mut own = symbols.take_while(|symbol| symbol.va == va);
-            own.find(|symbol| symbol.is_code())
-                .map(|symbol| symbol.name.as_str())
-        })
-        .collect();
-    let mut uses: HashMap<&str, u32> = HashMap::new();
-    for name in symbols.iter().flatten() {
-        *uses.entry(name).or_default() += 1;
-    }
-    let all = functions.iter().zip(symbols);
-    all.map(|(at, symbol)| match symbol {
-        Some(name) if uses[name] == 1 => name.to_owned(),
-        Some(name) => format!("{name}@{:x}", at.0),
-        None => format!("@{:x}", at.0),
-    })
-    .collect()
 }
 
 /// Adds to `set` what can be reached from `open`, but not through switches.

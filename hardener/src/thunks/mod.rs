@@ -2,7 +2,6 @@
 //! address inside it is valid in every view (design, invariant 2).
 
 mod assembler;
-pub mod debloat;
 mod elf;
 pub mod forward_cfi;
 pub mod forward_class;
@@ -15,8 +14,9 @@ pub mod return_function;
 pub mod stack_clear;
 mod tables;
 mod violation;
+pub mod watched;
 
-use crate::passes::{Analyses, DEBLOAT, FORWARD_CFI, RETURN_CFI};
+use crate::passes::{Analyses, DEBLOAT, FORWARD_CFI, PROBE, RETURN_CFI};
 use crate::recipe::Recipe;
 use crate::text::{Indirect, PAGE, Slots, Text, TextError};
 use crate::types::{Forward, Reach};
@@ -139,6 +139,7 @@ fn build_with(
         stack,
         promotion,
         outside,
+        probed,
     } = analyses;
     let start = text.cave.pages.start;
     let dense_end = text.cave.run.start;
@@ -190,7 +191,17 @@ fn build_with(
         violation
     };
     let (on_return, on_call) = (violation(RETURN_CFI), violation(FORWARD_CFI));
-    let on_entry = outside.map(|outside| (outside, violation(DEBLOAT)));
+    let outside = outside.map(|outside| (&outside.watched, violation(DEBLOAT)));
+    // A probe goes on, whatever happens.
+    let probed = probed.map(|probed| {
+        let on_entry = Violation {
+            pass: PROBE,
+            action: ViolationAction::Log,
+            panic: kernel.panic,
+            message: start,
+        };
+        (&probed.watched, on_entry)
+    });
     let code_start = LinkVa(at.0.next_multiple_of(PAGE));
 
     let mut code = Section::new(code_start);
@@ -244,12 +255,12 @@ fn build_with(
     if let Some(promotion) = promotion {
         promote::emit(&mut code, promotion, &text.slots, &on_call);
     }
-    if let Some((outside, on_entry)) = &on_entry {
-        let go_on = kernel.indirect.get(&debloat::FUNCTION);
+    let go_on = kernel.indirect.get(&watched::FUNCTION);
+    for (watched, on_entry) in outside.iter().chain(&probed) {
         let go_on = go_on.copied().ok_or(TextError::Missing {
             what: "__x86_indirect_thunk_r11",
         })?;
-        debloat::emit(&mut code, text, outside, go_on, on_entry);
+        watched::emit(&mut code, text, watched, go_on, on_entry);
     }
     let code_end = LinkVa(code_start.0 + code.bytes().len() as u64);
     let range = VaRange {

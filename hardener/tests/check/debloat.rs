@@ -57,8 +57,8 @@ fn bundles_are_proved_whatever_is_done_about_who_leaves_the_profile() {
         assert!(pass.edited > 10_000, "{}", pass.edited);
         assert_eq!(pass.figures["functions-in-profile"], 2);
         assert_eq!(pass.figures["profile-lines-unknown"], 1);
-        let outside = bundle.outside.as_ref().unwrap();
-        assert_eq!(pass.figures["functions-outside"], outside.0.len() as u64);
+        let outside = &bundle.watched.as_ref().unwrap().outside;
+        assert_eq!(pass.figures["functions-outside"], outside.len() as u64);
         // What is not of this pass is as without it, but for the cave's addresses.
         let calls = |bundle: &Bundle| {
             bundle.edits[2]
@@ -97,7 +97,7 @@ fn a_call_that_is_not_stopped_is_caught() {
         !first
     });
     let at = gone.map(|at| scene.va(at));
-    broken(&scene, Rule::AllowedSlots, at, "and is not stopped");
+    broken(&scene, Rule::AllowedSlots, at, "past its thunk");
     broken(&scene, Rule::TrueToImage, None, "edits; the manifest says");
 }
 
@@ -105,7 +105,7 @@ fn a_call_that_is_not_stopped_is_caught() {
 fn a_function_that_is_claimed_and_still_called_is_caught() {
     let mut scene = Scene::of(killing());
     let inside = scene.off(scene.symbol("do_exit"));
-    let outside = &mut scene.bundle.outside.as_mut().unwrap().0;
+    let outside = &mut scene.bundle.watched.as_mut().unwrap().outside;
     let index = outside
         .binary_search(&inside)
         .expect_err("do_exit is needed");
@@ -114,7 +114,7 @@ fn a_function_that_is_claimed_and_still_called_is_caught() {
         &scene,
         Rule::AllowedSlots,
         None,
-        "which is outside the profile, and is not stopped",
+        "which is watched, past its thunk",
     );
 }
 
@@ -122,7 +122,7 @@ fn a_function_that_is_claimed_and_still_called_is_caught() {
 fn an_entry_outside_that_indirect_branches_may_reach_is_caught() {
     let mut scene = Scene::of(killing());
     let entry = scene.symbol("__x64_sys_getppid");
-    let outside = &mut scene.bundle.outside.as_mut().unwrap().0;
+    let outside = &mut scene.bundle.watched.as_mut().unwrap().outside;
     let start = scene.bundle.manifest.text.start.0;
     let at = TextOff((entry.0 - start) as u32);
     outside.insert(outside.binary_search(&at).unwrap_err(), at);
@@ -138,7 +138,7 @@ fn a_stopped_function_that_is_not_claimed_is_caught() {
     let text = scene.bundle.text.clone();
     let start = edit.at.0 as usize;
     let function = scene.off(target(&text[start..start + 5], at.0));
-    let outside = &mut scene.bundle.outside.as_mut().unwrap().0;
+    let outside = &mut scene.bundle.watched.as_mut().unwrap().outside;
     outside.retain(|at| *at != function);
     broken(
         &scene,
@@ -154,7 +154,7 @@ fn a_claim_about_what_no_recorder_sees_is_caught() {
     let entry = scene.symbol("entry_SYSCALL_64");
     let start = scene.bundle.manifest.text.start.0;
     let at = TextOff((entry.0 - start) as u32);
-    let outside = &mut scene.bundle.outside.as_mut().unwrap().0;
+    let outside = &mut scene.bundle.watched.as_mut().unwrap().outside;
     outside.insert(outside.binary_search(&at).unwrap_err(), at);
     broken(
         &scene,
@@ -165,11 +165,22 @@ fn a_claim_about_what_no_recorder_sees_is_caught() {
 }
 
 #[test]
-fn a_pass_without_its_claim_is_caught() {
+fn a_claim_without_its_pass_is_caught() {
     let mut scene = Scene::of(killing());
-    scene.bundle.outside = None;
-    scene.bundle.manifest.outside = None;
-    broken(&scene, Rule::ExactSets, None, "belong together");
+    let watched = scene.bundle.watched.as_mut().unwrap();
+    watched.probed = watched.outside[..1].to_vec();
+    broken(
+        &scene,
+        Rule::ExactSets,
+        None,
+        "for pass probe, which no variant has",
+    );
+    broken(
+        &scene,
+        Rule::ExactSets,
+        None,
+        "is outside the profile and probed",
+    );
 }
 
 #[test]

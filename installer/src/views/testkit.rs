@@ -256,7 +256,7 @@ fn make_bundle() -> Bundle {
                 variant("hardened", Vec::new()),
             ],
             forward: None,
-            outside: None,
+            watched: None,
             modules: None,
             layout: LAYOUT
                 .iter()
@@ -281,7 +281,7 @@ fn make_bundle() -> Bundle {
         ]),
         cave: elf(LINK + 0x2010, &cave),
         forward: None,
-        outside: None,
+        watched: None,
         modules: Vec::new(),
         edits: vec![
             Edits::default(),

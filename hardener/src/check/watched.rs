@@ -1,4 +1,5 @@
-//! Functions outside a profile. Which these are is a claim of the manifest's; proved is that nothing enters them:
+//! Functions outside a profile, which are not entered, and probed ones, of which it is reported. Which these are is a claim of
+//! the manifest's; proved is:
 //!
 //! - rule 3: every direct call and jump to one is edited, but for those that nobody may edit;
 //! - rule 4: each edit goes to a thunk that names that function; the one behind it goes on for interrupts and kernel threads,
@@ -21,8 +22,10 @@ use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Register};
 use penumbra_bundle::{Bundle, LinkVa, Offending, VaRange, ViolationAction};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-/// The pass.
-pub const PASS: &str = "debloat";
+/// The passes.
+pub const DEBLOAT: &str = "debloat";
+pub const PROBE: &str = "probe";
+pub const PASSES: [&str; 2] = [DEBLOAT, PROBE];
 /// The parameter by which it counts more as inside than the profile has: part of the claim.
 pub const WIDEN: &str = "widen";
 /// The parameter by which indirect branches may not reach what is outside either.
@@ -44,13 +47,20 @@ const INTERRUPT: u64 = 0xff_0100;
 /// `PF_KTHREAD` (include/linux/sched.h): which byte of a task's flags, and which bit of it.
 const KTHREAD: (u64, u64) = (2, 0x20);
 
-/// Where the functions start that the bundle says are outside.
-pub fn claimed(bundle: &Bundle) -> BTreeSet<LinkVa> {
+/// Where the functions start that the bundle says are watched, and by which pass. One in both lists is the first's.
+pub fn claimed(bundle: &Bundle) -> BTreeMap<LinkVa, &'static str> {
     let text = bundle.manifest.text.start.0;
-    let outside = bundle.outside.iter().flat_map(|outside| &outside.0);
-    outside
-        .map(|at| LinkVa(text.wrapping_add(u64::from(at.0))))
-        .collect()
+    let Some(watched) = &bundle.watched else {
+        return BTreeMap::new();
+    };
+    let lists = [(&watched.probed, PROBE), (&watched.outside, DEBLOAT)];
+    let all = lists.into_iter().flat_map(|(list, pass)| {
+        let places = list
+            .iter()
+            .map(move |at| text.wrapping_add(u64::from(at.0)));
+        places.map(move |at| (LinkVa(at), pass))
+    });
+    all.collect()
 }
 
 /// Where indirect branches may not go, though they could without the pass.
@@ -58,13 +68,15 @@ pub fn unreachable<'a>(subject: &'a Subject<'_>) -> impl Iterator<Item = &'a Lin
     let mut passes = subject.variants().flat_map(|(variant, _)| &variant.passes);
     let narrowed = passes.any(|pass| {
         let targets = pass.parameters.get(TARGETS);
-        pass.name == PASS && targets.is_some_and(|targets| targets == NARROWED)
+        pass.name == DEBLOAT && targets.is_some_and(|targets| targets == NARROWED)
     });
-    subject.thunks.outside.iter().filter(move |_| narrowed)
+    let outside = subject.thunks.watched.iter();
+    let outside = outside.filter(move |(_, pass)| narrowed && **pass == DEBLOAT);
+    outside.map(|(at, _)| at)
 }
 
-/// Direct branches that enter a function outside, but for the one that another pass edits.
-pub fn into_outside<'a>(subject: &'a Subject<'_>) -> impl Iterator<Item = &'a Branch> {
+/// Direct branches that enter a function of `pass`, but for the one that another pass edits.
+pub fn into<'a>(subject: &'a Subject<'_>, pass: &'a str) -> impl Iterator<Item = &'a Branch> {
     let kernel = subject.kernel;
     let free = subject.thunks.module_free.map(|(call, _)| call);
     let mut traced = kernel.tables.fentry.clone();
@@ -79,7 +91,8 @@ pub fn into_outside<'a>(subject: &'a Subject<'_>) -> impl Iterator<Item = &'a Br
                 && around.is_some_and(|range| range.start == branch.to)
                 && site.0 <= branch.to.0 + ENDBR64
         };
-        subject.thunks.outside.contains(&branch.to) && Some(branch.at) != free && !own()
+        let watched = subject.thunks.watched.get(&branch.to);
+        watched == Some(&pass) && Some(branch.at) != free && !own()
     })
 }
 
@@ -90,13 +103,12 @@ pub fn all_stopped(
     findings: &mut Findings<'_>,
 ) {
     let kernel = subject.kernel;
-    let into: Vec<&Branch> = into_outside(subject).collect();
     let mut left = 0;
     for (variant, edits) in subject.variants() {
-        if !variant.passes.iter().any(|pass| pass.name == PASS) {
-            continue;
-        }
         let edited: HashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
+        let passes = variant.passes.iter().map(|pass| pass.name.as_str());
+        let passes = passes.filter(|pass| PASSES.contains(pass));
+        let into: Vec<&Branch> = passes.flat_map(|pass| into(subject, pass)).collect();
         for branch in into.iter().filter(|branch| !edited.contains(&branch.at)) {
             let slot = matches!(
                 subject.thunks.original(kernel, branch.at),
@@ -104,7 +116,7 @@ pub fn all_stopped(
             );
             if slot && !forbids(branch.at, LinkVa(branch.at.0 + 5)) {
                 let to = hex(branch.to);
-                let what = format!("enters {to}, which is outside the profile, and is not stopped");
+                let what = format!("enters {to}, which is watched, past its thunk");
                 findings.broken(Some(&variant.name), Some(branch.at), what);
             } else {
                 left += 1;
@@ -112,14 +124,14 @@ pub fn all_stopped(
         }
     }
     if left > 0 {
-        findings.proved("branches out of the profile left for a reason", left);
+        findings.proved("branches to watched functions left for a reason", left);
     }
 }
 
 /// Rule 4: the thunks of all edited calls and jumps, and what they report.
 pub fn thunks(subject: &Subject<'_>, findings: &mut Findings<'_>) -> Vec<Reported> {
     let mut entered: BTreeMap<(LinkVa, LinkVa), Result<LinkVa, String>> = BTreeMap::new();
-    let mut shared: BTreeMap<LinkVa, Result<Reported, String>> = BTreeMap::new();
+    let mut shared: BTreeMap<LinkVa, Result<Stops, String>> = BTreeMap::new();
     let mut slots = 0;
     for (variant, edit) in subject.edits() {
         let at = subject.place(edit);
@@ -139,7 +151,13 @@ pub fn thunks(subject: &Subject<'_>, findings: &mut Findings<'_>) -> Vec<Reporte
             .or_insert_with(|| code.stands_for(thunk, function));
         let proved = first.clone().and_then(|behind| {
             let report = shared.entry(behind).or_insert_with(|| code.stops(behind));
-            report.as_ref().map(drop).map_err(Clone::clone)
+            let report = report.as_mut().map_err(|what| what.clone())?;
+            let pass = subject.thunks.watched.get(&function).copied();
+            let pass = pass.unwrap_or(DEBLOAT);
+            if *report.pass.get_or_insert(pass) != pass {
+                return Err("goes to what another pass's functions share".to_owned());
+            }
+            Ok(())
         });
         match proved {
             Ok(()) => slots += 1,
@@ -147,10 +165,26 @@ pub fn thunks(subject: &Subject<'_>, findings: &mut Findings<'_>) -> Vec<Reporte
         }
     }
     if slots > 0 {
-        findings.proved("calls and jumps out of the profile", slots);
+        findings.proved("calls and jumps to watched functions", slots);
         findings.proved("thunks that stand for a function", entered.len() as u64);
     }
-    shared.into_values().flatten().collect()
+    let shared = shared.into_values().flatten();
+    let reported = shared.map(|stops| Reported {
+        at: stops.at,
+        report: stops.report,
+        pass: stops.pass.unwrap_or(DEBLOAT),
+        offending: Offending::Register(FUNCTION),
+    });
+    reported.collect()
+}
+
+/// What the thunks of a pass share.
+struct Stops {
+    /// Where it reports.
+    at: LinkVa,
+    report: Report,
+    /// The pass, once it is known by a function that leads here.
+    pass: Option<&'static str>,
 }
 
 /// Thunks as instructions.
@@ -200,7 +234,7 @@ impl Thunk<'_> {
 
     /// Goes on to r11 in interrupts and kernel threads; what it reports in other tasks, and does then. Registers but r10 and the
     /// flags are not touched, nor is the stack.
-    fn stops(&self, at: LinkVa) -> Result<Reported, String> {
+    fn stops(&self, at: LinkVa) -> Result<Stops, String> {
         let code = self.code(at);
         let Some(task) = Task::of(self.subject.kernel) else {
             return self.wrong(at, "asks for a task that this kernel does not describe");
@@ -271,11 +305,10 @@ impl Thunk<'_> {
             Some(FATAL) => return self.wrong(at, "reports that it does not go on, and goes on"),
             _ => return self.wrong(at, "does not report"),
         };
-        Ok(Reported {
+        Ok(Stops {
             at: LinkVa(out.ip()),
             report: Report { action, message },
-            pass: PASS,
-            offending: Offending::Register(FUNCTION),
+            pass: None,
         })
     }
 }
@@ -309,25 +342,36 @@ impl Task {
 /// Rule 5: the claim itself.
 pub fn claims(subject: &Subject<'_>, findings: &mut Findings<'_>) {
     let kernel = subject.kernel;
-    let mut passes = subject.variants().flat_map(|(variant, _)| &variant.passes);
-    let has_pass = passes.any(|pass| pass.name == PASS);
-    if has_pass != subject.bundle.outside.is_some() {
-        let what =
-            format!("pass {PASS} and a list of functions outside its profile belong together");
-        findings.broken(None, None, what);
+    let passes = subject.variants().flat_map(|(variant, _)| &variant.passes);
+    let names: BTreeSet<&str> = passes.map(|pass| pass.name.as_str()).collect();
+    let nothing = Vec::new();
+    let watched = subject.bundle.watched.as_ref();
+    let lists = [
+        watched.map_or(&nothing, |watched| &watched.outside),
+        watched.map_or(&nothing, |watched| &watched.probed),
+    ];
+    for (pass, list) in PASSES.into_iter().zip(lists) {
+        if !list.is_empty() && !names.contains(pass) {
+            let what = format!("functions are watched for pass {pass}, which no variant has");
+            findings.broken(None, None, what);
+        }
+    }
+    if let Some(both) = lists[0].iter().find(|at| lists[1].contains(at)) {
+        let both = LinkVa(subject.bundle.manifest.text.start.0 + u64::from(both.0));
+        let what = "is outside the profile and probed".to_owned();
+        findings.broken(None, Some(both), what);
     }
     let traced: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
     let mut proved = 0;
-    for at in &subject.thunks.outside {
+    for at in subject.thunks.watched.keys() {
         if kernel.in_text(*at) && has_fentry(kernel, &traced, *at) {
             proved += 1;
             continue;
         }
-        let what =
-            "is said to be outside the profile, and is no function that the kernel can trace";
+        let what = "is watched, and is no function that the kernel can trace";
         findings.broken(None, Some(*at), what.to_owned());
     }
-    if has_pass {
-        findings.proved("functions outside the profile", proved);
+    if proved > 0 {
+        findings.proved("watched functions", proved);
     }
 }

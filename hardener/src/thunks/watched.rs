@@ -1,8 +1,9 @@
-//! `debloat_FUNCTION`: a direct call or jump to a function outside the profile goes here instead.
+//! `debloat_FUNCTION` and `probe_FUNCTION`: a direct call or jump to a function that is outside the profile, or probed, goes here
+//! instead.
 //!
-//! Each says which function it stands for, and goes on to code that all share. Interrupts and kernel threads use the text of
-//! whatever process they find, and do nothing for it: they go on into the function. A task that is at work for itself is
-//! stopped.
+//! Each says which function it stands for, and goes on to code that all of a pass share. Interrupts and kernel threads use the
+//! text of whatever process they find, and do nothing for it: they go on into the function. Of a task that is at work for
+//! itself it is reported.
 //!
 //! Those functions have an `__fentry__` site, so r10, r11 and the flags are free where they are called (design, invariant 4);
 //! none of these is an argument.
@@ -10,15 +11,12 @@
 use super::Violation;
 use super::assembler::Section;
 use crate::text::Text;
-use crate::text::outside::Outside;
+use crate::text::watched::Watched;
 use iced_x86::code_asm::*;
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 use penumbra_bundle::{LinkVa, Offending, TextOff};
 use std::collections::BTreeSet;
 
-/// What the thunks share, and how their own names begin; the function's follows.
-const SHARED: &str = "debloat";
-const PREFIX: &str = "debloat_";
 /// r11, in which the function's address is.
 pub const FUNCTION: u8 = 11;
 
@@ -27,30 +25,32 @@ const INTERRUPT: u32 = 0x00f0_0000 | 0x000f_0000 | 0x0000_0100;
 /// `PF_KTHREAD` of `task_struct.flags` (include/linux/sched.h): the bit in the byte of this offset.
 const KTHREAD: (i32, i32) = (2, 0x20);
 
-/// The thunk that stands for the function at `to`, which is one of those outside.
-pub fn name(outside: &Outside, to: TextOff) -> String {
-    format!("{PREFIX}{}", outside.name(to).unwrap_or_default())
+/// The thunk of `pass` that stands for the function at `to`, one of those watched.
+pub fn name(pass: &str, watched: &Watched, to: TextOff) -> String {
+    format!("{pass}_{}", watched.name(to).unwrap_or_default())
 }
 
-/// Whether a thunk of this name is one.
-pub fn is_name(name: &str) -> bool {
-    name == SHARED || name.starts_with(PREFIX)
+/// Whether a thunk of this name is one of `pass`.
+pub fn is_name(pass: &str, name: &str) -> bool {
+    let rest = name.strip_prefix(pass);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
 }
 
-/// Assembles a thunk for each function that some slot enters; `go_on` is the kernel's retpoline for r11.
+/// Assembles a thunk for each function that some slot enters, and what they share, which is called as the pass; `go_on` is the
+/// kernel's retpoline for r11.
 pub fn emit(
     section: &mut Section,
     text: &Text,
-    outside: &Outside,
+    watched: &Watched,
     go_on: LinkVa,
     violation: &Violation,
 ) {
-    let entered: BTreeSet<TextOff> = outside.slots.iter().map(|slot| slot.to).collect();
+    let entered: BTreeSet<TextOff> = watched.slots.iter().map(|slot| slot.to).collect();
     if entered.is_empty() {
         return;
     }
-    let task = outside.task;
-    let shared = section.thunk(SHARED, violation, |thunk| {
+    let task = watched.task;
+    let shared = section.thunk(violation.pass, violation, |thunk| {
         let a = &mut thunk.asm;
         let mut other = a.create_label();
         a.test(
@@ -67,7 +67,7 @@ pub fn emit(
     });
     for to in entered {
         let function = text.va(to);
-        section.packed(&name(outside, to), violation, |thunk| {
+        section.packed(&name(violation.pass, watched, to), violation, |thunk| {
             // Relative to the instruction pointer, so that nothing is to be relocated.
             let place = MemoryOperand::with_base_displ(Register::RIP, function.0 as i64);
             let names = Instruction::with2(Code::Lea_r64_m, Register::R11, place)?;
