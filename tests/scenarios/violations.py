@@ -14,6 +14,8 @@ ACTIONS = ["kill", "log", "panic"]
 PASSES = {"pointer": "forward-cfi", "return": "return-cfi"}
 # The functions that the profile of the bundle `profile` lacks.
 OUTSIDE = ["__x64_sys_mq_open", "__ia32_sys_mq_open", "do_mq_open"]
+# What it probes: nothing but `uptime` makes this system call.
+PROBED = "__x64_sys_sysinfo"
 # Who calls what the attacker wrote, where no process is at work.
 INTERRUPTS = {"timer": "__hrtimer_run_queues", "nmi": "nmi_handle"}
 
@@ -90,7 +92,9 @@ def world():
     names = {name for _, name in recorder.Symbols(work / "kill").all} - set(OUTSIDE)
     (work / "most.profile").write_text("".join(f"{name}\n" for name in sorted(names)))
     recipe = work / "profile.toml"
-    recipe.write_text('schema = 1\n[pass.debloat]\nprofile = "most.profile"\n')
+    recipe.write_text('schema = 1\n[pass.debloat]\nprofile = "most.profile"\n'
+                      '[pass.probe]\nfunctions = "probed"\n')
+    (work / "probed").write_text(f"{PROBED}\n")
     files += _signed(chain.emit(work / "profile", recipe=recipe), secret)
     leave = ("usr/bin/leave", programs.program("leave"), 0o755)
     with Lab.boot(xen, extra=files, guest_extra=[leave], name="violations", kaslr=True) as lab:
@@ -169,6 +173,26 @@ def who_leaves_the_profile_is_reported_and_killed(w):
     expect("__x64_sys_mq_open" in str(record["target"]) and record["view"] == "hardened", record)
     expect(record["process"]["comm"] == "leave", record)
     expect(any("invalid opcode" in line for line in w.guest.trouble()[trouble:]), w.guest.trouble())
+
+
+@scenario
+def probes_are_counted(w):
+    """probe: each call of a chosen function by a process on the view is an event, with who it was; `events --count` sums
+    them up."""
+    trouble = len(w.guest.trouble())
+    for _ in range(3):
+        rc, out = w.guest.run("uptime")
+        expect(rc == 0, out)
+    deadline = time.monotonic() + 60
+    while len(entered := w.installer.events("entered")) < 3:
+        expect(time.monotonic() < deadline, entered)
+        time.sleep(0.3)
+    expect(all(one["function"]["symbol"] == PROBED and one["view"] == "hardened" for one in entered), entered)
+    said = w.installer.json(f"events {G} --count --only entered")["counts"]
+    expect([one["count"] for one in said] == [3] and said[0]["function"] == PROBED, said)
+    # Who is gone before the watcher looks is known by its name only.
+    expect(said[0]["program"] in ("uptime", "/bin/busybox"), said)
+    expect(len(w.guest.trouble()) == trouble, w.guest.trouble()[trouble:])
 
 
 def _ends_the_guest(w, action, attack):

@@ -1,4 +1,5 @@
-//! `debloat`: proved on a real kernel by a small profile, and every way to let a function outside be entered is caught.
+//! `debloat` and `probe`: proved on a real kernel by a small profile, and every way to let a function outside be entered, or a
+//! probed one unseen, is caught.
 
 use crate::scene::{Scene, branch, real, report, says, target, vmlinuz};
 use hardener::check::Rule;
@@ -12,9 +13,18 @@ use std::sync::OnceLock;
 const PROFILE: &str = "# small\ndo_syscall_64\n__x64_sys_getppid\nno_such_function\n";
 
 fn by(parameters: &str) -> Bundle {
+    emitted(
+        PROFILE,
+        &format!("[pass.debloat]\nprofile = \"list\"\n{parameters}"),
+    )
+}
+
+/// A bundle by a recipe that names a file `list`.
+fn emitted(list: &str, recipe: &str) -> Bundle {
     let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("small.profile"), PROFILE).unwrap();
-    let recipe = format!("schema = 1\n[pass.debloat]\nprofile = \"small.profile\"\n{parameters}");
+    fs::write(folder.path().join("list"), list).unwrap();
+    fs::write(folder.path().join("small"), PROFILE).unwrap();
+    let recipe = format!("schema = 1\n{recipe}");
     let file = folder.path().join("recipe.toml");
     fs::write(&file, recipe).unwrap();
     let recipe = Recipe::open(&file).unwrap();
@@ -301,5 +311,86 @@ fn a_trap_that_says_another_register_is_caught() {
         Rule::ThunkContract,
         None,
         "the manifest's trap is about",
+    );
+}
+
+/// Three that are called, one that cannot be traced, one that is not there.
+const PROBED: &str = "vfs_read\nvfs_write\n__x64_sys_openat\nentry_SYSCALL_64\nno_such_function\n";
+
+fn probing() -> &'static Bundle {
+    static MADE: OnceLock<Bundle> = OnceLock::new();
+    MADE.get_or_init(|| emitted(PROBED, "[pass.probe]\nfunctions = \"list\"\n"))
+}
+
+#[test]
+fn probes_are_proved() {
+    let (checker, _) = real();
+    let bundle = probing();
+    let outcome = checker.check(bundle, false).unwrap();
+    assert!(outcome.clean, "{}", outcome.render());
+    let mut passes = bundle.manifest.variants[2].passes.iter();
+    let pass = passes.find(|pass| pass.name == "probe").unwrap();
+    assert!(pass.edited > 3);
+    for (figure, value) in [
+        ("functions", 3),
+        ("functions-not-traceable", 1),
+        ("functions-outside-the-profile", 0),
+        ("list-lines-unknown", 1),
+    ] {
+        assert_eq!(pass.figures[figure], value, "{figure}");
+    }
+}
+
+#[test]
+fn what_is_outside_the_profile_is_not_probed_too() {
+    let (checker, _) = real();
+    let bundle = emitted(
+        PROBED,
+        "[pass.debloat]\nprofile = \"small\"\n[pass.probe]\nfunctions = \"list\"\n",
+    );
+    let outcome = checker.check(&bundle, false).unwrap();
+    assert!(outcome.clean, "{}", outcome.render());
+    let mut passes = bundle.manifest.variants[2].passes.iter();
+    let pass = passes.find(|pass| pass.name == "probe").unwrap();
+    let outside = pass.figures["functions-outside-the-profile"];
+    assert!(outside > 0);
+    assert_eq!(bundle.watched.unwrap().probed.len() as u64, 3 - outside);
+}
+
+#[test]
+fn a_probe_that_ends_the_task_is_caught() {
+    let mut scene = Scene::of(probing());
+    let shared = scene.named("probe");
+    // `out %al,$0xe5; ud2` where five bytes go on.
+    scene.patch(shared, |one, _| {
+        (one.mnemonic() == Mnemonic::Out).then(|| vec![0xe6, 0xe5])
+    });
+    scene.patch(shared, |one, _| {
+        (one.mnemonic() == Mnemonic::Jmp).then(|| vec![0x0f, 0x0b, 0xcc, 0xcc, 0xcc])
+    });
+    broken(
+        &scene,
+        Rule::ThunkContract,
+        None,
+        "reports that it does not go on, and goes on",
+    );
+}
+
+#[test]
+fn a_probe_that_is_missed_is_caught() {
+    let mut scene = Scene::of(probing());
+    let function = scene.symbol("vfs_read");
+    let text = scene.bundle.text.clone();
+    let start = scene.bundle.manifest.text.start.0;
+    let calls = |edit: &Edit| {
+        let from = edit.at.0 as usize;
+        target(&text[from..from + 5], start + from as u64) == function
+    };
+    scene.edits("hardened").retain(|edit| !calls(edit));
+    broken(
+        &scene,
+        Rule::AllowedSlots,
+        None,
+        "which is watched, past its thunk",
     );
 }

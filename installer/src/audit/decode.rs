@@ -8,6 +8,8 @@ use penumbra_bundle::{Bundle, LinkVa, Offending, TextOff, Trap};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
+/// The pass whose traps say that a function was called, and nothing else.
+const PROBE: &str = "probe";
 /// Names that the guest gives itself are cut to this many bytes (`TASK_COMM_LEN`).
 const COMM: usize = 16;
 /// Roots whose last process is remembered after it has gone: a killed process is not in the list any more when its
@@ -100,6 +102,17 @@ impl<'a> Decoder<'a> {
         // The word on top is the slot's return address when the slot was a call; a jump left its caller's there.
         let top = event.stack[0];
         let site = self.called_from(top);
+        if let (PROBE, Some(function)) = (trap.pass.as_str(), self.site(value)) {
+            return Body::Entered {
+                function,
+                site,
+                process: self.subject(event),
+                view: view.to_owned(),
+                vcpu: event.vcpu,
+                root: event.root,
+                xen_time: event.time,
+            };
+        }
         let caller = match trap.offending {
             Offending::Register(_) if site.is_none() => self.site(top),
             _ => None,
@@ -243,6 +256,28 @@ mod tests {
             ),
         ];
         bundle
+    }
+
+    #[test]
+    fn a_probe_says_which_function_and_who_called_it() {
+        let mut bundle = bundle();
+        let start = bundle.manifest.text.start.0;
+        bundle.manifest.cave.traps.push(Trap {
+            at: LinkVa(start + 0x2070),
+            pass: "probe".to_owned(),
+            offending: Offending::Register(11),
+            action: ViolationAction::Log,
+        });
+        let mut event = event(&bundle, 0x2070, 0x1005, 0);
+        event.gpr[11] = start + SLIDE + 0x1000;
+        let decoder = Decoder::new(&bundle, Slide(SLIDE));
+        let Body::Entered { function, view, .. } = decoder.decode(&event, "hardened") else {
+            panic!("the trap is a probe's");
+        };
+        assert_eq!(
+            (function.symbol.as_str(), view.as_str()),
+            ("second", "hardened")
+        );
     }
 
     /// An event with `rip` and stack top as offsets into the text, and `value` in rbx.

@@ -112,6 +112,24 @@ pub enum Body {
         /// Xen's clock, nanoseconds since it started.
         xen_time: u64,
     },
+    /// A task called a function that is probed (pass `probe`).
+    Entered {
+        /// The function.
+        function: super::Site,
+        /// The edited call; a jump leaves no trace of where it was.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        site: Option<super::Site>,
+        /// Who ran.
+        process: Subject,
+        /// The view it ran on.
+        view: String,
+        /// The vCPU.
+        vcpu: u16,
+        /// Its page-table root.
+        root: Root,
+        /// Xen's clock, nanoseconds since it started.
+        xen_time: u64,
+    },
     /// A trap from an address that the bundle does not know: kernel code of the guest's own.
     UnknownTrap {
         /// Where.
@@ -249,6 +267,18 @@ mod tests {
                 value: GuestVa(3),
                 target: None,
                 caller: None,
+                process: Subject::default(),
+                view: "hardened".to_owned(),
+                vcpu: 1,
+                root: Root(0x1000),
+                xen_time: 7,
+            },
+            Body::Entered {
+                function: super::super::Site {
+                    address: GuestVa(3),
+                    symbol: "vfs_read".to_owned(),
+                },
+                site: None,
                 process: Subject::default(),
                 view: "hardened".to_owned(),
                 vcpu: 1,

@@ -213,10 +213,13 @@ pub struct Events {
     #[arg(short, long)]
     pub follow: bool,
     /// Only events of this kind
-    #[arg(long, value_name = "EVENT", value_parser = ["applied", "bound", "unbound", "lapsed", "violation", "unknown-trap",
+    #[arg(long, value_name = "EVENT", value_parser = ["applied", "bound", "unbound", "lapsed", "violation", "entered", "unknown-trap",
         "refused", "lost", "mapped", "stays", "unmapped", "overflow", "removed", "stopped", "ended"])]
     pub only: Option<String>,
-    /// Print the log's own lines
+    /// Count them instead: by kind, by what was called or stopped, and by program
+    #[arg(long, conflicts_with = "follow")]
+    pub count: bool,
+    /// Print the log's own lines, or with --count one object
     #[arg(long)]
     pub json: bool,
 }
