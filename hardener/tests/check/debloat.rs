@@ -202,7 +202,7 @@ fn the_thunk_of_another_function_is_caught() {
     let at = scene.change(
         "hardened",
         |edit| leaves(edit) && target(&edit.bytes, place(edit).0) != other,
-        |edit| edit.bytes = branch(&edit.bytes[..1].to_vec(), place(edit), other),
+        |edit| edit.bytes = branch(&edit.bytes[..1], place(edit), other),
     );
     broken(
         &scene,
