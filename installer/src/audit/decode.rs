@@ -30,7 +30,8 @@ pub struct Decoder<'a> {
     bundle: &'a Bundle,
     slide: Slide,
     who: HashMap<Root, Subject>,
-    executables: HashMap<u32, String>,
+    /// What a process ran when it was last looked at, and on which root: with another one it runs something else.
+    executables: HashMap<u32, (Root, String)>,
 }
 
 impl<'a> Decoder<'a> {
@@ -54,7 +55,8 @@ impl<'a> Decoder<'a> {
             let identity = &process.identity;
             self.who.insert(identity.root, subject(process));
             if let Some(exe) = &identity.exe {
-                self.executables.insert(identity.pid, exe.clone());
+                let known = (identity.root, exe.clone());
+                self.executables.insert(identity.pid, known);
             }
         }
     }
@@ -184,11 +186,14 @@ impl<'a> Decoder<'a> {
             return self.who.get(&event.root).cloned().unwrap_or_default();
         }
         let comm = event.comm.split(|byte| *byte == 0).next();
+        let comm = printable(&String::from_utf8_lossy(comm.unwrap_or_default()));
+        let known = self.executables.get(&event.tgid);
+        let same = known.filter(|(root, _)| *root == event.root);
         Subject {
             pid: event.tgid,
             tid: Some(event.pid),
-            comm: printable(&String::from_utf8_lossy(comm.unwrap_or_default())),
-            exe: self.executables.get(&event.tgid).cloned(),
+            exe: same.map(|(_, exe)| exe.clone()),
+            comm,
         }
     }
 }
@@ -425,5 +430,8 @@ mod tests {
             (77, Some(79), "other")
         );
         assert_eq!(read.exe.as_deref(), Some("/usr/bin/guestbook"));
+        // It has executed something else since.
+        event.root = Root(0x7000);
+        assert_eq!(subject_of(&decoder, &event).exe, None);
     }
 }
