@@ -8,6 +8,7 @@ use hardener::recipe::Recipe;
 use hardener::report::explain;
 use penumbra_bundle::{Bundle, LinkVa, Mitigation, SiteKind, SlotKind, TableKind, TextOff};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -119,6 +120,22 @@ fn the_next_releases_cloud_kernel_is_taken_and_a_wrong_byte_in_its_dictionary_is
             "{place} {group}"
         );
     }
+}
+
+#[test]
+fn linux_6_12_tells_in_another_structure_for_whom_a_function_is_called() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("profile"), "x64_sys_call\nvfs_read\n").unwrap();
+    let recipe = folder.path().join("recipe");
+    let said = "schema = 1\n[pass.debloat]\nprofile = \"profile\"\nwiden = \"calls\"\n";
+    fs::write(&recipe, said).unwrap();
+    let recipe = Recipe::open(&recipe).unwrap();
+    let path = common::cloud_backports();
+    let bundle = emit(path, &recipe, &mut |_| {}).unwrap();
+    let calls = edits(&bundle, "hardened").remove(&SlotKind::Call).unwrap();
+    assert!(calls.len() > 20_000, "{}", calls.len());
+    let outcome = Checker::open(path).unwrap().check(&bundle, false).unwrap();
+    assert!(outcome.clean, "{}", outcome.render());
 }
 
 #[test]

@@ -214,7 +214,7 @@ impl Thunk<'_> {
         decoder.into_iter().collect()
     }
 
-    /// `lea FUNCTION(%rip),%r11; jmp BEHIND`: what is behind.
+    /// `lea FUNCTION(%rip),%r11; jmp BEHIND`, perhaps by another jump: what is behind.
     fn stands_for(&self, at: LinkVa, function: LinkVa) -> Result<LinkVa, String> {
         let code = self.code(at);
         let names = code.first().is_some_and(|first| {
@@ -223,11 +223,11 @@ impl Thunk<'_> {
                 && first.is_ip_rel_memory_operand()
                 && first.ip_rel_memory_address() == function.0
         });
-        let jump = code.get(1);
-        let jump =
-            jump.filter(|jump| matches!(jump.code(), Code::Jmp_rel8_64 | Code::Jmp_rel32_64));
-        match jump {
-            Some(jump) if names => Ok(LinkVa(jump.near_branch_target())),
+        match code.get(1).and_then(jumps_to) {
+            Some(to) if names => {
+                let island = self.code(to);
+                Ok(island.first().and_then(jumps_to).unwrap_or(to))
+            }
             _ => self.wrong(at, "does not stand for the function that was called"),
         }
     }
@@ -311,6 +311,12 @@ impl Thunk<'_> {
             pass: None,
         })
     }
+}
+
+/// Where an unconditional direct jump goes.
+fn jumps_to(instruction: &Instruction) -> Option<LinkVa> {
+    let jump = matches!(instruction.code(), Code::Jmp_rel8_64 | Code::Jmp_rel32_64);
+    jump.then(|| LinkVa(instruction.near_branch_target()))
 }
 
 /// What tells for whom a function is called.

@@ -114,6 +114,21 @@ impl Section {
         at
     }
 
+    /// A jump without a name and without space before it; its address.
+    ///
+    /// # Panics
+    /// As [`Section::thunk`].
+    pub fn packed_jump(&mut self, to: LinkVa, violation: &Violation) -> LinkVa {
+        let at = self.aligned(1, "a jump", violation, |thunk| thunk.asm.jmp(to.0));
+        self.named.pop();
+        at
+    }
+
+    /// Where the next packed thunk will stand.
+    pub fn end(&self) -> LinkVa {
+        LinkVa(self.start.0 + self.bytes.len() as u64)
+    }
+
     fn aligned(
         &mut self,
         align: u64,

@@ -25,6 +25,11 @@ const INTERRUPT: u32 = 0x00f0_0000 | 0x000f_0000 | 0x0000_0100;
 /// `PF_KTHREAD` of `task_struct.flags` (include/linux/sched.h): the bit in the byte of this offset.
 const KTHREAD: (i32, i32) = (2, 0x20);
 
+/// `lea FUNCTION(%rip),%r11; jmp ISLAND`: a short jump, to a longer one that some before and some behind it share.
+const STUB: u64 = 9;
+/// So many reach it from either side.
+const REACH: usize = 13;
+
 /// The thunk of `pass` that stands for the function at `to`, one of those watched.
 pub fn name(pass: &str, watched: &Watched, to: TextOff) -> String {
     format!("{pass}_{}", watched.name(to).unwrap_or_default())
@@ -65,14 +70,27 @@ pub fn emit(
         thunk.asm.set_label(&mut other)?;
         thunk.asm.jmp(go_on.0)
     });
-    for to in entered {
-        let function = text.va(to);
-        section.packed(&name(violation.pass, watched, to), violation, |thunk| {
-            // Relative to the instruction pointer, so that nothing is to be relocated.
-            let place = MemoryOperand::with_base_displ(Register::RIP, function.0 as i64);
-            let names = Instruction::with2(Code::Lea_r64_m, Register::R11, place)?;
-            thunk.asm.add_instruction(names)?;
-            thunk.asm.jmp(shared.0)
-        });
+    let entered: Vec<TextOff> = entered.into_iter().collect();
+    for group in entered.chunks(2 * REACH) {
+        let (before, after) = group.split_at(group.len().min(REACH));
+        let island = LinkVa(section.end().0 + before.len() as u64 * STUB);
+        let stub = |section: &mut Section, to: TextOff| {
+            let function = text.va(to);
+            section.packed(&name(violation.pass, watched, to), violation, |thunk| {
+                // Relative to the instruction pointer, so that nothing is to be relocated.
+                let place = MemoryOperand::with_base_displ(Register::RIP, function.0 as i64);
+                let names = Instruction::with2(Code::Lea_r64_m, Register::R11, place)?;
+                thunk.asm.add_instruction(names)?;
+                thunk.asm.jmp(island.0)
+            });
+        };
+        for to in before {
+            stub(section, *to);
+        }
+        let placed = section.packed_jump(shared, violation);
+        assert_eq!(placed, island, "a stub has {STUB} bytes");
+        for to in after {
+            stub(section, *to);
+        }
     }
 }
