@@ -295,6 +295,12 @@ fn emit_bundle(
     for less in &emitted.given_up {
         eprintln!("hardener: this kernel cannot have all that the recipe lists first; {less}");
     }
+    if emitted.lacks_oops {
+        eprintln!(
+            "hardener: the profile of debloat has no oops in it (`oops_end`): a task that is stopped may take the kernel with it; \
+             add a recorded one, as tests/record does, or say on-violation = \"log\""
+        );
+    }
     if emitted.shared_names > 0 {
         let names = emitted.shared_names;
         eprintln!(

@@ -17,7 +17,7 @@ use crate::thunks::{self, CaveContents, KernelThunks};
 use crate::types;
 use penumbra_bundle::{
     Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, Module, ModuleName, ModuleSet, SCHEMA, Symbol,
-    Symbols, VaRange, Variant, Watched, WriteError,
+    Symbols, VaRange, Variant, ViolationAction, Watched, WriteError,
 };
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -238,6 +238,8 @@ pub struct Emitted {
     pub refused: Vec<Refused>,
     /// What the kernel has no room or no prototypes for, and what takes its place, for people.
     pub given_up: Vec<String>,
+    /// Whether tasks are ended outside a profile that has no such end.
+    pub lacks_oops: bool,
     /// How many names of functions BTF cannot tell the prototype of; none may be typed by then.
     pub shared_names: usize,
 }
@@ -415,6 +417,8 @@ fn bundle(
     let modules = modules.finish(&cave).map_err(Failure::Pass)?;
     let mut manifest = manifest(image, &text, &cave, variants, layout, data)?;
     manifest.forward = forward.map(|_| file_ref("forward.postcard"));
+    let ends = recipe.on_violation(passes::DEBLOAT) == ViolationAction::Kill;
+    let lacks_oops = ends && outside.as_ref().is_some_and(|outside| !outside.has_oops);
     let watching = outside.is_some() || probed.is_some();
     manifest.watched = watching.then(|| file_ref("watched.postcard"));
     manifest.modules = module_set(&modules);
@@ -437,6 +441,7 @@ fn bundle(
         bundle,
         refused,
         given_up: recipe.given_up(recipe_used),
+        lacks_oops,
         shared_names,
     })
 }

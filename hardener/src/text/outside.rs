@@ -23,6 +23,9 @@ const LAST_RESORTS: [&str; 6] = [
     "__warn",
 ];
 
+/// Called at the end of every oops (arch/x86/kernel/dumpstack.c).
+const OOPS: &str = "oops_end";
+
 /// A function that calls more others is a switch over what somebody asks for, as `x64_sys_call` is: what of it is used, the profile
 /// says.
 const MOST_CALLEES: usize = 128;
@@ -31,6 +34,8 @@ const MOST_CALLEES: usize = 128;
 pub struct Outside {
     /// With their calls.
     pub watched: Watched,
+    /// Whether the profile itself has the end of a task by an oops.
+    pub has_oops: bool,
     /// Shares and counts, for the manifest.
     pub figures: BTreeMap<String, u64>,
 }
@@ -54,6 +59,8 @@ impl Outside {
             inside[number] = true;
         }
         let in_profile = inside.iter().filter(|inside| **inside).count() as u64;
+        let ends = image.symbol(OOPS).and_then(number);
+        let has_oops = ends.is_some_and(|number| inside[number]);
         if reachable {
             let roots = (0..inside.len()).filter(|number| inside[*number]).collect();
             close(&mut inside, roots, &callees);
@@ -95,6 +102,7 @@ impl Outside {
         ];
         Ok(Outside {
             watched: Watched::of(image, tables, text, functions)?,
+            has_oops,
             figures: figures.map(|(name, value)| (name.to_owned(), value)).into(),
         })
     }
