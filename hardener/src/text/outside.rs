@@ -12,7 +12,7 @@ use crate::profile::Functions;
 use penumbra_bundle::{LinkVa, TextOff};
 use std::collections::BTreeMap;
 
-/// Where the kernel goes when something is wrong: no profile has it, and a thunk that stops a task relies on it. What
+/// Where the kernel goes when something is wrong: few profiles have all of it, and a thunk that stops a task relies on it. What
 /// `exc_invalid_op` does about an `ud2` (arch/x86/kernel/traps.c), to the end of the task (kernel/exit.c), and a panic.
 const LAST_RESORTS: [&str; 6] = [
     "panic",
