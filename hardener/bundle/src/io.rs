@@ -295,17 +295,21 @@ impl Bundle {
                 format!("{text_len} bytes, the text range has {}", text.len()),
             );
         }
-        if let (Some(file), Some(sets)) = (&manifest.forward, &self.forward)
-            && !sets.is_sound(text_len)
-        {
-            let detail = "its lists are unsorted or leave the text".to_owned();
-            return fail(&file.name, detail);
-        }
-        if let (Some(file), Some(watched)) = (&manifest.watched, &self.watched)
-            && !watched.is_sound(text_len)
-        {
-            let detail = "its lists are unsorted or leave the text".to_owned();
-            return fail(&file.name, detail);
+        let (forward, watched) = (self.forward.as_ref(), self.watched.as_ref());
+        for (file, sound) in [
+            (
+                &manifest.forward,
+                forward.is_none_or(|sets| sets.is_sound(text_len)),
+            ),
+            (
+                &manifest.watched,
+                watched.is_none_or(|lists| lists.is_sound(text_len)),
+            ),
+        ] {
+            if let Some(file) = file.as_ref().filter(|_| !sound) {
+                let detail = "its lists are unsorted or leave the text".to_owned();
+                return fail(&file.name, detail);
+            }
         }
         let mut ranges: Vec<(&str, VaRange)> = vec![("cave", manifest.cave.range)];
         ranges.extend(

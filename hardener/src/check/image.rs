@@ -216,12 +216,7 @@ fn layout(subject: &Subject<'_>, findings: &mut Findings<'_>) {
     }
     for (name, said) in &manifest.data {
         let named = kernel.symbols.named(name).any(|at| at == *said);
-        // From Linux 6.2 to 6.14 a member of `pcpu_hot`, whose size has no name in the symbols.
-        let inside = || {
-            let hot = kernel.symbols.find("pcpu_hot")?;
-            Some(hot.0 + u64::from(btf.offset("pcpu_hot", name)?))
-        };
-        if named || name == "current_task" && inside() == Some(said.0) {
+        if named || name == "current_task" && kernel.in_pcpu_hot(&btf, name) == Some(*said) {
             findings.proved("data symbols", 1);
         } else {
             let what = format!("data `{name}` is not where the image has it");

@@ -321,11 +321,7 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
             findings.broken(Some(variant), Some(at), what);
             clean = false;
         }
-        let from = forbidden.partition_point(|part| part.range.end <= at);
-        for part in &forbidden[from..] {
-            if part.range.start >= end {
-                break;
-            }
+        for part in touched(&forbidden, at, end) {
             let what = format!("edits {} at {}", part.why, hex(part.range.start));
             findings.broken(Some(variant), Some(at), what);
             clean = false;
@@ -340,11 +336,7 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
         }
     }
     unchecked(subject, &forbidden, &mut findings);
-    let forbids = |at: LinkVa, end: LinkVa| {
-        let from = forbidden.partition_point(|part| part.range.end <= at);
-        let next = forbidden.get(from);
-        next.is_some_and(|part| part.range.start < end)
-    };
+    let forbids = |at, end| !touched(&forbidden, at, end).is_empty();
     watched::all_stopped(subject, forbids, &mut findings);
     findings.proved("return sites", r);
     findings.proved("retpoline sites", i);
@@ -374,9 +366,7 @@ fn unchecked(subject: &Subject<'_>, forbidden: &[Forbidden], findings: &mut Find
         let edited: HashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
         let sites = kernel.tables.return_sites.iter();
         for at in sites.filter(|at| kernel.in_text(**at) && !edited.contains(at)) {
-            let from = forbidden.partition_point(|part| part.range.end <= *at);
-            let end = LinkVa(at.0 + 5);
-            match forbidden.get(from).filter(|part| part.range.start < end) {
+            match touched(forbidden, *at, LinkVa(at.0 + 5)).first() {
                 Some(_) => left += 1,
                 None if by_frame && !exposed.get_or_insert_with(|| Exposed::of(kernel)).is(*at) => {
                     safe += 1;
@@ -392,6 +382,14 @@ fn unchecked(subject: &Subject<'_>, forbidden: &[Forbidden], findings: &mut Find
     if safe > 0 {
         findings.proved("returns whose frames cannot be overrun", safe);
     }
+}
+
+/// The stretches that reach into `at..end`.
+fn touched(forbidden: &[Forbidden], at: LinkVa, end: LinkVa) -> &[Forbidden] {
+    // They are sorted and apart from one another.
+    let from = forbidden.partition_point(|part| part.range.end <= at);
+    let rest = &forbidden[from..];
+    &rest[..rest.partition_point(|part| part.range.start < end)]
 }
 
 fn forbidden(kernel: &Kernel) -> Result<Vec<Forbidden>, KernelError> {

@@ -105,10 +105,13 @@ pub fn all_stopped(
     let kernel = subject.kernel;
     let mut left = 0;
     for (variant, edits) in subject.variants() {
-        let edited: HashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
         let passes = variant.passes.iter().map(|pass| pass.name.as_str());
         let passes = passes.filter(|pass| PASSES.contains(pass));
         let into: Vec<&Branch> = passes.flat_map(|pass| into(subject, pass)).collect();
+        if into.is_empty() {
+            continue;
+        }
+        let edited: HashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
         for branch in into.iter().filter(|branch| !edited.contains(&branch.at)) {
             let slot = matches!(
                 subject.thunks.original(kernel, branch.at),
@@ -331,11 +334,8 @@ impl Task {
         let btf = Btf::read(&kernel.vmlinux).ok()?;
         let per_cpu = |symbol: &str, member: &str| {
             let own = kernel.symbols.find(symbol);
-            let inside = || {
-                let hot = kernel.symbols.find("pcpu_hot")?;
-                Some(hot.0 + u64::from(btf.offset("pcpu_hot", member)?))
-            };
-            own.map(|at| at.0).or_else(inside)
+            let found = own.or_else(|| kernel.in_pcpu_hot(&btf, member));
+            found.map(|at| at.0)
         };
         Some(Task {
             preempt_count: per_cpu("__preempt_count", "preempt_count")?,
@@ -362,7 +362,10 @@ pub fn claims(subject: &Subject<'_>, findings: &mut Findings<'_>) {
             findings.broken(None, None, what);
         }
     }
-    if let Some(both) = lists[0].iter().find(|at| lists[1].contains(at)) {
+    if let Some(both) = lists[1]
+        .iter()
+        .find(|at| lists[0].binary_search(at).is_ok())
+    {
         let both = LinkVa(subject.bundle.manifest.text.start.0 + u64::from(both.0));
         let what = "is outside the profile and probed".to_owned();
         findings.broken(None, Some(both), what);

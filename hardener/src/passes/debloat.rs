@@ -5,9 +5,8 @@
 use super::{Context, FileParameter, Pass, PassError, to_thunks};
 use crate::profile::Functions;
 use crate::recipe::{Parameter, Recipe, VIOLATION};
-use crate::text::Slots;
-use crate::thunks::{CaveContents, watched};
-use penumbra_bundle::{Edit, ModuleEdit, SlotKind};
+use crate::thunks::watched;
+use penumbra_bundle::{Edit, SlotKind};
 use std::collections::BTreeMap;
 
 /// The pass's name.
@@ -82,10 +81,6 @@ impl Pass for Debloat {
         outside
             .map(|outside| outside.figures.clone())
             .unwrap_or_default()
-    }
-
-    fn module(&self, _: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
-        Ok(Vec::new())
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {

@@ -128,7 +128,9 @@ pub trait Pass: Sync {
     }
 
     /// Its edits in a module with these slots.
-    fn module(&self, slots: &Slots, cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError>;
+    fn module(&self, _slots: &Slots, _cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
+        Ok(Vec::new())
+    }
 
     /// Its edits, and the slots of its kind that it left alone, by reason.
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError>;

@@ -2,9 +2,8 @@
 //! views of a module's text must be gone before its frames are used for something else.
 
 use super::{CALL, Context, Pass, PassError};
-use crate::text::Slots;
-use crate::thunks::{CaveContents, module_free};
-use penumbra_bundle::{Edit, ModuleEdit, SlotKind};
+use crate::thunks::module_free;
+use penumbra_bundle::{Edit, SlotKind};
 use std::collections::BTreeMap;
 
 /// See the module.
@@ -25,10 +24,6 @@ impl Pass for ModuleFree {
 
     fn is_in(&self, thunk: &str) -> bool {
         thunk == module_free::NAME
-    }
-
-    fn module(&self, _: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
-        Ok(Vec::new())
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {

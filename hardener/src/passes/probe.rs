@@ -3,9 +3,8 @@
 use super::{Context, FileParameter, Pass, PassError, to_thunks};
 use crate::profile::Functions;
 use crate::recipe::Recipe;
-use crate::text::Slots;
-use crate::thunks::{CaveContents, watched};
-use penumbra_bundle::{Edit, ModuleEdit, SlotKind};
+use crate::thunks::watched;
+use penumbra_bundle::{Edit, SlotKind};
 use std::collections::BTreeMap;
 
 /// The pass's name.
@@ -55,10 +54,6 @@ impl Pass for Probe {
         probed
             .map(|probed| probed.figures.clone())
             .unwrap_or_default()
-    }
-
-    fn module(&self, _: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
-        Ok(Vec::new())
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {

@@ -4,9 +4,8 @@
 use super::{CALL, Context, FileParameter, JMP, Pass, PassError};
 use crate::profile::Branches;
 use crate::recipe::Recipe;
-use crate::text::Slots;
-use crate::thunks::{CaveContents, promote};
-use penumbra_bundle::{Edit, Mitigation, ModuleEdit, SlotKind};
+use crate::thunks::promote;
+use penumbra_bundle::{Edit, Mitigation, SlotKind};
 use std::collections::BTreeMap;
 
 const NAME: &str = "promote";
@@ -63,10 +62,6 @@ impl Pass for Promote {
         promotion
             .map(|promotion| promotion.figures.clone())
             .unwrap_or_default()
-    }
-
-    fn module(&self, _: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
-        Ok(Vec::new())
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {

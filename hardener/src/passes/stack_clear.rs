@@ -6,10 +6,9 @@
 use super::return_cfi::thunk_name;
 use super::{Context, JMP, Pass, PassError};
 use crate::recipe::Recipe;
-use crate::text::Slots;
 use crate::thunks::return_cfi::Mode;
-use crate::thunks::{CaveContents, stack_clear};
-use penumbra_bundle::{Edit, ModuleEdit, SlotKind};
+use crate::thunks::stack_clear;
+use penumbra_bundle::{Edit, SlotKind};
 use std::collections::BTreeMap;
 
 const NAME: &str = "stack-clear";
@@ -57,10 +56,6 @@ impl Pass for StackClear {
             ("clearing".to_owned(), clearing as u64),
             ("marks".to_owned(), marks),
         ])
-    }
-
-    fn module(&self, _: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
-        Ok(Vec::new())
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {

@@ -5,10 +5,8 @@
 use super::return_cfi::thunk_of;
 use super::{Context, JMP, Pass, PassError};
 use crate::recipe::Recipe;
-use crate::text::Slots;
-use crate::thunks::CaveContents;
 use crate::thunks::return_cfi::Mode;
-use penumbra_bundle::{Edit, ModuleEdit, SlotKind};
+use penumbra_bundle::{Edit, SlotKind};
 use std::collections::BTreeMap;
 
 const NAME: &str = "zero-regs";
@@ -44,10 +42,6 @@ impl Pass for ZeroRegs {
 
     fn is_in(&self, thunk: &str) -> bool {
         thunk.ends_with(&Mode::Zeroing.named(""))
-    }
-
-    fn module(&self, _: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
-        Ok(Vec::new())
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {

@@ -2,6 +2,7 @@
 
 mod apply;
 pub mod cli;
+mod counts;
 mod error;
 mod events;
 mod fill;

@@ -163,6 +163,12 @@ impl Kernel {
         })
     }
 
+    /// Where a per-CPU variable stands, from a CPU's GS base, that is a member of `pcpu_hot` from Linux 6.2 to 6.14 and no symbol.
+    pub fn in_pcpu_hot(&self, btf: &Btf<'_>, member: &str) -> Option<LinkVa> {
+        let hot = self.symbols.find("pcpu_hot")?;
+        Some(LinkVa(hot.0 + u64::from(btf.offset("pcpu_hot", member)?)))
+    }
+
     /// Whether `va` is in the text.
     pub fn in_text(&self, va: LinkVa) -> bool {
         self.text.contains(va)
