@@ -14,6 +14,8 @@ from . import LabError, kernel, packages, programs
 from .cpio import Archive
 
 XEN_TOOLS = ["xl", "xenstored", "xenconsoled", "xen-init-dom0"]
+# Where libxl looks for its own programs.
+_LIBEXEC = "usr/lib/xen-4.17/bin"
 
 _COMMON_INIT = """\
 #!/bin/busybox sh
@@ -136,12 +138,17 @@ def _add_libraries(archive, binaries, names):
 def dom0(path, extra=()):
     """Writes dom0's initramfs; `extra` are (path, content, mode), executables among them
     (paths in usr/bin) get the libraries they name."""
-    tools = packages.unpacked("xen-utils-4.17") / "usr/lib/xen-4.17/bin"
+    tools = packages.unpacked("xen-utils-4.17") / _LIBEXEC
     store = packages.unpacked("xenstore-utils") / "usr/bin"
     archive = _base()
     binaries = [tools / name for name in XEN_TOOLS] + [store / "xenstore-read"]
     for binary in binaries:
         archive.file(f"usr/sbin/{binary.name}", binary, 0o755)
+    # `xl save` and `xl restore` run it.
+    helper = tools / "libxl-save-helper"
+    archive.folder(_LIBEXEC)
+    archive.file(f"{_LIBEXEC}/{helper.name}", helper, 0o755)
+    binaries.append(helper)
     names = []
     for name in kernel.DOM0_MODULES:
         archive.file(f"lib/modules/{name}.ko", kernel.amd64().module(name))
