@@ -414,7 +414,7 @@ fn bundle(
         edits.push(made.edits);
     }
     let refused = std::mem::take(&mut modules.refused);
-    let modules = modules.finish(&cave).map_err(Failure::Pass)?;
+    let modules = modules.finish(&cave, recipe_used).map_err(Failure::Pass)?;
     let mut manifest = manifest(image, &text, &cave, variants, layout, data)?;
     manifest.forward = forward.map(|_| file_ref("forward.postcard"));
     let ends = recipe.on_violation(passes::DEBLOAT) == ViolationAction::Kill;

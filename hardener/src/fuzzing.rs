@@ -6,6 +6,7 @@ pub use crate::check::fuzzing as check;
 use crate::image::module::{Exports, Host, read};
 use crate::image::{Btf, Fault, Image};
 use crate::text::module::ModuleText;
+use crate::text::self_checks::SelfChecks;
 use crate::text::{Text, TextError};
 use crate::types::btf::Btf as Types;
 use std::sync::Arc;
@@ -58,5 +59,5 @@ pub fn module(types: &[u8], file: &[u8]) -> Result<(), TextError> {
         // What slots of a module are told by.
         thunks: &[("__x86_return_thunk".to_owned(), check::TEXT)],
     };
-    ModuleText::analyse(read(file, &host)?, true).map(drop)
+    ModuleText::analyse(read(file, &host)?, &SelfChecks::new(), true).map(drop)
 }

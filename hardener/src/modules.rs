@@ -3,7 +3,9 @@
 use crate::image::module::{self, Host};
 use crate::image::{Fault, Image, unpacked_module};
 use crate::passes::{self, PassError};
+use crate::recipe::Recipe;
 use crate::text::module::ModuleText;
+use crate::text::self_checks::{self, SelfChecks};
 use crate::text::{Slots, TextError, inline_asm_is_plain};
 use crate::thunks::{CaveContents, KernelThunks};
 use penumbra_bundle::Module;
@@ -106,7 +108,12 @@ impl Modules {
             btf: &image.btf,
             thunks: &thunks,
         };
-        let plain = inline_asm_is_plain(image);
+        let known = Known {
+            host: &host,
+            release,
+            checks: &self_checks::find(image),
+            inline_asm_plain: inline_asm_is_plain(image),
+        };
         let mut by_name: BTreeMap<String, Taken> = BTreeMap::new();
         for path in paths {
             let fail = |source| Refused {
@@ -126,7 +133,7 @@ impl Modules {
                 vec![path.clone()]
             };
             for path in files {
-                let taken = take(&path, &host, release, plain).and_then(|taken| {
+                let taken = take(&path, &known).and_then(|taken| {
                     match by_name.contains_key(&taken.module.name) {
                         true => Err(ModuleError::Twice(taken.module.name)),
                         false => Ok(taken),
@@ -151,10 +158,10 @@ impl Modules {
     }
 
     /// The modules with the edits of each variant.
-    pub fn finish(self, cave: &CaveContents) -> Result<Vec<Module>, PassError> {
+    pub fn finish(self, cave: &CaveContents, recipe: &Recipe) -> Result<Vec<Module>, PassError> {
         let taken = self.taken.into_iter();
         let modules = taken.map(|Taken { mut module, slots }| {
-            module.edits = passes::run_module(&slots, cave)?;
+            module.edits = passes::run_module(&slots, cave, recipe)?;
             Ok(module)
         });
         modules.collect()
@@ -177,12 +184,17 @@ fn find(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     Ok(())
 }
 
-fn take(
-    path: &Path,
-    host: &Host<'_>,
-    release: &str,
+/// What is known of the kernel that modules are for.
+struct Known<'a> {
+    host: &'a Host<'a>,
+    /// `uname -r`.
+    release: &'a str,
+    checks: &'a SelfChecks,
+    /// See [`inline_asm_is_plain`].
     inline_asm_plain: bool,
-) -> Result<Taken, ModuleError> {
+}
+
+fn take(path: &Path, kernel: &Known<'_>) -> Result<Taken, ModuleError> {
     let mut bytes = Vec::new();
     File::open(path)?
         .take(MAX_FILE + 1)
@@ -190,16 +202,16 @@ fn take(
     if bytes.len() as u64 > MAX_FILE {
         return Err(io::Error::other("larger than 128 MiB").into());
     }
-    let image = module::read(&unpacked_module(bytes)?, host)?;
+    let image = module::read(&unpacked_module(bytes)?, kernel.host)?;
     let vermagic = image.info.get("vermagic").cloned().unwrap_or_default();
     let found = vermagic.split(' ').next().unwrap_or_default();
-    if found != release {
+    if found != kernel.release {
         return Err(ModuleError::OtherKernel {
             found: found.escape_default().to_string(),
-            wanted: release.to_owned(),
+            wanted: kernel.release.to_owned(),
         });
     }
-    let text = ModuleText::analyse(image, inline_asm_plain)?;
+    let text = ModuleText::analyse(image, kernel.checks, kernel.inline_asm_plain)?;
     let symbols = text.symbols();
     let ModuleText {
         module,

@@ -16,6 +16,8 @@ mod promotion;
 mod scene;
 #[path = "check/scope.rs"]
 mod scope;
+#[path = "check/self_checks.rs"]
+mod self_checks;
 #[path = "check/stack.rs"]
 mod stack;
 #[path = "check/violations.rs"]
@@ -141,6 +143,11 @@ fn caught_in(bundle: &Bundle, cases: &[Case]) {
 #[test]
 fn faults_in_edits_are_caught() {
     caught(cases::EDITS);
+}
+
+#[test]
+fn faults_in_calls_that_are_left_out_are_caught() {
+    caught(self_checks::EDITS);
 }
 
 #[test]

@@ -87,6 +87,23 @@ fn a_slot_has_its_pass_its_thunk_and_what_each_variant_has_there() {
 }
 
 #[test]
+fn a_call_that_is_left_out_has_its_pass_and_what_stands_for_it() {
+    let (_, edits) = bundle().variant("fast").unwrap();
+    let mut calls = edits.0.iter().filter(|edit| edit.slot == SlotKind::Call);
+    let edit = calls.find(|edit| edit.bytes[0] == 0xb8).unwrap();
+    let at = LinkVa(bundle().manifest.text.start.0 + u64::from(edit.at.0));
+    let said = said(&at.to_string());
+    let row = row(&said, at);
+    assert!(row["text"].as_str().unwrap().contains("__list_"), "{row}");
+    let [edit] = &row["edits"].as_array().unwrap()[..] else {
+        panic!("{row}");
+    };
+    assert_eq!(edit["pass"], "no-self-checks");
+    assert!(edit["text"].as_str().unwrap().contains("$1,%eax"), "{row}");
+    assert_eq!(edit["parameters"]["lists"], "drop");
+}
+
+#[test]
 fn of_the_passes_that_share_a_slot_those_are_named_whose_part_its_thunk_does() {
     let bundle = emitted("schema = 1\n[pass.zero-regs]\n[pass.stack-clear]\n");
     let start = bundle.manifest.text.start.0;

@@ -231,7 +231,11 @@ fn every_site_of_the_tables_is_edited_or_left_for_a_reason() {
 
 #[test]
 fn fast_and_hardened_edit_the_same_slots_with_the_same_lengths() {
-    let (fast, hardened) = (edits(cloud(), "fast"), edits(cloud(), "hardened"));
+    let (mut fast, mut hardened) = (edits(cloud(), "fast"), edits(cloud(), "hardened"));
+    // `fast` also leaves calls out.
+    for edits in [&mut fast, &mut hardened] {
+        edits.remove(&SlotKind::Call);
+    }
     let shape =
         |edits: &BTreeMap<SlotKind, BTreeMap<TextOff, Vec<u8>>>| -> BTreeSet<(TextOff, usize)> {
             edits
@@ -250,9 +254,42 @@ fn fast_and_hardened_edit_the_same_slots_with_the_same_lengths() {
 }
 
 #[test]
+fn fast_does_not_call_what_only_checks() {
+    for (path, names, count) in [
+        (
+            common::cloud(),
+            ["__list_add_valid", "cache_from_obj", "__check_object_size"],
+            2_500,
+        ),
+        (
+            common::cloud_backports(),
+            [
+                "__list_add_valid_or_report",
+                "fpregs_assert_state_consistent",
+                "__check_object_size",
+            ],
+            2_500,
+        ),
+    ] {
+        let bundle = emit(path, &Recipe::default(), &mut |_| {}).unwrap();
+        let mut passes = bundle.variant("fast").unwrap().0.passes.iter();
+        let pass = passes.find(|pass| pass.name == "no-self-checks").unwrap();
+        assert!(pass.edited > count, "{pass:?}");
+        for name in names {
+            assert!(pass.figures[name] > 0, "{name}: {pass:?}");
+        }
+        assert_eq!(pass.figures.values().sum::<u64>(), pass.edited);
+        let outcome = Checker::open(path).unwrap().check(&bundle, false).unwrap();
+        assert!(outcome.clean, "{}", outcome.render());
+    }
+}
+
+#[test]
 fn every_variant_reports_a_module_that_is_freed_and_stock_does_nothing_else() {
     for variant in ["stock", "fast", "hardened"] {
-        let calls = edits(cloud(), variant).remove(&SlotKind::Call).unwrap();
+        let mut calls = edits(cloud(), variant).remove(&SlotKind::Call).unwrap();
+        // What `fast` leaves out is no call.
+        calls.retain(|_, bytes| bytes[0] == 0xe8);
         assert_eq!(calls.len(), 1, "{variant}");
         let (at, bytes) = calls.first_key_value().unwrap();
         let function = symbol(cloud(), "free_module").0 - cloud().manifest.text.start.0;

@@ -44,6 +44,12 @@ class Bundle:
         reader.end()
         return edits
 
+    def left_out(self):
+        """The calls that `fast` does not make (pass `no-self-checks`), and what stands for them:
+        {offset: bytes}."""
+        return {edit.at: edit.content for edit in self.fast.values()
+                if edit.kind == "call" and edit.content[0] != 0xe8}
+
     def telling(self):
         """A slot whose first four bytes differ in all three views, and what they are there:
         (offset, {view: bytes}).  Retpoline sites run as they are in the file."""

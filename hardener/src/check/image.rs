@@ -5,7 +5,7 @@ use super::kernel::Kernel;
 use super::kernel::btf::Btf;
 use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
-use super::watched;
+use super::{self_checks, watched};
 use penumbra_bundle::{LinkVa, Site, SiteKind, SlotKind, TextOff, VaRange};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -295,6 +295,15 @@ fn counts(subject: &Subject<'_>, findings: &mut Findings<'_>) {
                 if seen != into {
                     let what = format!(
                         "pass {} accounts for {seen} calls and jumps; {into} enter what it watches",
+                        pass.name
+                    );
+                    findings.broken(Some(&variant.name), None, what);
+                }
+            } else if pass.name == self_checks::PASS {
+                let into = self_checks::into(subject, pass);
+                if seen != into {
+                    let what = format!(
+                        "pass {} accounts for {seen} calls and jumps; {into} enter what it leaves out",
                         pass.name
                     );
                     findings.broken(Some(&variant.name), None, what);

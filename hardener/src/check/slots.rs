@@ -6,6 +6,7 @@ use super::exposed::Exposed;
 use super::kernel::symbols::hex;
 use super::kernel::{Kernel, KernelError};
 use super::report::{Findings, Rule, RuleReport};
+use super::self_checks::{self, Gives, SelfCheck};
 use super::watched;
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
 use penumbra_bundle::{Edit, LinkVa, Mitigation, SlotKind, VaRange};
@@ -30,7 +31,7 @@ pub enum Original {
     Jump(u8),
     /// `call module_arch_cleanup` in `free_module`.
     ModuleFree(LinkVa),
-    /// `call` or `jmp` to a watched function.
+    /// `call` or `jmp` to a watched function, or to one that only checks.
     Direct {
         /// The function.
         to: LinkVa,
@@ -52,6 +53,8 @@ pub enum Replacement {
     JumpRegister(u8),
     /// `ret`, then INT3: what the kernel itself writes into return sites.
     Ret,
+    /// What a function gives back that is not called.
+    Gives(Gives),
 }
 
 /// What slots lead to in the image: the kernel's own thunks, and functions that are called.
@@ -66,6 +69,8 @@ pub struct KernelThunks {
     pub module_free: Option<(LinkVa, LinkVa)>,
     /// Where the functions start that the bundle claims are watched, and by which pass.
     pub watched: BTreeMap<LinkVa, &'static str>,
+    /// Where the functions start that only check.
+    pub checks: BTreeMap<LinkVa, SelfCheck>,
 }
 
 impl KernelThunks {
@@ -90,6 +95,7 @@ impl KernelThunks {
             panic: find("panic")?,
             module_free: module_free(kernel),
             watched,
+            checks: self_checks::find(kernel),
         })
     }
 
@@ -111,7 +117,8 @@ impl KernelThunks {
             (Code::Jmp_rel32_64, Some(register)) => Original::Jump(*register),
             (Code::Call_rel32_64, Some(register)) => Original::Call(*register),
             (code @ (Code::Jmp_rel32_64 | Code::Call_rel32_64), None)
-                if len == 5 && self.watched.contains_key(&to) =>
+                if len == 5
+                    && (self.watched.contains_key(&to) || self.checks.contains_key(&to)) =>
             {
                 let jump = code == Code::Jmp_rel32_64;
                 Original::Direct { to, jump }
@@ -119,6 +126,37 @@ impl KernelThunks {
             _ => return None,
         };
         Some((original, len))
+    }
+
+    /// Whether the one may stand where the other was.
+    pub fn fits(&self, original: Original, replacement: Replacement) -> Result<(), String> {
+        let watches = |to| self.watched.contains_key(&to);
+        let fits = match (original, replacement) {
+            (Original::Return, Replacement::Ret | Replacement::Jump(_))
+            | (Original::Call(_) | Original::ModuleFree(_), Replacement::Call(_))
+            | (Original::Jump(_), Replacement::Jump(_)) => true,
+            (Original::Direct { to, jump: false }, Replacement::Call(_))
+            | (Original::Direct { to, jump: true }, Replacement::Jump(_)) => watches(to),
+            (Original::Direct { to, jump: false }, Replacement::Gives(gives)) => {
+                match self.checks.get(&to) {
+                    Some(check) => return check.fits(gives),
+                    None => false,
+                }
+            }
+            (Original::Call(old), Replacement::CallRegister(new))
+            | (Original::Jump(old), Replacement::JumpRegister(new)) => {
+                if old != new {
+                    let (old, new) = (register_name(old), register_name(new));
+                    return Err(format!("branches through {new} where the slot has {old}"));
+                }
+                true
+            }
+            _ => false,
+        };
+        if !fits {
+            return Err(format!("puts {replacement:?} where {original:?} was"));
+        }
+        Ok(())
     }
 }
 
@@ -151,6 +189,9 @@ fn decode(bytes: &[u8], at: LinkVa) -> Option<(Instruction, usize)> {
 pub fn replacement(bytes: &[u8], at: LinkVa) -> Option<Replacement> {
     if bytes == [0xc3, 0xcc, 0xcc, 0xcc, 0xcc] {
         return Some(Replacement::Ret);
+    }
+    if let Some(gives) = self_checks::gives(bytes) {
+        return Some(Replacement::Gives(gives));
     }
     let (instruction, len) = decode(bytes, at)?;
     if len != bytes.len() {
@@ -249,35 +290,12 @@ fn same_boundary(
         ));
     }
     let Some(replacement) = replacement(&edit.bytes, at) else {
-        return Err("is not one whole branch instruction of the slot's length".to_owned());
+        return Err(
+            "is not one whole instruction of the slot's length that may stand there".to_owned(),
+        );
     };
-    fits(original, replacement)?;
+    subject.thunks.fits(original, replacement)?;
     Ok(replacement)
-}
-
-/// Whether the one may stand where the other was.
-pub fn fits(original: Original, replacement: Replacement) -> Result<(), String> {
-    let fits = match (original, replacement) {
-        (Original::Return, Replacement::Ret | Replacement::Jump(_))
-        | (
-            Original::Call(_) | Original::ModuleFree(_) | Original::Direct { jump: false, .. },
-            Replacement::Call(_),
-        )
-        | (Original::Jump(_) | Original::Direct { jump: true, .. }, Replacement::Jump(_)) => true,
-        (Original::Call(old), Replacement::CallRegister(new))
-        | (Original::Jump(old), Replacement::JumpRegister(new)) => {
-            if old != new {
-                let (old, new) = (register_name(old), register_name(new));
-                return Err(format!("branches through {new} where the slot has {old}"));
-            }
-            true
-        }
-        _ => false,
-    };
-    if !fits {
-        return Err(format!("puts {replacement:?} where {original:?} was"));
-    }
-    Ok(())
 }
 
 /// A stretch of text that no edit may touch, and why.
@@ -329,6 +347,7 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
         match edit.slot {
             SlotKind::Return => r += u64::from(clean),
             SlotKind::Indirect => i += u64::from(clean),
+            SlotKind::Call if self_checks::gives(&edit.bytes).is_some() => {}
             SlotKind::Call if matches!(original, Some((Original::Direct { .. }, _))) => {
                 d += u64::from(clean);
             }
@@ -338,6 +357,7 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
     unchecked(subject, &forbidden, &mut findings);
     let forbids = |at, end| !touched(&forbidden, at, end).is_empty();
     watched::all_stopped(subject, forbids, &mut findings);
+    self_checks::check(subject, &mut findings);
     findings.proved("return sites", r);
     findings.proved("retpoline sites", i);
     findings.proved("calls before a module is freed", c);

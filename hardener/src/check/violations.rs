@@ -5,7 +5,7 @@ use super::cave::CaveImage;
 use super::exec::exits::Report;
 use super::exec::machine::Contract;
 use super::report::Findings;
-use super::watched;
+use super::{self_checks, watched};
 use penumbra_bundle::{LinkVa, Offending, PassSummary, Trap, VaRange, ViolationAction};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -166,6 +166,7 @@ fn said(pass: &PassSummary, actions: &BTreeSet<ViolationAction>) -> Option<Strin
         *key == ON_VIOLATION
             || cfi && *key == POLICY
             || scoped && *key == SCOPE
+            || name == self_checks::PASS
             || widened && [watched::WIDEN, watched::TARGETS].contains(&key.as_str())
     };
     if let Some(other) = pass.parameters.keys().find(|key| !proved(key)) {

@@ -49,7 +49,12 @@ impl Pass for ForwardCfi {
         forward.map(|forward| forward.figures()).unwrap_or_default()
     }
 
-    fn module(&self, slots: &Slots, cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
+    fn module(
+        &self,
+        slots: &Slots,
+        cave: &CaveContents,
+        _: &Recipe,
+    ) -> Result<Vec<ModuleEdit>, PassError> {
         let edits = slots.indirect.iter().map(|slot| {
             let name = forward_cfi::name(slot.register, slot.scratch_free);
             let mut before = vec![CS; usize::from(slot.len) - 5];

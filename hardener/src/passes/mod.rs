@@ -5,6 +5,7 @@ mod forward_cfi;
 mod module_free;
 mod no_rethunk;
 mod no_retpoline;
+mod no_self_checks;
 mod probe;
 mod promote;
 mod return_cfi;
@@ -128,7 +129,12 @@ pub trait Pass: Sync {
     }
 
     /// Its edits in a module with these slots.
-    fn module(&self, _slots: &Slots, _cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
+    fn module(
+        &self,
+        _slots: &Slots,
+        _cave: &CaveContents,
+        _recipe: &Recipe,
+    ) -> Result<Vec<ModuleEdit>, PassError> {
         Ok(Vec::new())
     }
 
@@ -177,6 +183,7 @@ pub const VARIANTS: [(&str, &[&dyn Pass]); 3] = [
             &no_retpoline::NoRetpoline,
             &promote::Promote,
             &no_rethunk::NoRethunk,
+            &no_self_checks::NoSelfChecks,
             &module_free::ModuleFree,
         ],
     ),
@@ -244,11 +251,15 @@ pub fn run(
 }
 
 /// Runs the passes of each variant over a module's slots.
-pub fn run_module(slots: &Slots, cave: &CaveContents) -> Result<Vec<Vec<ModuleEdit>>, PassError> {
+pub fn run_module(
+    slots: &Slots,
+    cave: &CaveContents,
+    recipe: &Recipe,
+) -> Result<Vec<Vec<ModuleEdit>>, PassError> {
     let variants = VARIANTS.iter().map(|(_, passes)| {
         let mut edits = Vec::new();
         for pass in *passes {
-            edits.extend(pass.module(slots, cave)?);
+            edits.extend(pass.module(slots, cave, recipe)?);
         }
         edits.sort_by_key(|edit: &ModuleEdit| edit.at);
         Ok(edits)

@@ -1,6 +1,7 @@
 //! `no-rethunk`: a plain return; what follows traps on a straight-line speculation, as the kernel's own form does.
 
 use super::{Context, Pass, PassError};
+use crate::recipe::Recipe;
 use crate::text::Slots;
 use crate::thunks::CaveContents;
 use penumbra_bundle::{Edit, Mitigation, ModuleEdit, Put, SlotKind};
@@ -29,7 +30,12 @@ impl Pass for NoRethunk {
         Some(Mitigation::ReturnThunk)
     }
 
-    fn module(&self, slots: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
+    fn module(
+        &self,
+        slots: &Slots,
+        _: &CaveContents,
+        _: &Recipe,
+    ) -> Result<Vec<ModuleEdit>, PassError> {
         let edits = slots.returns.iter().map(|slot| ModuleEdit {
             at: slot.at,
             slot: SlotKind::Return,

@@ -1,6 +1,7 @@
 //! `no-retpoline`: the indirect branch itself, filled with CS prefixes to the slot's length, so the return address stays.
 
 use super::{CS, Context, Pass, PassError};
+use crate::recipe::Recipe;
 use crate::text::{Indirect, Slots};
 use crate::thunks::CaveContents;
 use penumbra_bundle::{Edit, Mitigation, ModuleEdit, Put, SlotKind};
@@ -26,7 +27,12 @@ impl Pass for NoRetpoline {
         Some(Mitigation::Retpoline)
     }
 
-    fn module(&self, slots: &Slots, _: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
+    fn module(
+        &self,
+        slots: &Slots,
+        _: &CaveContents,
+        _: &Recipe,
+    ) -> Result<Vec<ModuleEdit>, PassError> {
         let edits = slots.indirect.iter().map(|slot| ModuleEdit {
             at: slot.at,
             slot: SlotKind::Indirect,

@@ -61,7 +61,12 @@ impl Pass for ReturnCfi {
         sets.map(|sets| sets.figures.clone()).unwrap_or_default()
     }
 
-    fn module(&self, slots: &Slots, cave: &CaveContents) -> Result<Vec<ModuleEdit>, PassError> {
+    fn module(
+        &self,
+        slots: &Slots,
+        cave: &CaveContents,
+        _: &Recipe,
+    ) -> Result<Vec<ModuleEdit>, PassError> {
         let plain = thunk(cave, NAME, &return_cfi::name(Mode::Plain))?;
         let saving = thunk(cave, NAME, &return_cfi::name(Mode::Saving))?;
         let edits = slots.returns.iter().map(|slot| ModuleEdit {

@@ -18,6 +18,7 @@ mod regions;
 pub mod return_sets;
 mod returns;
 mod scratch;
+pub mod self_checks;
 mod slots;
 pub mod stack_use;
 mod sweep;
@@ -99,8 +100,9 @@ impl Text {
         let functions = Functions::find(image, tables, span, &sweep);
         let cave = caves::find(&bytes, span, &regions)?;
         let plain = inline_asm_is_plain(image);
+        let checks = self_checks::find(image);
         let slots = slots::find(
-            &bytes, span, image, tables, &sweep, &regions, &functions, plain,
+            &bytes, span, image, tables, &sweep, &regions, &functions, &checks, plain,
         )?;
         let return_targets = returns::find(span, image, tables, &sweep, &regions)?;
         let entries = entries::find(span, image, tables, &sweep, &regions, &functions);

@@ -2,6 +2,7 @@
 //! addresses; what came out is then told by what its fields point to, not by where that nominally is.
 
 use super::model;
+use super::self_checks::SelfChecks;
 use super::slots::{self, Slots};
 use super::sweep::{self, Sweep};
 use super::{Functions, Regions, Span, TextError};
@@ -27,8 +28,13 @@ pub struct ModuleText {
 }
 
 impl ModuleText {
-    /// Analyses a module; `inline_asm_plain` is the kernel's, see [`slots::inline_asm_is_plain`].
-    pub fn analyse(module: ModuleImage, inline_asm_plain: bool) -> Result<ModuleText, TextError> {
+    /// Analyses a module; `checks` and `inline_asm_plain` are the kernel's, see [`super::self_checks::find`] and
+    /// [`slots::inline_asm_is_plain`].
+    pub fn analyse(
+        module: ModuleImage,
+        checks: &SelfChecks,
+        inline_asm_plain: bool,
+    ) -> Result<ModuleText, TextError> {
         let image = &module.image;
         let range = VaRange {
             start: LinkVa(CORE),
@@ -66,6 +72,7 @@ impl ModuleText {
             &sweep,
             &regions,
             &functions,
+            checks,
             inline_asm_plain,
         )?;
         let mut sites = model::build(image, &tables, span)?.sites;

@@ -1,5 +1,6 @@
 //! The slots that passes may edit: whole instructions that nobody pokes after boot (design, invariant 3).
 
+use super::self_checks::{self, CheckCall, SelfChecks};
 use super::{Bitmap, Functions, Regions, Span, Sweep, Text, TextError, entries};
 use crate::image::{Image, Tables};
 use crate::thunks::MODULE_CLEANUP;
@@ -50,6 +51,8 @@ pub struct Slots {
     pub indirect: Vec<Indirect>,
     /// C: where `free_module` calls [`MODULE_CLEANUP`], when it does so once.
     pub module_free: Option<TextOff>,
+    /// C: direct branches to functions that only check, slots or not.
+    pub check_calls: Vec<CheckCall>,
     /// R sites left alone.
     pub returns_left: BTreeMap<String, u64>,
     /// I sites left alone.
@@ -69,7 +72,7 @@ const CALL: u8 = 0xe8;
 const JMP: u8 = 0xe9;
 
 /// Where a pass may edit.
-struct Editable<'a> {
+pub struct Editable<'a> {
     span: Span,
     regions: &'a Regions,
     poked: Bitmap,
@@ -85,7 +88,7 @@ impl<'a> Editable<'a> {
     }
 
     /// Whether the `len` bytes at `at` are in a region that must stay as it is, or written by the kernel.
-    fn why_not(&self, at: TextOff, len: usize) -> Option<&'static str> {
+    pub fn why_not(&self, at: TextOff, len: usize) -> Option<&'static str> {
         let start = at.0 as usize;
         let poked = || self.poked.any(start..start + len);
         let forbids = self.regions.forbids(self.span, at);
@@ -144,6 +147,7 @@ pub fn find(
     sweep: &Sweep,
     regions: &Regions,
     functions: &Functions,
+    checks: &SelfChecks,
     inline_asm_plain: bool,
 ) -> Result<Slots, TextError> {
     let return_thunk = image.need_symbol("__x86_return_thunk")?;
@@ -154,7 +158,10 @@ pub fn find(
         }
     }
     let editable = Editable::of(span, tables, regions);
-    let mut slots = Slots::default();
+    let mut slots = Slots {
+        check_calls: self_checks::calls(checks, bytes, sweep, &editable),
+        ..Slots::default()
+    };
     let target = |at: TextOff, opcode_at: usize| {
         let start = at.0 as usize + opcode_at;
         let displacement = bytes.get(start + 1..start + 5)?;

@@ -66,7 +66,7 @@ pub const EDITS: &[Case] = &[
     case(
         Rule::SameBoundaries,
         "two instructions in one slot",
-        "is not one whole branch instruction",
+        "is not one whole instruction",
         |scene| {
             Some(scene.change("fast", is_return, |edit| {
                 edit.bytes = vec![0x90, 0x90, 0x90, 0x90, 0xc3]
@@ -76,7 +76,7 @@ pub const EDITS: &[Case] = &[
     case(
         Rule::SameBoundaries,
         "a call whose return address is one byte early",
-        "is not one whole branch instruction",
+        "is not one whole instruction",
         |scene| {
             Some(scene.change("hardened", is_long_call, |edit| {
                 edit.bytes.remove(0);
@@ -102,7 +102,7 @@ pub const EDITS: &[Case] = &[
     case(
         Rule::SameBoundaries,
         "an operand-size prefix, which Intel and AMD read differently",
-        "is not one whole branch instruction",
+        "is not one whole instruction",
         |scene| Some(scene.change("hardened", is_long_call, |edit| edit.bytes[0] = 0x66)),
     ),
     case(

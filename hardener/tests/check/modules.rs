@@ -210,7 +210,7 @@ pub const MODULES: &[Case] = &[
     case(
         Rule::Modules,
         "two instructions in one slot",
-        "is not one whole branch instruction",
+        "is not one whole instruction",
         |scene| {
             edit(scene, SlotKind::Return).put = Put::Bytes(vec![0x90, 0x90, 0x90, 0x90, 0xc3]);
             None

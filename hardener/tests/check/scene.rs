@@ -4,7 +4,9 @@ use goblin::elf::Elf;
 use hardener::check::{Checker, Rule, RuleReport};
 use hardener::recipe::Recipe;
 use iced_x86::{Decoder, DecoderOptions, Instruction};
-use penumbra_bundle::{Bundle, Edit, LinkVa, SiteKind, SlotKind, TextOff, Trap, VaRange};
+use penumbra_bundle::{
+    Bundle, Edit, LinkVa, PassSummary, SiteKind, SlotKind, TextOff, Trap, VaRange,
+};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -100,6 +102,20 @@ impl Scene {
         let variants = &self.bundle.manifest.variants;
         let index = variants.iter().position(|known| known.name == variant);
         &mut self.bundle.edits[index.expect("a variant's name")].0
+    }
+
+    /// Changes what the manifest says of a pass.
+    pub fn pass<T>(
+        &mut self,
+        variant: &str,
+        pass: &str,
+        change: impl FnOnce(&mut PassSummary) -> T,
+    ) {
+        let mut variants = self.bundle.manifest.variants.iter_mut();
+        let variant = variants.find(|known| known.name == variant);
+        let mut passes = variant.expect("a variant's name").passes.iter_mut();
+        let found = passes.find(|known| known.name == pass);
+        change(found.expect("a pass of it"));
     }
 
     /// An edit of a variant: one from the middle for which `which` holds, changed by `change`; its place before.

@@ -5,10 +5,25 @@ use super::elf::Vmlinux;
 use std::collections::HashMap;
 
 const MAGIC: u16 = 0xeb9f;
+const KIND_INTEGER: u32 = 1;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
+const KIND_TYPEDEF: u32 = 8;
 const KIND_FUNCTION: u32 = 12;
 const KIND_PROTOTYPE: u32 = 13;
+
+/// What a function gives back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum GivesBack {
+    /// Nothing.
+    Void,
+    /// `bool`.
+    Bool,
+    /// A value of its first argument's type.
+    FirstArgument,
+    /// Something else.
+    Other,
+}
 
 /// The types of one image.
 pub struct Btf<'a> {
@@ -112,6 +127,53 @@ impl<'a> Btf<'a> {
             arity = arity.saturating_add(u8::from(ty != 0 && self.aggregate(ty).is_none()));
         }
         Some((name, arity.min(6)))
+    }
+
+    /// What the function of this name gives back; none where no prototype, or more than one, tells.
+    pub fn result(&self, function: &str) -> Option<GivesBack> {
+        let records = self.types.iter().filter(|at| **at != usize::MAX);
+        let mut found = records.filter_map(|at| {
+            let is_function = word(self.data, at + 4)? >> 24 & 0x1f == KIND_FUNCTION;
+            let name = self.string(word(self.data, *at)? as usize)?;
+            (is_function && name == function.as_bytes()).then_some(at)
+        });
+        let at = found.next()?;
+        if found.next().is_some() {
+            return None;
+        }
+        let prototype = *self.types.get(word(self.data, at + 8)? as usize)?;
+        let info = word(self.data, prototype.checked_add(4)?)?;
+        if info >> 24 & 0x1f != KIND_PROTOTYPE {
+            return None;
+        }
+        let own = word(self.data, prototype + 8)?;
+        let first = match info & 0xffff {
+            0 => None,
+            _ => word(self.data, prototype + 12 + 4),
+        };
+        Some(match own {
+            0 => GivesBack::Void,
+            _ if self.is_bool(own)? => GivesBack::Bool,
+            _ if first == Some(own) => GivesBack::FirstArgument,
+            _ => GivesBack::Other,
+        })
+    }
+
+    /// Whether a type is `_Bool` or a name for it.
+    fn is_bool(&self, mut ty: u32) -> Option<bool> {
+        for _ in 0..8 {
+            let at = *self.types.get(ty as usize)?;
+            let info = word(self.data, at.checked_add(4)?)?;
+            match info >> 24 & 0x1f {
+                KIND_TYPEDEF => ty = word(self.data, at + 8)?,
+                KIND_INTEGER => {
+                    let name = self.string(word(self.data, at)? as usize)?;
+                    return Some(name == b"_Bool");
+                }
+                _ => return Some(false),
+            }
+        }
+        Some(false)
     }
 
     /// `sizeof(struct name)`.

@@ -12,12 +12,12 @@ use super::kernel::btf::Btf;
 use super::kernel::sweep::Sweep;
 use super::kernel::{Kernel, KernelError};
 use super::report::{Findings, Rule, RuleReport};
-use super::slots::{KernelThunks, Original, Replacement, fits, replacement};
+use super::slots::{KernelThunks, Original, Replacement, replacement};
 use super::{Subject, owed};
 use crate::image::unpacked_module;
 use load::{Loaded, Part, load};
 use penumbra_bundle::{
-    Bundle, LinkVa, Mitigation, Module, ModuleEdit, Place, Placement, SiteKind, SlotKind,
+    Bundle, LinkVa, Mitigation, Module, ModuleEdit, Place, Placement, SiteKind, SlotKind, Variant,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -128,7 +128,7 @@ pub fn check(subject: &Subject<'_>) -> RuleReport {
         findings.proved("relocations at two places", fields);
         findings.proved("poke sites", sites);
         for ((variant, _), edits) in subject.variants().zip(&read.module.edits) {
-            let (slots, wrong) = read.edits(edits, &variant.drops, subject.thunks);
+            let (slots, wrong) = read.edits(edits, variant, subject.thunks);
             findings.proved("edits", slots);
             for what in wrong {
                 let what = format!("module {}: {what}", read.module.name);
@@ -359,13 +359,13 @@ impl<'a> Read<'a> {
     fn edits(
         &self,
         edits: &[ModuleEdit],
-        drops: &[Mitigation],
+        variant: &Variant,
         thunks: &KernelThunks,
     ) -> (u64, Vec<String>) {
         let forbidden = self.forbidden();
         let (mut good, mut wrong) = (0, Vec::new());
         for edit in edits {
-            match self.edit(edit, drops, thunks, &forbidden) {
+            match self.edit(edit, variant, thunks, &forbidden) {
                 Ok(()) => good += 1,
                 Err(what) => wrong.push(format!("the edit at {} {what}", self.place(edit.at.0))),
             }
@@ -376,7 +376,7 @@ impl<'a> Read<'a> {
     fn edit(
         &self,
         edit: &ModuleEdit,
-        drops: &[Mitigation],
+        variant: &Variant,
         thunks: &KernelThunks,
         forbidden: &BTreeMap<u32, &'static str>,
     ) -> Result<(), String> {
@@ -386,12 +386,21 @@ impl<'a> Read<'a> {
         let Some((original, old)) = original else {
             return Err("replaces something other than a return or retpoline site's branch".into());
         };
-        let (kind, table) = match original {
-            Original::Return => (SlotKind::Return, SiteKind::Return),
-            _ => (SlotKind::Indirect, SiteKind::Retpoline),
+        let listed = |table| self.tables.poked[&table].contains(&(start, 0));
+        let listed = match (edit.slot, original) {
+            (SlotKind::Return, Original::Return) => listed(SiteKind::Return),
+            (SlotKind::Indirect, Original::Call(_) | Original::Jump(_)) => {
+                listed(SiteKind::Retpoline)
+            }
+            // What it calls says it. Nothing of a module is watched.
+            (SlotKind::Call, Original::Direct { to, jump: false }) => {
+                let check = thunks.checks.get(&to);
+                check.is_some_and(|check| check.is_dropped(variant))
+            }
+            _ => false,
         };
-        if edit.slot != kind || !self.tables.poked[&table].contains(&(start, 0)) {
-            return Err("is not a slot that the module's tables list".to_owned());
+        if !listed {
+            return Err("is not a slot that the module's tables list, nor a call that the variant leaves out".into());
         }
         let boundary = |at| self.sweep.is_boundary(self.va(at));
         if old != len || !boundary(start) || !boundary(end) {
@@ -407,8 +416,12 @@ impl<'a> Read<'a> {
             let bytes = edit.bytes(placement.core, placement.slide);
             let bytes = bytes.ok_or("branches too far")?;
             let new = replacement(&bytes, at);
-            let new = new.ok_or("is not one whole branch instruction of the slot's length")?;
-            fits(original, new)?;
+            let new = new
+                .ok_or("is not one whole instruction of the slot's length that may stand there")?;
+            thunks.fits(original, new)?;
+            if edit.slot == SlotKind::Call && !matches!(new, Replacement::Gives(_)) {
+                return Err("leads a call elsewhere".to_owned());
+            }
             let dropped = match new {
                 Replacement::Ret => Some(Mitigation::ReturnThunk),
                 Replacement::CallRegister(_) | Replacement::JumpRegister(_) => {
@@ -416,7 +429,7 @@ impl<'a> Read<'a> {
                 }
                 _ => None,
             };
-            if let Some(dropped) = dropped.filter(|dropped| !drops.contains(dropped)) {
+            if let Some(dropped) = dropped.filter(|dropped| !variant.drops.contains(dropped)) {
                 return Err(format!(
                     "drops {dropped:?}, which the manifest does not say"
                 ));
