@@ -16,8 +16,9 @@ use crate::text::{self, REGISTERS, Text, TextError};
 use crate::thunks::{self, CaveContents, KernelThunks};
 use crate::types;
 use penumbra_bundle::{
-    Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, Module, ModuleName, ModuleSet, SCHEMA, Symbol,
-    Symbols, VaRange, Variant, ViolationAction, Watched, WriteError,
+    Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, Module, ModuleName, ModuleSet, Reloc,
+    RelocKind, SCHEMA, Symbol, Symbols, TextOff, VaRange, Variant, ViolationAction, Watched,
+    WriteError,
 };
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -428,6 +429,7 @@ fn bundle(
         text: text.bytes,
         model,
         symbols,
+        relocs: relocs(&cave.relocs, text.range.start),
         cave: cave.elf,
         edits,
         forward: forward.map(|forward| forward.claims()),
@@ -444,6 +446,16 @@ fn bundle(
         lacks_oops,
         shared_names,
     })
+}
+
+/// The absolute addresses in the cave, as offsets from the text's start.
+fn relocs(places: &[LinkVa], start: LinkVa) -> Vec<Reloc> {
+    let places = places.iter();
+    let relocs = places.map(|at| Reloc {
+        at: TextOff((at.0 - start.0) as u32),
+        kind: RelocKind::Abs32,
+    });
+    relocs.collect()
 }
 
 /// Names the modules, if there are any.
@@ -518,7 +530,7 @@ fn manifest(
             range: cave.range,
             filler: text::FILLER,
             file: file_ref("cave.elf"),
-            relocs: cave.relocs.clone(),
+            relocs: file_ref("relocations.postcard"),
             return_tails: cave.return_tails.clone(),
             tables: cave.tables.clone(),
             traps: cave.traps.clone(),

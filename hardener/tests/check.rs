@@ -62,7 +62,7 @@ fn null(bundle: &Bundle) -> Bundle {
     stock.edit_count = 0;
     let cave = &mut null.manifest.cave;
     cave.tables.clear();
-    cave.relocs.clear();
+    null.relocs.clear();
     cave.return_tails.clear();
     cave.traps.clear();
     let nothing = object::write::Object::new(

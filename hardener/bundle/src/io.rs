@@ -2,8 +2,8 @@
 
 use crate::manifest::SCHEMA;
 use crate::{
-    Edits, FileRef, ForwardSets, Manifest, Module, Offending, RunTimeModel, SlotKind, Symbols,
-    TextOff, VaRange, Watched,
+    Edits, FileRef, ForwardSets, LinkVa, Manifest, Module, Offending, Reloc, RelocKind,
+    RunTimeModel, SlotKind, Symbols, TextOff, VaRange, Watched,
 };
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -96,6 +96,8 @@ pub struct Bundle {
     pub symbols: Symbols,
     /// `cave.elf`, not parsed.
     pub cave: Vec<u8>,
+    /// `relocations.postcard`: the cave's. Sorted.
+    pub relocs: Vec<Reloc>,
     /// Each variant's edits, in the manifest's order.
     pub edits: Vec<Edits>,
     /// `forward.postcard`, when the manifest names it.
@@ -149,6 +151,7 @@ impl Bundle {
             model: decode(&manifest.model.name, get(&manifest.model.name)?)?,
             symbols: decode(&manifest.symbols.name, get(&manifest.symbols.name)?)?,
             cave: get(&manifest.cave.file.name)?.clone(),
+            relocs: decode(&manifest.cave.relocs.name, get(&manifest.cave.relocs.name)?)?,
             edits,
             forward: match &manifest.forward {
                 Some(file) => Some(decode(&file.name, get(&file.name)?)?),
@@ -229,6 +232,7 @@ impl Bundle {
         put(&mut self.manifest.model, encode(&self.model));
         put(&mut self.manifest.symbols, encode(&self.symbols));
         put(&mut self.manifest.cave.file, self.cave.clone());
+        put(&mut self.manifest.cave.relocs, encode(&self.relocs));
         for (variant, edits) in self.manifest.variants.iter_mut().zip(&self.edits) {
             variant.edit_count = edits.0.len() as u64;
             put(&mut variant.edits, encode(edits));
@@ -257,6 +261,13 @@ impl Bundle {
             .iter()
             .position(|variant| variant.name == name)?;
         Some((&self.manifest.variants[index], &self.edits[index]))
+    }
+
+    /// Where absolute addresses stand in the cave, and how each is relocated.
+    pub fn cave_relocs(&self) -> impl Iterator<Item = (LinkVa, RelocKind)> {
+        let start = self.manifest.text.start.0;
+        let relocs = self.relocs.iter();
+        relocs.map(move |reloc| (LinkVa(start + u64::from(reloc.at.0)), reloc.kind))
     }
 
     /// The file's bytes at `at`, `len` long; `None` when they leave the text.
@@ -326,6 +337,13 @@ impl Bundle {
                     format!("{name}: {} to {} leaves the text", range.start, range.end),
                 );
             }
+        }
+        let ends = |reloc: &Reloc| reloc.at.0 as usize + reloc.kind.width();
+        if !self.relocs.is_sorted_by_key(|reloc| reloc.at)
+            || self.relocs.iter().any(|reloc| ends(reloc) > text_len)
+        {
+            let detail = "relocations are unsorted or leave the text".to_owned();
+            return fail(&manifest.cave.relocs.name, detail);
         }
         let mut free = manifest.cave.range.start.0;
         for trap in &manifest.cave.traps {
@@ -458,6 +476,7 @@ fn file_refs(manifest: &Manifest) -> impl Iterator<Item = &FileRef> {
         &manifest.model,
         &manifest.symbols,
         &manifest.cave.file,
+        &manifest.cave.relocs,
     ]
     .into_iter()
     .chain(manifest.variants.iter().map(|variant| &variant.edits))

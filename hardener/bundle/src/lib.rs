@@ -9,6 +9,7 @@
 //! | `model.postcard` | [`RunTimeModel`]: every edit that the kernel itself may make to that text |
 //! | `symbols.postcard` | [`Symbols`]: text symbols by address |
 //! | `cave.elf` | thunks and tables at their link addresses; read it with `objdump -d` |
+//! | `relocations.postcard` | a list of [`Reloc`]: the absolute addresses in the cave |
 //! | `VARIANT.edits` | [`Edits`]: the slots that a variant replaces |
 //! | `forward.postcard` | [`ForwardSets`], when a variant checks indirect branches by class |
 //! | `watched.postcard` | [`Watched`], when a variant leads the calls of some functions through thunks |
@@ -24,6 +25,7 @@
 mod addr;
 mod edits;
 mod forward;
+mod hashed_bytes;
 mod io;
 mod manifest;
 mod model;
@@ -33,6 +35,7 @@ mod watched;
 pub use addr::{LinkVa, TextOff, VaRange};
 pub use edits::{Edit, Edits, SlotKind};
 pub use forward::{ForwardClass, ForwardSets, ForwardSite};
+pub use hashed_bytes::HashedBytes;
 pub use io::{Bundle, ENVELOPE, MANIFEST, ReadError, WriteError};
 pub use manifest::{
     Cave, FileRef, Kernel, Manifest, Mitigation, ModuleName, ModuleSet, Offending, PassSummary,

@@ -1,6 +1,6 @@
 //! The manifest: what a bundle is for and what is in it, in JSON that an auditor can read.
 
-use crate::{LinkVa, VaRange};
+use crate::{LinkVa, TextOff, VaRange};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -125,8 +125,8 @@ pub struct Cave {
     pub filler: u8,
     /// `cave.elf`.
     pub file: FileRef,
-    /// Absolute addresses inside thunks and tables. Sorted.
-    pub relocs: Vec<Reloc>,
+    /// Absolute addresses inside thunks and tables: a list of [`Reloc`].
+    pub relocs: FileRef,
     /// Where a thunk ends by returning: 5 bytes each, `jmp __x86_return_thunk` as a return site has it in the file. The
     /// installer writes there what the kernel chose for its own return sites at boot. Sorted.
     pub return_tails: Vec<LinkVa>,
@@ -208,10 +208,9 @@ impl ViolationAction {
 
 /// An absolute address in the cave.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Reloc {
     /// Where it stands.
-    pub at: LinkVa,
+    pub at: TextOff,
     /// How the slide enters.
     pub kind: RelocKind,
 }
@@ -226,6 +225,16 @@ pub enum RelocKind {
     Inverse32,
     /// 64-bit; the slide is added.
     Abs64,
+}
+
+impl RelocKind {
+    /// How many bytes the address has.
+    pub fn width(self) -> usize {
+        match self {
+            RelocKind::Abs32 | RelocKind::Inverse32 => 4,
+            RelocKind::Abs64 => 8,
+        }
+    }
 }
 
 /// A set of addresses, encoded for thunks.
@@ -255,9 +264,12 @@ pub enum TableKind {
     },
     /// Sorted little-endian 32-bit offsets from `covers.start`.
     SortedOffsets,
-    /// 256 little-endian 16-bit masks, then one byte for each 16 bytes of address space, which says whose mask it is: bit `n`
-    /// of the mask of byte `i` stands for `covers.start + i * 16 + n`.
-    Dictionary,
+    /// The low bytes of offsets from `covers.start`, each at one of the places that its hashes give ([`crate::HashedBytes`]);
+    /// elsewhere bytes that say offsets past `covers`.
+    HashedBytes {
+        /// How many bits an offset may have.
+        offset_bits: u32,
+    },
     /// Little-endian 32-bit offsets from `covers.start`, each at one of the places that its hashes give; 0xffffffff elsewhere.
     HashedOffsets,
     /// Little-endian 32-bit words, each at one of the places that its hashes give; 0xffffffff elsewhere. A word stands for one

@@ -3,8 +3,8 @@
 use penumbra_bundle::{
     Bundle, Cave, Edit, Edits, FileRef, Form, FormReloc, Kernel, LinkVa, Manifest, Module,
     ModuleEdit, ModuleName, ModuleReloc, ModuleRelocKind, ModuleSection, ModuleSet, Offending,
-    Place, Placement, Put, RunTimeModel, SCHEMA, Site, SiteKind, SlotKind, Symbol, Symbols, Target,
-    Text, TextOff, Trap, VaRange, Variant, ViolationAction, WriteError,
+    Place, Placement, Put, Reloc, RelocKind, RunTimeModel, SCHEMA, Site, SiteKind, SlotKind,
+    Symbol, Symbols, Target, Text, TextOff, Trap, VaRange, Variant, ViolationAction, WriteError,
 };
 use std::collections::BTreeMap;
 
@@ -59,7 +59,7 @@ fn small() -> Bundle {
                 range: range(0x1000, 0x2000),
                 filler: 0xcc,
                 file: file("cave.elf"),
-                relocs: vec![],
+                relocs: file("relocations.postcard"),
                 return_tails: vec![],
                 tables: vec![],
                 traps: vec![],
@@ -86,6 +86,12 @@ fn small() -> Bundle {
             name: "_stext".to_owned(),
         }]),
         cave: b"\x7fELF".to_vec(),
+        relocs: [0x1004, 0x1ff8]
+            .map(|at| Reloc {
+                at: TextOff(at),
+                kind: RelocKind::Abs64,
+            })
+            .to_vec(),
         forward: None,
         watched: None,
         modules: Vec::new(),
@@ -392,6 +398,7 @@ fn an_edited_file_is_refused_by_its_name() {
         "model.postcard",
         "symbols.postcard",
         "cave.elf",
+        "relocations.postcard",
         "hardened.edits",
     ] {
         let mut files = small().seal();
@@ -400,6 +407,20 @@ fn an_edited_file_is_refused_by_its_name() {
         assert!(
             said.starts_with(&format!("{name}: SHA-256 is ")),
             "{name}: {said}"
+        );
+    }
+}
+
+#[test]
+fn relocations_are_sorted_and_inside_the_text() {
+    for (first, last) in [(0x1ff8, 0x1004), (0x1004, 0x1ff9), (0x1004, u32::MAX)] {
+        let mut bundle = small();
+        bundle.relocs[0].at = TextOff(first);
+        bundle.relocs[1].at = TextOff(last);
+        let said = refusal(&bundle.seal());
+        assert!(
+            said.starts_with("relocations.postcard: relocations are unsorted or leave the text"),
+            "{said}"
         );
     }
 }

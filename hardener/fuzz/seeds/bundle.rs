@@ -59,13 +59,13 @@ pub fn cut(mut bundle: Bundle) -> Vec<u8> {
     }
     let cave = &mut manifest.cave;
     bundle.cave = small_cave(&bundle.cave, range);
-    cave.relocs.truncate(4);
     cave.return_tails.truncate(2);
     cave.tables.truncate(6);
     cave.traps.truncate(6);
     let place = |n: usize| LinkVa(range.start.0 + 64 * n as u64);
-    for (n, reloc) in cave.relocs.iter_mut().enumerate() {
-        reloc.at = place(n);
+    bundle.relocs.truncate(4);
+    for (n, reloc) in bundle.relocs.iter_mut().enumerate() {
+        reloc.at = TextOff((place(n).0 - manifest.text.start.0) as u32);
     }
     for (n, tail) in cave.return_tails.iter_mut().enumerate() {
         *tail = place(n);

@@ -7,7 +7,7 @@ use super::promoted;
 use super::report::{Findings, Rule, RuleReport};
 use super::sets;
 use goblin::elf::{Elf, header, program_header, section_header, sym};
-use penumbra_bundle::{Cave, LinkVa, RelocKind, TableKind, VaRange};
+use penumbra_bundle::{Bundle, Cave, HashedBytes, LinkVa, RelocKind, TableKind, VaRange};
 
 /// INT3, with which Linux fills the gaps in its text (`vmlinux.lds.S`).
 const INT3: u8 = 0xcc;
@@ -97,13 +97,14 @@ impl CaveImage {
     }
 
     /// The cave's bytes at a slide. Relocations that leave the cave are a violation elsewhere and do nothing here.
-    pub fn relocated(&self, cave: &Cave, slide: u64) -> Vec<u8> {
+    pub fn relocated(&self, bundle: &Bundle, slide: u64) -> Vec<u8> {
+        let start = bundle.manifest.cave.range.start.0;
         let mut bytes = self.bytes.clone();
-        for reloc in &cave.relocs {
-            let Some(at) = reloc.at.0.checked_sub(cave.range.start.0) else {
+        for (at, kind) in bundle.cave_relocs() {
+            let Some(at) = at.0.checked_sub(start) else {
                 continue;
             };
-            let wide = reloc.kind == RelocKind::Abs64;
+            let wide = kind == RelocKind::Abs64;
             let len = if wide { 8 } else { 4 };
             let Some(field) = bytes
                 .get_mut(at as usize..)
@@ -117,7 +118,7 @@ impl CaveImage {
                 continue;
             }
             let value = u32::from_le_bytes(field.try_into().expect("4 bytes"));
-            let value = match reloc.kind {
+            let value = match kind {
                 RelocKind::Inverse32 => value.wrapping_sub(slide as u32),
                 _ => value.wrapping_add(slide as u32),
             };
@@ -194,7 +195,7 @@ pub fn check(subject: &Subject<'_>) -> RuleReport {
     let cave = &bundle.manifest.cave;
     let range = cave.range;
     if range.is_empty() {
-        let used = !cave.tables.is_empty() || !cave.relocs.is_empty();
+        let used = !cave.tables.is_empty() || !bundle.relocs.is_empty();
         if used {
             findings.broken(
                 None,
@@ -238,7 +239,13 @@ pub fn check(subject: &Subject<'_>) -> RuleReport {
             | TableKind::HashedOffsets
             | TableKind::HashedClasses { .. }
             | TableKind::HashedArities => table.count.saturating_mul(4),
-            TableKind::Dictionary => 2 * 256 + table.covers.len().div_ceil(16),
+            TableKind::HashedBytes { offset_bits } => match HashedBytes::new(offset_bits) {
+                // Nothing behind its parts is read.
+                Some(hash) if table.range.len().is_multiple_of(hash.part_len() as u64) => {
+                    table.count
+                }
+                _ => u64::MAX,
+            },
         };
         let fits = least <= table.range.len() && table.range.len().is_multiple_of(4);
         if !fits {

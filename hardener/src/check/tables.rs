@@ -11,7 +11,7 @@ use super::returns;
 use super::sets::{self, Legal};
 use super::thunks::Roles;
 use super::watched;
-use penumbra_bundle::{Bundle, LinkVa, TableKind};
+use penumbra_bundle::{Bundle, HashedBytes, LinkVa, TableKind};
 use std::collections::BTreeSet;
 
 /// The members of each table of the manifest, ascending.
@@ -33,21 +33,7 @@ pub fn decoded_tables(bundle: &Bundle, image: &CaveImage) -> Vec<Vec<u64>> {
                     bits.map(move |bit| (index as u64 * 8 + bit) * u64::from(granule))
                 })
                 .collect(),
-            TableKind::Dictionary => {
-                let (masks, codes) = bytes.split_at(bytes.len().min(2 * 256));
-                let mask = |code: &u8| {
-                    let at = 2 * usize::from(*code);
-                    let low = masks.get(at..at + 2).unwrap_or(&[0, 0]);
-                    u16::from_le_bytes([low[0], low[1]])
-                };
-                let groups = codes.iter().enumerate();
-                let of = groups.flat_map(|(group, code)| {
-                    let mask = mask(code);
-                    let bits = (0..16).filter(move |bit| mask >> bit & 1 == 1);
-                    bits.map(move |bit| group as u64 * 16 + bit)
-                });
-                of.collect()
-            }
+            TableKind::HashedBytes { offset_bits } => hashed_bytes(bytes, offset_bits),
             TableKind::SortedOffsets
             | TableKind::HashedOffsets
             | TableKind::HashedClasses { .. }
@@ -62,6 +48,11 @@ pub fn decoded_tables(bundle: &Bundle, image: &CaveImage) -> Vec<Vec<u64>> {
                 .pop_if(|member| *member == u64::from(u32::MAX))
                 .is_some()
             {}
+        }
+        if let TableKind::HashedBytes { .. } = table.kind {
+            // Where none stands, something past all that is covered does.
+            members.retain(|member| *member < table.covers.len());
+            members.sort_unstable();
         }
         if table.kind == TableKind::HashedOffsets {
             // Where none stands, in any order; that each is found is what the thunks are proved to do.
@@ -87,6 +78,28 @@ pub fn decoded_tables(bundle: &Bundle, image: &CaveImage) -> Vec<Vec<u64>> {
         members
     };
     cave.tables.iter().map(decode).collect()
+}
+
+/// The offsets that a table of bytes says, one a byte: its place is the high bits of the offset's product with the part's multiplier,
+/// modulo 2^`bits`, and it is the offset's own low byte. So the product's low byte is known, and with it the offset.
+fn hashed_bytes(bytes: &[u8], bits: u32) -> Vec<u64> {
+    // Rule 2 reports a table whose parts do not come out even.
+    let Some(hash) = HashedBytes::new(bits) else {
+        return Vec::new();
+    };
+    let parts = bytes.chunks_exact(hash.part_len()).take(HashedBytes::PARTS);
+    let mut members = Vec::with_capacity(bytes.len());
+    for (part, bytes) in parts.enumerate() {
+        let odd = hash.multiplier(part) >> (32 - bits);
+        // The order of an odd number modulo 2^32 divides 2^30: its power before that is its inverse.
+        let inverse = (0..30).fold(1u32, |power, _| power.wrapping_mul(power).wrapping_mul(odd));
+        for (place, byte) in (0u32..).zip(bytes) {
+            let product = place << 8 | u32::from(*byte).wrapping_mul(odd) & 0xff;
+            let offset = product.wrapping_mul(inverse) & (u32::MAX >> (32 - bits));
+            members.push(offset.into());
+        }
+    }
+    members
 }
 
 /// Proves rule 5.

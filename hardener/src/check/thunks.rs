@@ -17,7 +17,7 @@ use super::watched;
 use super::wrong::explain;
 use super::{Subject, decoded_tables, module, stack};
 use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, Mnemonic};
-use penumbra_bundle::{LinkVa, Reloc, RelocKind};
+use penumbra_bundle::{LinkVa, RelocKind};
 use std::collections::{BTreeMap, BTreeSet, HashSet, btree_map};
 
 /// KASLR moves the kernel by multiples of 2 MiB inside its 1 GiB mapping (`CONFIG_PHYSICAL_ALIGN`). Each thunk is proved
@@ -215,18 +215,14 @@ fn fields(subject: &Subject<'_>, image: &CaveImage, findings: &mut Findings<'_>)
             }
         }
     }
-    let declared: BTreeSet<(LinkVa, bool)> = cave
-        .relocs
-        .iter()
-        .map(|Reloc { at, kind }| (*at, *kind == RelocKind::Abs64))
+    let declared = subject.bundle.cave_relocs();
+    let declared: BTreeSet<(LinkVa, bool)> = declared
+        .map(|(at, kind)| (at, kind == RelocKind::Abs64))
         .collect();
-    if let Some(inverse) = cave
-        .relocs
-        .iter()
-        .find(|reloc| reloc.kind == RelocKind::Inverse32)
-    {
+    let mut all = subject.bundle.cave_relocs();
+    if let Some((inverse, _)) = all.find(|(_, kind)| *kind == RelocKind::Inverse32) {
         let what = "is relocated as per-cpu, which no thunk uses".to_owned();
-        findings.broken(None, Some(inverse.at), what);
+        findings.broken(None, Some(inverse), what);
     }
     for (at, _) in relocs.difference(&declared) {
         let what = format!(
@@ -260,7 +256,7 @@ fn fields(subject: &Subject<'_>, image: &CaveImage, findings: &mut Findings<'_>)
         let what = "the manifest's trap is no `out`".to_owned();
         findings.broken(None, Some(*at), what);
     }
-    if !cave.relocs.is_sorted_by_key(|reloc| reloc.at) || !cave.return_tails.is_sorted() {
+    if !subject.bundle.relocs.is_sorted_by_key(|reloc| reloc.at) || !cave.return_tails.is_sorted() {
         findings.broken(
             None,
             None,
@@ -404,7 +400,7 @@ fn prove_at(
     slide: u64,
 ) -> Proofs {
     let cave = &subject.bundle.manifest.cave;
-    let bytes = image.relocated(cave, slide);
+    let bytes = image.relocated(subject.bundle, slide);
     let text = subject.kernel.text;
     let up = |va: LinkVa| va.0.wrapping_add(slide);
     let down = |at: u64| LinkVa(at.wrapping_sub(slide));

@@ -2,7 +2,7 @@
 
 use goblin::elf::Elf;
 use goblin::elf::section_header::SHN_ABS;
-use penumbra_bundle::{Bundle, LinkVa, Table, TableKind, VaRange};
+use penumbra_bundle::{Bundle, HashedBytes, LinkVa, Table, TableKind, VaRange};
 use std::ops::Range;
 
 /// The cave of a bundle, parsed.
@@ -92,14 +92,8 @@ impl<'a> CaveView<'a> {
                 let byte = bytes.get((bit / 8) as usize).copied().unwrap_or(0);
                 at.is_multiple_of(granule) && byte >> (bit % 8) & 1 == 1
             }
-            TableKind::Dictionary => {
-                let (masks, codes) = bytes.split_at(bytes.len().min(512));
-                let code = codes.get((at / 16) as usize).copied().unwrap_or(0);
-                let mask = masks.get(2 * usize::from(code)..2 * usize::from(code) + 2);
-                mask.is_some_and(|mask| {
-                    u16::from_le_bytes([mask[0], mask[1]]) >> (at % 16) & 1 == 1
-                })
-            }
+            TableKind::HashedBytes { offset_bits } => HashedBytes::new(offset_bits)
+                .is_some_and(|hash| hash.offsets(bytes).any(|offset| u64::from(offset) == at)),
             TableKind::SortedOffsets | TableKind::HashedOffsets => {
                 words(bytes).any(|word| u64::from(word) == at)
             }
@@ -128,18 +122,13 @@ impl<'a> CaveView<'a> {
                 });
                 ones.map(from).collect()
             }
-            TableKind::Dictionary => {
-                let (masks, codes) = bytes.split_at(bytes.len().min(512));
-                let masks: Vec<u16> = masks
-                    .chunks_exact(2)
-                    .map(|mask| u16::from_le_bytes([mask[0], mask[1]]))
-                    .collect();
-                let ones = codes.iter().enumerate().flat_map(|(group, code)| {
-                    let mask = masks.get(usize::from(*code)).copied().unwrap_or(0);
-                    let bits = (0..16).filter(move |bit| mask >> bit & 1 == 1);
-                    bits.map(move |bit| group as u64 * 16 + bit)
-                });
-                ones.map(from).collect()
+            TableKind::HashedBytes { offset_bits } => {
+                let hash = HashedBytes::new(offset_bits);
+                let said = hash.into_iter().flat_map(|hash| hash.offsets(bytes));
+                let mut held: Vec<u64> = said.map(u64::from).collect();
+                held.retain(|offset| *offset < table.covers.len());
+                held.sort_unstable();
+                held.into_iter().map(from).collect()
             }
             TableKind::SortedOffsets => words(bytes)
                 .take(table.count as usize)

@@ -201,7 +201,7 @@ impl<'a> Summary<'a> {
                 cave.range.start,
                 cave.range.end,
                 cave.range.len() / 1024,
-                cave.relocs.len(),
+                self.bundle.relocs.len(),
                 cave.return_tails.len(),
                 cave.traps.len()
             ),

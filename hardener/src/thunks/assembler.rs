@@ -4,7 +4,7 @@
 use super::{Named, Violation};
 use iced_x86::code_asm::CodeAssembler;
 use iced_x86::{BlockEncoderOptions, IcedError};
-use penumbra_bundle::{LinkVa, Offending, Reloc, RelocKind, Trap, VaRange};
+use penumbra_bundle::{LinkVa, Offending, Trap, VaRange};
 
 /// Thunks start on a cache line's half, as the kernel's own do.
 const ALIGN: u64 = 32;
@@ -15,7 +15,7 @@ pub struct Section {
     start: LinkVa,
     bytes: Vec<u8>,
     named: Vec<Named>,
-    relocs: Vec<Reloc>,
+    relocs: Vec<LinkVa>,
     return_tails: Vec<LinkVa>,
     traps: Vec<Trap>,
 }
@@ -166,10 +166,8 @@ impl Section {
             let (Some(inside), None) = (wide.next(), wide.next()) else {
                 panic!("{name}: one constant of 32 bits expected, {both:?}");
             };
-            self.relocs.push(Reloc {
-                at: LinkVa(at + u64::from(done.new_instruction_offsets[index]) + inside.0 as u64),
-                kind: RelocKind::Abs32,
-            });
+            let start = at + u64::from(done.new_instruction_offsets[index]);
+            self.relocs.push(LinkVa(start + inside.0 as u64));
         }
         for index in thunk.tails {
             let tail = done.new_instruction_offsets[index] as usize;
@@ -212,8 +210,8 @@ impl Section {
         &self.named
     }
 
-    /// Absolute addresses in the code.
-    pub fn relocs(&self) -> &[Reloc] {
+    /// Absolute addresses in the code, of 32 bits each.
+    pub fn relocs(&self) -> &[LinkVa] {
         &self.relocs
     }
 

@@ -109,7 +109,7 @@ fn one(
     a.test(scratch8, ENTRY_GRANULE as i32 - 1)?;
     a.jne(sorted)?;
     a.shr(scratch, ENTRY_GRANULE.trailing_zeros())?;
-    a.bt(qword_ptr(i64::from(imm32(targets.bitmap))), scratch)?;
+    a.bt(qword_ptr(i64::from(imm32(targets.table))), scratch)?;
     thunk.absolute();
     let a = &mut thunk.asm;
     a.jae(bad)?;

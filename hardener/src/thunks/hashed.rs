@@ -233,30 +233,42 @@ fn place(key: u32, part: usize, bits: [u32; 3]) -> usize {
     before + (key.wrapping_mul(MULTIPLIERS[part]) >> (32 - bits[part])) as usize
 }
 
-/// Puts every member somewhere, moving others on where there is no room; none when they go round in circles.
 fn fill(members: &[Member], bits: [u32; 3]) -> Option<Vec<u32>> {
-    let mut places: Vec<Option<Member>> = vec![None; capacity(bits)];
+    let place = |member: &Member, part| place(member.key, part, bits);
+    let places = settle(members, 3, capacity(bits), place)?;
+    let word = |place: &Option<Member>| place.map_or(NONE, |member| member.word);
+    Some(places.iter().map(word).collect())
+}
+
+/// Puts every member at one of its places, moving others on where there is no room (cuckoo hashing); none when they go round in
+/// circles.
+pub fn settle<T: Copy>(
+    members: &[T],
+    parts: usize,
+    capacity: usize,
+    place: impl Fn(&T, usize) -> usize,
+) -> Option<Vec<Option<T>>> {
+    let mut places: Vec<Option<T>> = vec![None; capacity];
     for member in members {
         let (mut next, mut part) = (Some(*member), 0);
         let mut moves = 0;
         while let Some(member) = next {
-            let own = (0..3).map(|part| place(member.key, part, bits));
+            let own = (0..parts).map(|part| place(&member, part));
             if let Some(at) = own.into_iter().find(|at| places[*at].is_none()) {
                 places[at] = Some(member);
                 break;
             }
-            let at = place(member.key, part, bits);
+            let at = place(&member, part);
             next = places[at].replace(member);
             // Not back to where it comes from.
-            part = (part + 1 + (moves & 1)) % 3;
+            part = (part + 1 + moves % (parts - 1)) % parts;
             moves += 1;
             if moves > members.len().max(64) {
                 return None;
             }
         }
     }
-    let word = |place: &Option<Member>| place.map_or(NONE, |member| member.word);
-    Some(places.iter().map(word).collect())
+    Some(places)
 }
 
 #[cfg(test)]

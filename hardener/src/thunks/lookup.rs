@@ -1,36 +1,30 @@
-//! How thunks ask whether a target is in a set: the bit for its address, and the search in the sorted list for the few that
-//! have none.
+//! How thunks ask whether a target is in a set: its bit or byte, and the search in the sorted list for the few that have none.
 
 use super::Targets;
 use super::assembler::{Thunk, imm32};
-use super::tables::{Dense, GROUP, MASKS};
+use super::hashed_bytes;
+use super::tables::Encoding;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-/// Looks up `offset` (below [`Targets::dense`], in r11) among the main text's targets; leaves CF set when it is there. Uses
-/// r10 and the flags.
-pub fn dense(thunk: &mut Thunk, targets: &Targets) -> Result<(), IcedError> {
-    let table = i64::from(imm32(targets.bitmap));
-    let a = &mut thunk.asm;
-    a.mov(r10d, r11d)?;
+/// Goes to `found` when the offset in r11 (below [`Targets::dense`]) is among the main text's targets. Uses r10 and the flags.
+pub fn dense(thunk: &mut Thunk, targets: &Targets, found: CodeLabel) -> Result<(), IcedError> {
     match targets.encoding {
-        Dense::Bitmap(granule) => {
+        Encoding::Bitmap(granule) => {
             // Bits for more than one byte are the entries' own, see `forward_cfi`.
             assert_eq!(granule, 1, "a bit for each return address");
+            let a = &mut thunk.asm;
+            a.mov(r10d, r11d)?;
             a.shr(r10d, 5)?;
-            a.mov(r10d, dword_ptr(r10 * 4 + table))?;
+            a.mov(r10d, dword_ptr(r10 * 4 + i64::from(imm32(targets.table))))?;
             thunk.absolute();
             // The register form takes the bit number modulo 32 (SDM volume 2, BT).
-            thunk.asm.bt(r10d, r11d)
+            thunk.asm.bt(r10d, r11d)?;
+            thunk.asm.jb(found)
         }
-        Dense::Dictionary => {
-            a.shr(r10d, GROUP.trailing_zeros())?;
-            a.movzx(r10d, byte_ptr(r10 + table + 2 * MASKS as i64))?;
-            thunk.absolute();
-            thunk.asm.movzx(r10d, word_ptr(r10 * 2 + table))?;
-            thunk.absolute();
-            // With 16-bit registers, modulo 16.
-            thunk.asm.bt(r10w, r11w)
+        Encoding::Hashed(parts) => {
+            let (offset, index) = ((r11d, r11b), (r10, r10d));
+            hashed_bytes::look_up(thunk, parts, targets.table, offset, index, found)
         }
     }
 }

@@ -6,6 +6,7 @@ mod elf;
 pub mod forward_cfi;
 pub mod forward_class;
 mod hashed;
+mod hashed_bytes;
 mod lookup;
 pub mod module_free;
 pub mod promote;
@@ -21,7 +22,7 @@ use crate::recipe::Recipe;
 use crate::text::{Indirect, PAGE, Slots, Text, TextError};
 use crate::types::{Forward, Reach};
 use assembler::Section;
-use penumbra_bundle::{LinkVa, Reloc, Table, Trap, VaRange, ViolationAction};
+use penumbra_bundle::{LinkVa, Table, Trap, VaRange, ViolationAction};
 use return_cfi::Mode;
 use std::collections::BTreeMap;
 
@@ -51,8 +52,8 @@ pub struct CaveContents {
     pub thunks: BTreeMap<String, LinkVa>,
     /// The tables.
     pub tables: Vec<Table>,
-    /// Absolute addresses. Sorted.
-    pub relocs: Vec<Reloc>,
+    /// Absolute addresses of 32 bits. Sorted.
+    pub relocs: Vec<LinkVa>,
     /// Where thunks end by returning. Sorted.
     pub return_tails: Vec<LinkVa>,
     /// Where thunks report. Sorted.
@@ -99,8 +100,8 @@ struct Layout {
 }
 
 /// Builds the cave for a text and for modules with these slots: tables and messages first, thunks behind them. Where the cave
-/// has no room for a bit for each byte of text, return addresses go in a dictionary; where it has none for a thunk for each
-/// function, these share their code.
+/// has no room for a bit for each byte of text, return addresses are hashed; where it has none for a thunk for each function,
+/// these share their code.
 pub fn build(
     text: &Text,
     modules: &[&Slots],
@@ -114,8 +115,8 @@ pub fn build(
     };
     // Beside the thunks of all functions there is hardly room for a bit for each byte; and few returns get that far.
     let (first, second) = match analyses.return_sets {
-        Some(_) => ((Dense::Dictionary, false), (Dense::Dictionary, true)),
-        None => ((Dense::Bitmap(1), false), (Dense::Dictionary, false)),
+        Some(_) => ((Dense::Hashed, false), (Dense::Hashed, true)),
+        None => ((Dense::Bitmap(1), false), (Dense::Hashed, false)),
     };
     match with(first.0, first.1) {
         Err(TextError::Cave { .. }) => with(second.0, second.1),
@@ -291,7 +292,7 @@ fn build_with(
         table_bytes.extend(text);
     }
     let mut relocs = code.relocs().to_vec();
-    relocs.sort_by_key(|reloc| reloc.at);
+    relocs.sort_unstable();
     let mut return_tails = code.return_tails().to_vec();
     return_tails.sort_unstable();
     Ok(CaveContents {

@@ -1,7 +1,6 @@
 //! `return_cfi`: the return address must follow a call, or lie outside the kernel's text (modules, BPF, trampolines).
 
 use super::assembler::{Section, Thunk, imm32};
-use super::tables::Dense;
 use super::{Targets, Violation, lookup};
 use crate::passes::Analyses;
 use crate::text::Return;
@@ -141,23 +140,18 @@ fn check(
     ok: CodeLabel,
     bad: CodeLabel,
 ) -> Result<(), IcedError> {
-    let (mut sparse, mut sorted) = (thunk.asm.create_label(), thunk.asm.create_label());
+    let mut sparse = thunk.asm.create_label();
     thunk.asm.sub(r11, imm32(targets.text.start))?;
     thunk.absolute();
     let a = &mut thunk.asm;
     a.cmp(r11, targets.dense as i32)?;
     a.jae(sparse)?;
-    lookup::dense(thunk, targets)?;
+    lookup::dense(thunk, targets, ok)?;
     let a = &mut thunk.asm;
-    a.jb(ok)?;
-    let listed = targets.encoding == Dense::Dictionary;
-    a.jmp(if listed { sorted } else { bad })?;
+    a.jmp(bad)?;
     a.set_label(&mut sparse)?;
     a.cmp(r11, targets.text.len() as i32)?;
     a.jae(ok)?;
-    if listed {
-        a.set_label(&mut sorted)?;
-    }
     lookup::sorted(thunk, r11d, targets)?;
     thunk.asm.jne(bad)
 }

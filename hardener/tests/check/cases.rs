@@ -481,16 +481,19 @@ pub const THUNKS: &[Case] = &[
         Rule::ThunkContract,
         "a relocation left out",
         "an absolute address without relocation",
-        |scene| Some(scene.bundle.manifest.cave.relocs.remove(3).at),
+        |scene| {
+            let place = scene.bundle.cave_relocs().nth(3);
+            scene.bundle.relocs.remove(3);
+            place.map(|(at, _)| at)
+        },
     ),
     case(
         Rule::ThunkContract,
         "a relocation of something else",
         "relocated but no absolute address",
         |scene| {
-            let reloc = &mut scene.bundle.manifest.cave.relocs[3];
-            reloc.at = LinkVa(reloc.at.0 + 1);
-            Some(reloc.at)
+            scene.bundle.relocs[3].at.0 += 1;
+            scene.bundle.cave_relocs().nth(3).map(|(at, _)| at)
         },
     ),
     case(
@@ -498,9 +501,8 @@ pub const THUNKS: &[Case] = &[
         "a relocation of another width",
         "an absolute address without relocation",
         |scene| {
-            let reloc = &mut scene.bundle.manifest.cave.relocs[3];
-            reloc.kind = RelocKind::Abs64;
-            Some(reloc.at)
+            scene.bundle.relocs[3].kind = RelocKind::Abs64;
+            scene.bundle.cave_relocs().nth(3).map(|(at, _)| at)
         },
     ),
 ];

@@ -159,9 +159,10 @@ fn another_register_at_the_end_is_caught() {
 fn a_comparison_that_is_not_relocated_is_caught() {
     let mut scene = Scene::of(promoting());
     let thunk = scene.promoting(1);
-    let relocs = &mut scene.bundle.manifest.cave.relocs;
-    let index = relocs.iter().position(|reloc| reloc.at >= thunk).unwrap();
-    let at = relocs.remove(index).at;
+    let mut relocs = scene.bundle.cave_relocs().enumerate();
+    let (index, (at, _)) = relocs.find(|(_, (at, _))| *at >= thunk).unwrap();
+    drop(relocs);
+    scene.bundle.relocs.remove(index);
     let report = report(&scene.bundle, Rule::ThunkContract);
     assert!(
         says(&report, Some(at), "an absolute address without relocation"),

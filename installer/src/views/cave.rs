@@ -115,16 +115,15 @@ impl CaveImage {
     }
 
     fn relocate(&mut self, bundle: &Bundle, slide: Slide) -> Result<(), CaveError> {
-        for reloc in &bundle.manifest.cave.relocs {
-            match reloc.kind {
+        for (at, kind) in bundle.cave_relocs() {
+            match kind {
                 // Truncation to 32 bits is what the relocation does.
-                RelocKind::Abs32 => add32(self.field(bundle, reloc.at, 4)?, slide.0 as u32),
-                RelocKind::Inverse32 => add32(
-                    self.field(bundle, reloc.at, 4)?,
-                    (slide.0 as u32).wrapping_neg(),
-                ),
+                RelocKind::Abs32 => add32(self.field(bundle, at, 4)?, slide.0 as u32),
+                RelocKind::Inverse32 => {
+                    add32(self.field(bundle, at, 4)?, (slide.0 as u32).wrapping_neg())
+                }
                 RelocKind::Abs64 => {
-                    let field = self.field(bundle, reloc.at, 8)?;
+                    let field = self.field(bundle, at, 8)?;
                     let mut old = [0; 8];
                     old.copy_from_slice(field);
                     let new = u64::from_le_bytes(old).wrapping_add(slide.0);

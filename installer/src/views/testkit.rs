@@ -242,10 +242,7 @@ fn make_bundle() -> Bundle {
                 },
                 filler: 0xcc,
                 file: file("cave.elf"),
-                relocs: vec![Reloc {
-                    at: at(0x2060),
-                    kind: RelocKind::Abs64,
-                }],
+                relocs: file("relocations.postcard"),
                 return_tails: vec![at(0x2020)],
                 tables: Vec::new(),
                 traps: Vec::new(),
@@ -279,6 +276,10 @@ fn make_bundle() -> Bundle {
                 name: "second".to_owned(),
             },
         ]),
+        relocs: vec![Reloc {
+            at: TextOff(0x2060),
+            kind: RelocKind::Abs64,
+        }],
         cave: elf(LINK + 0x2010, &cave),
         forward: None,
         watched: None,
