@@ -17,9 +17,7 @@ PRESETS = ["fast", "balanced", "hardened", "paranoid"]  # `hardener recipe list`
 # What `emit` says of a policy that a kernel has no room or no prototypes for.
 LESS = "this kernel cannot have all that the recipe lists first; "
 
-LESS_OF_CLOUD_6_12 = {"hardened": ["forward-cfi"], "paranoid": ["forward-cfi"]}
-LESS_OF_6_12 = {"fast": ["return-cfi"], "balanced": ["return-cfi"],
-                "hardened": ["forward-cfi", "return-cfi"], "paranoid": ["forward-cfi", "return-cfi"]}
+LESS_OF_6_12 = {"hardened": ["forward-cfi"], "paranoid": ["forward-cfi"]}
 
 
 @contextmanager
@@ -96,7 +94,7 @@ def rt(folder):
 @scenario
 def cloud_backports(folder):
     """So does the backports' cloud kernel (6.12), of which no branch is typed."""
-    every_preset(kernel.cloud_backports(), folder, LESS_OF_CLOUD_6_12)
+    every_preset(kernel.cloud_backports(), folder, LESS_OF_6_12)
 
 
 @scenario

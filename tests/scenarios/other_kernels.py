@@ -4,7 +4,7 @@
 from lab import kernel
 
 from . import scenario
-from .every_kernel import LESS_OF_6_12, LESS_OF_CLOUD_6_12, every_preset, world  # noqa: F401
+from .every_kernel import LESS_OF_6_12, every_preset, world  # noqa: F401
 
 PRESET = ["hardened"]
 GROUPS = ("messages", "processes")
@@ -25,7 +25,7 @@ def rt(folder):
 @scenario
 def cloud_backports(folder):
     """So does the backports' cloud kernel (6.12)."""
-    every_preset(kernel.cloud_backports(), folder, LESS_OF_CLOUD_6_12, PRESET, GROUPS)
+    every_preset(kernel.cloud_backports(), folder, LESS_OF_6_12, PRESET, GROUPS)
 
 
 @scenario
