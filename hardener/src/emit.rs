@@ -16,7 +16,7 @@ use crate::text::{self, REGISTERS, Text, TextError};
 use crate::thunks::{self, CaveContents, KernelThunks};
 use crate::types;
 use penumbra_bundle::{
-    Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, Module, ModuleName, ModuleSet, Reloc,
+    Bundle, Cave, FileRef, Kernel, LinkVa, Manifest, Memory, Module, ModuleName, ModuleSet, Reloc,
     RelocKind, SCHEMA, Symbol, Symbols, TextOff, VaRange, Variant, ViolationAction, Watched,
     WriteError,
 };
@@ -132,6 +132,9 @@ const DATA_OPTIONAL: &[&str] = &[
     "__start_rodata",
     "hypercall_page",
 ];
+
+/// The kernel's numbers for the memories of a module, from Linux 6.4 on.
+const MEMORIES: &str = "mod_mem_type";
 
 /// Symbols that the analysis of the text and of the kernel's own tables cannot do without.
 const TEXT: &[&str] = &[
@@ -576,6 +579,12 @@ fn layout(image: &Image, lacks: &mut Lacks) -> Result<BTreeMap<String, u32>, Fau
     for structure in SIZES_OPTIONAL {
         if let Some(size) = image.btf.size_of(structure) {
             layout.insert(format!("sizeof.{structure}"), size);
+        }
+    }
+    let numbers = image.btf.enumeration(MEMORIES).unwrap_or_default();
+    for name in Memory::ALL.into_iter().filter_map(Memory::kernel_name) {
+        if let Some((_, number)) = numbers.iter().find(|(known, _)| *known == name) {
+            layout.insert(format!("{MEMORIES}.{name}"), *number);
         }
     }
     Ok(layout)

@@ -3,7 +3,7 @@
 
 pub use crate::check::fuzzing as check;
 
-use crate::image::module::{Exports, Host, read};
+use crate::image::module::{Arrangement, Exports, Host, read};
 use crate::image::{Btf, Fault, Image};
 use crate::text::module::ModuleText;
 use crate::text::self_checks::SelfChecks;
@@ -37,7 +37,7 @@ pub fn system_map(file: &[u8]) -> Result<(), Fault> {
 pub fn btf(section: &[u8]) -> Result<(), Fault> {
     let btf = Btf::parse(section)?;
     let _ = (btf.size_of("page"), btf.is_function("vfs_read"));
-    let _ = btf.member("page", "none");
+    let _ = (btf.member("page", "none"), Arrangement::of(&btf));
     Ok(())
 }
 
@@ -53,9 +53,11 @@ pub fn types(section: &[u8]) -> Result<(), Fault> {
 
 /// An unpacked module, for a kernel with these types.
 pub fn module(types: &[u8], file: &[u8]) -> Result<(), TextError> {
+    let btf = Arc::new(Btf::parse(types)?);
     let host = Host {
         exports: &Exports::new(),
-        btf: &Arc::new(Btf::parse(types)?),
+        arrangement: Arrangement::of(&btf)?,
+        btf: &btf,
         // What slots of a module are told by.
         thunks: &[("__x86_return_thunk".to_owned(), check::TEXT)],
     };

@@ -1,6 +1,6 @@
 //! Modules for a bundle: found in folders, read, analysed, told apart from those that cannot be taken.
 
-use crate::image::module::{self, Host};
+use crate::image::module::{self, Arrangement, Host};
 use crate::image::{Fault, Image, unpacked_module};
 use crate::passes::{self, PassError};
 use crate::recipe::Recipe;
@@ -93,12 +93,7 @@ impl Modules {
             path: PathBuf::from("kernel"),
             source: source.into(),
         };
-        // From Linux 6.4 on, so distances between a module's code and its data are not known beforehand.
-        if image.btf.size_of("module_layout").is_none() {
-            let what = "this kernel keeps a module's code and data apart (struct module_memory), which cannot be laid out yet; \
-                        leave --module out, its modules then stay on stock text";
-            return Err(whole(Fault::unsupported("modules", what)));
-        }
+        let arrangement = Arrangement::of(&image.btf).map_err(whole)?;
         let exports = image.exports().map_err(whole)?;
         let banner = image.banner().map_err(whole)?;
         let release = banner.split(' ').nth(2).unwrap_or_default();
@@ -106,6 +101,7 @@ impl Modules {
         let host = Host {
             exports: &exports,
             btf: &image.btf,
+            arrangement,
             thunks: &thunks,
         };
         let known = Known {
@@ -233,7 +229,7 @@ fn take(path: &Path, kernel: &Known<'_>) -> Result<Taken, ModuleError> {
             file_sha256: module.sha256,
             sections: module.sections,
             text_size: module.text_size,
-            core_size: module.core_size,
+            sizes: module.sizes,
             text: module.text,
             targets: module.targets,
             relocs: module.relocs,

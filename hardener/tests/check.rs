@@ -28,7 +28,7 @@ mod zeroing;
 use cases::Case;
 use hardener::check::{Checker, Rule};
 use penumbra_bundle::{Bundle, LinkVa, VaRange};
-use scene::{Scene, emitted, logging, real, vmlinuz};
+use scene::{Scene, emitted, logging, next, real, vmlinuz};
 use std::process::{Command, Output};
 
 #[test]
@@ -106,7 +106,10 @@ fn caught(cases: &[Case]) {
 }
 
 fn caught_in(bundle: &Bundle, cases: &[Case]) {
-    let (checker, _) = real();
+    caught_by(&real().0, bundle, cases);
+}
+
+fn caught_by(checker: &Checker, bundle: &Bundle, cases: &[Case]) {
     let mut wrong = Vec::new();
     for case in cases {
         let mut scene = Scene::of(bundle);
@@ -170,6 +173,13 @@ fn faults_in_what_follows_a_violation_are_caught() {
 #[test]
 fn faults_in_modules_are_caught() {
     caught(modules::MODULES);
+}
+
+#[test]
+fn faults_in_modules_whose_code_and_data_are_apart_are_caught() {
+    let (checker, bundle) = next();
+    caught_by(checker, bundle, modules::MODULES);
+    caught_by(checker, bundle, modules::APART);
 }
 
 #[test]

@@ -73,16 +73,17 @@ def _base():
     return archive
 
 
-def guest(path, extra=(), libraries=()):
+def guest(path, extra=(), libraries=(), which=None):
     """Writes the guest's initramfs; `extra` are (path, content, mode).  The guest's own programs need no
-    libraries; if `libraries` names packages, executables among `extra` get those that they name."""
+    libraries; if `libraries` names packages, executables among `extra` get those that they name.  The module
+    is for the kernel `which`, else for the cloud kernel."""
     archive = _base()
     archive.file("init", _GUEST_INIT, 0o755)
     # One program under two paths: only the path tells the policy which is which.
     for name in ("payroll", "guestbook"):
         archive.file(f"usr/bin/{name}", programs.program("worker"), 0o755)
     archive.file("usr/bin/load", programs.program("load"), 0o755)
-    archive.file("lib/modules/penumbra_bug.ko", programs.module())
+    archive.file("lib/modules/penumbra_bug.ko", programs.module(which=which))
     binaries = []
     for name, content, mode in extra:
         archive.file(name, content, mode)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The kernels of the lab: Debian's current ones, as their packages have them."""
 
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import packages
+from . import TARGET, packages
 
 # dom0's drivers for the toolstack; everything else it needs is built in.
 DOM0_MODULES = ["xen-evtchn", "xen-gntdev", "xen-gntalloc", "xen-privcmd", "xenfs"]
@@ -35,10 +36,23 @@ class Kernel:
             raise packages.LabError(f"module {name} of {self.release}: {len(found)} files, expected one")
         return found[0]
 
+    def plain_module(self, name):
+        """The same file as the kernel takes it: packed ones are unpacked (xz, as Debian packs from 6.12 on)."""
+        packed = self.module(name)
+        if packed.suffix == ".ko":
+            return packed
+        plain = TARGET / "guest" / self.release / f"packaged-{name}.ko"
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        part = plain.with_suffix(".part")
+        with open(part, "wb") as out:
+            subprocess.run(["xz", "-dc", packed], stdin=subprocess.DEVNULL, stdout=out, check=True)
+        part.rename(plain)
+        return plain
+
 
 def _kernel(metapackage, pattern, modules, suite=None):
     package = packages.resolve(metapackage, pattern, suite)
-    only = ["./boot/vmlinuz-*"] + [f"./lib/modules/*/{m}.ko" for m in modules]
+    only = ["./boot/vmlinuz-*"] + [f"./lib/modules/*/{m}.ko*" for m in modules]
     tree = packages.unpacked(package, only)
     return Kernel(package.removeprefix("linux-image-"), package, packages.version(package), tree)
 
@@ -59,9 +73,9 @@ def rt():
 
 
 def cloud_backports():
-    """The cloud kernel of the next release (6.12): IBT, call padding, no `.parainstructions`."""
+    """The cloud kernel of the next release (6.12), with all its modules: IBT, call padding, no `.parainstructions`."""
     suite = f"{packages.release()}-backports"
-    return _kernel("linux-image-cloud-amd64", r"linux-image-[0-9].*-cloud-amd64", [], suite)
+    return _kernel("linux-image-cloud-amd64", r"linux-image-[0-9].*-cloud-amd64", ["*"], suite)
 
 
 def amd64_backports():

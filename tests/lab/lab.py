@@ -186,18 +186,19 @@ class Lab:
 
     @classmethod
     def boot(cls, xen, extra=(), guest_extra=(), vcpus=2, guest_append="", name="lab",
-             altp2m=True, kaslr=False, on_reboot="preserve", timeout=300):
+             altp2m=True, kaslr=False, on_reboot="preserve", timeout=300, guest_kernel=None):
         """Boots `xen` with dom0.
 
         `extra` and `guest_extra` are (path, content, mode) for the file systems of dom0
         and the guest; `guest_append` goes to the guest kernel's command line; an
         unpatched Xen refuses guests with `altp2m` on this processor.  With `kaslr` GRUB
         starts the kernel (see grub.py), else Xen does, and it runs where it was linked.
+        The guest's kernel is `guest_kernel`, else the cloud kernel.
         """
-        guest_kernel, dom0_kernel = kernel.cloud(), kernel.amd64()
+        guest_kernel, dom0_kernel = guest_kernel or kernel.cloud(), kernel.amd64()
         work = TARGET / "run" / name
         work.mkdir(parents=True, exist_ok=True)
-        guest_initrd = initramfs.guest(work / "guest.cpio.gz", guest_extra)
+        guest_initrd = initramfs.guest(work / "guest.cpio.gz", guest_extra, which=guest_kernel)
         # No watchdogs: on a busy machine the emulator stops vCPUs for longer than they allow.
         command_line = ("console=hvc0 panic=-1 agent=hvc0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 "
                         + guest_append).strip()

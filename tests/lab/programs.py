@@ -77,19 +77,20 @@ def _headers(guest):
 MODULES = {"penumbra_bug": "module", "penumbra_patch": "livepatch"}
 
 
-def module(name="penumbra_bug"):
-    """A module, built for the guest's kernel."""
+def module(name="penumbra_bug", which=None):
+    """A module, built for the guest's kernel: `which`, else the cloud kernel."""
+    guest = which or kernel.cloud()
     source = SOURCES / MODULES[name]
-    target = BUILT / f"{name}.ko"
+    target = BUILT / guest.release / f"{name}.ko"
     sources = [p for p in source.iterdir() if p.is_file()]
-    guest = kernel.cloud()
     with packages.locked("programs"):
         if not _newer(target, sources):
             headers = _headers(guest)
-            work = BUILT / name
+            work = BUILT / guest.release / name
             shutil.rmtree(work, ignore_errors=True)
             shutil.copytree(source, work)
             env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "CFLAGS", "ARCH")}
-            _make(["make", "-C", headers, f"M={work}", "modules"], env=env)
+            # Without types, which only the kernel's debuggers read: making them takes pahole.
+            _make(["make", "-C", headers, f"M={work}", "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules"], env=env)
             shutil.copy(work / f"{name}.ko", target)
     return target

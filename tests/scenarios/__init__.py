@@ -11,8 +11,8 @@ Unmarked names are helpers.  A scenario fails by an exception, `expect` is the u
 
 MODULES = ["lab_itself", "command_lines", "fuzzing", "stock_guest", "run_time_cost", "debloat", "differential",
            "other_kernels", "live_guest", "address_spaces", "address_spaces_pti", "violations", "lifecycle",
-           "retpolines_off", "unpatched_xen", "xen_interface", "modules", "whole_chain",
-           "view_storm"]
+           "retpolines_off", "unpatched_xen", "xen_interface", "modules", "next_release", "next_release_modules",
+           "whole_chain", "view_storm"]
 
 # Run only by name (`tests/run --only text_writers`).
 ON_REQUEST = ["failure", "text_writers", "every_kernel"]

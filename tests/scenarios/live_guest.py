@@ -84,7 +84,14 @@ def world():
     manifest.write_bytes(manifest.read_bytes() + b"\n")
     files += [(f"p/edited/{f.name}", f, 0o644) for f in edited.iterdir() if f.is_file()]
 
-    with Lab.boot(xen, extra=files, name="live", kaslr=True) as lab:
+    with booted(xen, files, "live") as w:
+        yield w
+
+
+@contextmanager
+def booted(xen, files, name, which=None, append=""):
+    """Boots with these files in dom0: a guest (of the kernel `which`) with its workers, ready to be attacked and applied."""
+    with Lab.boot(xen, extra=files, name=name, kaslr=True, guest_kernel=which, guest_append=append) as lab:
         lab.guest.start()
         w = World(lab)
         victim.prepare_attacks(lab.guest)

@@ -72,17 +72,24 @@ class World:
 @contextmanager
 def world():
     """Builds a bundle with the module, boots, applies."""
+    with applied(kernel.cloud(), "modules") as w:
+        yield w
+
+
+@contextmanager
+def applied(which, name, preset=None, append=""):
+    """The world of a guest of the kernel `which`; `append` goes to its command line."""
     chain.build_tools()
     xen = chain.build_xen()
-    module = kernel.cloud().module(MODULE)
-    work = chain.WORK / "modules"
-    bundle, policy, secret, public = chain.signed_chain(work, modules=[module])
+    work = chain.WORK / name
+    bundle, policy, secret, public = chain.signed_chain(work, modules=[which.module(MODULE)], preset=preset,
+                                                        which=which)
     strict = work / STRICT
     strict.write_text(policy.read_text().replace('= "payroll"', '= "strict"', 1) + '\n[modules]\nunknown = "refuse"\n')
     chain.sign(strict, secret)
     files = chain.dom0_files(bundle, [policy, strict], [public])
-    with Lab.boot(xen, extra=files, guest_extra=[(f"lib/modules/{MODULE}.ko", module, 0o644)],
-                  name="modules", kaslr=True) as lab:
+    with Lab.boot(xen, extra=files, guest_extra=[(f"lib/modules/{MODULE}.ko", which.plain_module(MODULE), 0o644)],
+                  name=name, kaslr=True, guest_kernel=which, guest_append=append) as lab:
         lab.guest.start()
         w = World(lab)
         # ftrace's first use changes static calls for good; see tests/demo.

@@ -28,6 +28,7 @@ mod forward;
 mod hashed_bytes;
 mod io;
 mod manifest;
+mod memory;
 mod model;
 mod module;
 mod watched;
@@ -41,9 +42,10 @@ pub use manifest::{
     Cave, FileRef, Kernel, Manifest, Mitigation, ModuleName, ModuleSet, Offending, PassSummary,
     Reloc, RelocKind, SCHEMA, Table, TableKind, Text, Trap, Variant, ViolationAction,
 };
+pub use memory::{Memory, PerMemory, Place, Placement};
 pub use model::{Form, RunTimeModel, Site, SiteKind, Symbol, Symbols};
 pub use module::{
-    Export, FormReloc, Module, ModuleEdit, ModuleReloc, ModuleRelocKind, ModuleSection, Place,
-    Placement, Put, RelocateError, Target,
+    Export, FormReloc, Module, ModuleEdit, ModuleReloc, ModuleRelocKind, ModuleSection, Put,
+    RelocateError, Target,
 };
 pub use watched::Watched;

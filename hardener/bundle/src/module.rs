@@ -1,11 +1,11 @@
 //! Loadable modules: what the hardener knows about a `.ko` file, so that the installer can recognise the module in a guest,
 //! explain its text and give it views.
 //!
-//! Offsets ([`TextOff`]) count from where the module's core memory starts (`module.core_layout.base`). Nothing here is
+//! Offsets ([`TextOff`]) count from where the memory that holds its code starts ([`Memory::Text`]). Nothing here is
 //! absolute: a guest puts a module anywhere, so relocations and edits name what they point to, and
 //! [`Module::relocated`] and [`ModuleEdit::bytes`] make bytes of them for one [`Placement`].
 
-use crate::{LinkVa, Site, SlotKind, Symbol, TextOff};
+use crate::{LinkVa, Memory, PerMemory, Place, Placement, Site, SlotKind, Symbol, TextOff};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -24,10 +24,10 @@ pub struct Module {
     pub file_sha256: String,
     /// The sections that the loader allocates, in the file's order.
     pub sections: Vec<ModuleSection>,
-    /// Bytes of core memory that hold code: whole pages (`core_layout.text_size`).
+    /// Bytes of [`Memory::Text`] that hold code: whole pages.
     pub text_size: u32,
-    /// Bytes of core memory that the sections take; the loader adds symbols behind them.
-    pub core_size: u32,
+    /// Bytes that the sections take of each memory; the loader fills the last page, and adds symbols.
+    pub sizes: PerMemory<u32>,
     /// The code as in the file, before relocation: [`Module::text_size`] bytes, zeros between and behind the sections.
     pub text: Vec<u8>,
     /// What relocations point to.
@@ -62,17 +62,6 @@ pub struct ModuleSection {
     pub align: u32,
     /// Where it is put.
     pub place: Place,
-}
-
-/// Where something of a module is.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
-pub enum Place {
-    /// So many bytes into core memory.
-    Core(u32),
-    /// So many bytes into memory that is freed after the module's init function.
-    Init(u32),
-    /// So many bytes into the module's per-CPU memory.
-    PerCpu(u32),
 }
 
 /// What a relocation points to.
@@ -148,7 +137,7 @@ pub struct FormReloc {
     pub site: u32,
     /// Index into the site's forms: a [`crate::Form::Exact`] with zeros in the field.
     pub form: u32,
-    /// The relocation; its place is the field's in core memory, inside the site.
+    /// The relocation; its place is the field's in the text, inside the site.
     pub reloc: ModuleReloc,
 }
 
@@ -195,44 +184,17 @@ impl ModuleEdit {
         self.len() == 0
     }
 
-    /// The bytes for a module whose core memory starts at `base` in a kernel that was moved by `slide`; `None` when the
-    /// thunk is out of reach.
-    pub fn bytes(&self, base: u64, slide: u64) -> Option<Vec<u8>> {
+    /// The bytes for a module at `placement`; `None` when the thunk is out of reach.
+    pub fn bytes(&self, placement: &Placement) -> Option<Vec<u8>> {
         let (before, thunk) = match &self.put {
             Put::Bytes(bytes) => return Some(bytes.clone()),
             Put::Branch(before, thunk) => (before, thunk),
         };
-        let next = base
-            .wrapping_add(u64::from(self.at.0))
-            .wrapping_add(self.len() as u64);
-        let distance = thunk.0.wrapping_add(slide).wrapping_sub(next) as i64;
+        let next = placement.text(self.at).wrapping_add(self.len() as u64);
+        let thunk = thunk.0.wrapping_add(placement.slide);
+        let distance = thunk.wrapping_sub(next) as i64;
         let distance = i32::try_from(distance).ok()?;
         Some([before, &distance.to_le_bytes()[..]].concat())
-    }
-}
-
-/// Where one guest has put a module.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Placement {
-    /// `core_layout.base`.
-    pub core: u64,
-    /// Where initialisation memory is or was; any value will do for a module whose text does not refer to it.
-    pub init: u64,
-    /// `module.percpu`.
-    pub percpu: u64,
-    /// The kernel's slide.
-    pub slide: u64,
-}
-
-impl Placement {
-    /// The address of a place in the module.
-    pub fn address(&self, place: Place) -> u64 {
-        let (base, offset) = match place {
-            Place::Core(offset) => (self.core, offset),
-            Place::Init(offset) => (self.init, offset),
-            Place::PerCpu(offset) => (self.percpu, offset),
-        };
-        base.wrapping_add(u64::from(offset))
     }
 }
 
@@ -263,10 +225,9 @@ impl Module {
                 resolve(name).ok_or_else(|| RelocateError::Unresolved(name.clone()))?
             }
         };
-        let field = placement.core.wrapping_add(u64::from(reloc.at.0));
         reloc
             .kind
-            .value(target, reloc.addend, field)
+            .value(target, reloc.addend, placement.text(reloc.at))
             .ok_or(RelocateError::Overflow(reloc.at.0))
     }
 
@@ -325,15 +286,13 @@ impl Module {
             (
                 size == self.text.len()
                     && size.is_multiple_of(4096)
-                    && self.core_size as usize >= size,
+                    && (self.sizes[Memory::Text] as usize).next_multiple_of(4096) >= size,
                 "its sizes contradict each other",
             ),
             (
-                self.sections.iter().all(|section| match section.place {
-                    Place::Core(at) => {
-                        u64::from(at) + u64::from(section.size) <= u64::from(self.core_size)
-                    }
-                    Place::Init(at) | Place::PerCpu(at) => at.checked_add(section.size).is_some(),
+                self.sections.iter().all(|section| {
+                    let end = u64::from(section.place.at) + u64::from(section.size);
+                    end <= u64::from(self.sizes[section.place.memory])
                 }),
                 "a section leaves its memory",
             ),

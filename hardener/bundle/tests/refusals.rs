@@ -1,10 +1,11 @@
 //! A small bundle is written and read back; each case breaks it in one way and names what must be said.
 
 use penumbra_bundle::{
-    Bundle, Cave, Edit, Edits, FileRef, Form, FormReloc, Kernel, LinkVa, Manifest, Module,
+    Bundle, Cave, Edit, Edits, FileRef, Form, FormReloc, Kernel, LinkVa, Manifest, Memory, Module,
     ModuleEdit, ModuleName, ModuleReloc, ModuleRelocKind, ModuleSection, ModuleSet, Offending,
-    Place, Placement, Put, Reloc, RelocKind, RunTimeModel, SCHEMA, Site, SiteKind, SlotKind,
-    Symbol, Symbols, Target, Text, TextOff, Trap, VaRange, Variant, ViolationAction, WriteError,
+    PerMemory, Place, Placement, Put, Reloc, RelocKind, RunTimeModel, SCHEMA, Site, SiteKind,
+    SlotKind, Symbol, Symbols, Target, Text, TextOff, Trap, VaRange, Variant, ViolationAction,
+    WriteError,
 };
 use std::collections::BTreeMap;
 
@@ -134,10 +135,10 @@ fn module() -> Module {
             flags: 6,
             size: 0x900,
             align: 16,
-            place: Place::Core(0),
+            place: Place::new(Memory::Text, 0),
         }],
         text_size: 0x1000,
-        core_size: 0x1800,
+        sizes: PerMemory::new(|_| 0x1800),
         text: vec![0; 0x1000],
         targets: vec![Target::Kernel(LinkVa(START))],
         relocs: vec![reloc(0x11), reloc(0x31)],
@@ -204,13 +205,24 @@ fn a_module_of_the_wrong_shape_is_refused() {
             "sizes contradict",
         ),
         (
-            "core smaller than its text",
-            |m| m.core_size = 0x800,
+            "a memory smaller than the text in it",
+            |m| {
+                m.sections.clear();
+                m.sizes[Memory::Text] = 0;
+            },
             "sizes contradict",
         ),
         (
             "a section past the end",
             |m| m.sections[0].size = 0x1801,
+            "a section leaves",
+        ),
+        (
+            "a section in a memory that the module has not",
+            |m| {
+                m.sections[0].place.memory = Memory::Data;
+                m.sizes[Memory::Data] = 0;
+            },
             "a section leaves",
         ),
         (
@@ -313,28 +325,24 @@ fn a_module_of_the_wrong_shape_is_refused() {
 fn a_module_is_relocated_and_edited_to_where_it_is() {
     let module = module();
     let placement = Placement {
-        core: 0xffff_ffff_c012_3000,
-        init: 0,
-        percpu: 0,
+        bases: PerMemory::new(|_| 0xffff_ffff_c012_3000),
         slide: 0x20_0000,
     };
     let text = module.relocated(&placement, &|_| None).unwrap();
     let branch = |bytes: &[u8], at: u64| {
         let distance = i32::from_le_bytes(bytes[1..5].try_into().unwrap());
-        (placement.core + at + 5).wrapping_add_signed(distance.into())
+        (placement.text(TextOff(0)) + at + 5).wrapping_add_signed(distance.into())
     };
     assert_eq!(branch(&text[0x10..], 0x10), START + 0x20_0000);
     assert_eq!(branch(&text[0x30..], 0x30), START + 0x20_0000);
-    let bytes = module.edits[1][0]
-        .bytes(placement.core, placement.slide)
-        .unwrap();
+    let bytes = module.edits[1][0].bytes(&placement).unwrap();
     assert_eq!((bytes[0], branch(&bytes, 0x10)), (0xe9, START + 0x20_1000));
     let far = Placement {
-        core: 0xffff_9000_0000_0000,
+        bases: PerMemory::new(|_| 0xffff_9000_0000_0000),
         ..placement
     };
     assert!(module.relocated(&far, &|_| None).is_err());
-    assert!(module.edits[1][0].bytes(far.core, far.slide).is_none());
+    assert!(module.edits[1][0].bytes(&far).is_none());
 }
 
 fn refusal(files: &BTreeMap<String, Vec<u8>>) -> String {

@@ -5,7 +5,7 @@ use hardener::fuzzing;
 use hardener_fuzz::{memory, parts, seen};
 use libfuzzer_sys::fuzz_target;
 
-// Core and init memory have 64 MiB each at most, and the checker loads a module twice.
+// A module's memories have 64 MiB together at most, and the checker loads a module twice.
 fuzz_target!(init: memory(512), |data: &[u8]| {
     let [types, file] = parts(data);
     seen("the emitter", fuzzing::module(types, file));

@@ -64,7 +64,7 @@ impl Record {
     }
 }
 
-/// The `structures` of `section`, some functions, one of each kind, and what they refer to.
+/// The `structures` (and enumerations) of `section`, some functions, one of each kind, and what they refer to.
 pub fn cut(section: &[u8], structures: &[&str]) -> Vec<u8> {
     let word = |at: usize| u32::from_le_bytes(section[at..at + 4].try_into().expect("four bytes"));
     let header = word(4) as usize;
@@ -100,7 +100,7 @@ pub fn cut(section: &[u8], structures: &[&str]) -> Vec<u8> {
     let (mut chosen, mut kinds, mut functions) = (BTreeSet::new(), BTreeSet::new(), 0);
     for (id, record) in (1u32..).zip(&records) {
         let kind = record.kind();
-        let named = matches!(kind, 4 | 5)
+        let named = matches!(kind, 4..=6)
             && structures
                 .iter()
                 .any(|name| name.as_bytes() == string(record.name));

@@ -6,8 +6,8 @@ use crate::symbols::{self, Named};
 use hardener::image::Image;
 use penumbra_bundle::LinkVa;
 
-/// Structures whose layouts are looked up, and one with much inside that has no name.
-pub const STRUCTURES: [&str; 11] = [
+/// Structures whose layouts are looked up, an enumeration, and a structure with much inside that has no name.
+pub const STRUCTURES: [&str; 12] = [
     "alt_instr",
     "paravirt_patch_site",
     "exception_table_entry",
@@ -17,6 +17,7 @@ pub const STRUCTURES: [&str; 11] = [
     "jump_entry",
     "static_call_site",
     "module",
+    "mod_mem_type",
     "list_head",
     "page",
 ];

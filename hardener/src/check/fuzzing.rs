@@ -3,7 +3,7 @@
 use super::image::own_build_id;
 use super::kernel::btf::Btf;
 use super::kernel::{Kernel, KernelError, kallsyms, system_map};
-use super::module::{PLACES, elsewhere, exports, load, tables};
+use super::module::{elsewhere, exports, load, places, tables};
 use penumbra_bundle::LinkVa;
 
 /// Where the seeds' kernel has its text.
@@ -31,6 +31,7 @@ pub fn system_map(file: &[u8]) -> Result<(), KernelError> {
 pub fn btf(section: &[u8]) -> Result<(), KernelError> {
     let btf = Btf::parse(section).ok_or(KernelError::Btf)?;
     let _ = (btf.size("page"), btf.offset("page", "none"));
+    let _ = btf.enumerator("mod_mem_type", "MOD_TEXT");
     assert!(btf.functions().count() >= btf.least_arities().len());
     Ok(())
 }
@@ -40,7 +41,8 @@ pub fn module(types: &[u8], file: &[u8]) -> Result<(), String> {
     let btf = Btf::parse(types).ok_or("no types")?;
     let layouts = tables::Layouts::read(&btf).map_err(|error| error.to_string())?;
     let none = exports::Exports::new();
-    let at = |place| load::load(file, &none, layouts.name, place, &elsewhere);
-    at(&PLACES[1])?;
-    tables::ModuleTables::read(&at(&PLACES[0])?, &layouts, PLACES[0].core).map(drop)
+    let places = places();
+    let at = |place| load::load(file, &none, &layouts.module, place, &elsewhere);
+    at(&places[1])?;
+    tables::ModuleTables::read(&at(&places[0])?, &layouts, &places[0]).map(drop)
 }

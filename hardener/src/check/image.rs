@@ -203,7 +203,7 @@ fn layout(subject: &Subject<'_>, findings: &mut Findings<'_>) {
         let found = match key.split_once('.') {
             Some(("sizeof", structure)) => btf.size(structure),
             Some(("const", "THREAD_SIZE")) => Some(THREAD_SIZE),
-            Some((structure, member)) => btf.offset(structure, member),
+            Some((of, name)) => btf.offset(of, name).or_else(|| btf.enumerator(of, name)),
             None => None,
         };
         if found == Some(*said) {

@@ -42,13 +42,15 @@ struct Composite {
     bitfields: bool,
 }
 
-/// The parsed section: only composite types are kept.
+/// The parsed section: structures, unions, enumerations and names of functions are kept.
 #[derive(Default)]
 pub struct Btf {
     types: Vec<u8>,
     strings: Vec<u8>,
     composites: HashMap<u32, Composite>,
     by_name: HashMap<String, u32>,
+    /// Enumerations of 32 bits by name: where their values are listed, and how many there are.
+    enumerations: HashMap<String, (u32, u32)>,
     functions: HashSet<String>,
 }
 
@@ -85,7 +87,8 @@ impl Btf {
             ..Btf::default()
         };
         let mut reader = Reader::new(&btf.types, 0);
-        let (mut composites, mut functions) = (Vec::new(), Vec::new());
+        let (mut composites, mut functions, mut enumerations) =
+            (Vec::new(), Vec::new(), Vec::new());
         let mut id = 1;
         while reader.position() < btf.types.len() {
             let at = reader.position();
@@ -97,12 +100,18 @@ impl Btf {
             match one {
                 Some((name, Kept::Composite(composite))) => composites.push((id, name, composite)),
                 Some((name, Kept::Function)) => functions.push(name),
+                Some((name, Kept::Enumeration(list))) => enumerations.push((name, list)),
                 None => {}
             }
             id += 1;
         }
         let functions = functions.into_iter().filter_map(|name| btf.string(name));
         btf.functions = functions.map(str::to_owned).collect();
+        let enumerations = enumerations.into_iter().filter_map(|(name, list)| {
+            let name = btf.string(name).filter(|name| !name.is_empty())?;
+            Some((name.to_owned(), list))
+        });
+        btf.enumerations = enumerations.collect();
         for (id, name, composite) in composites {
             btf.composites.insert(id, composite);
             // Structures come before forward declarations and never twice under one name in a kernel; the first wins.
@@ -139,6 +148,17 @@ impl Btf {
         self.find(id, member, MAX_DEPTH).map(|bit| Member { bit })
     }
 
+    /// The names and values of the enumeration called `name`.
+    pub fn enumeration(&self, name: &str) -> Option<Vec<(&str, u32)>> {
+        let (start, count) = *self.enumerations.get(name)?;
+        let mut reader = Reader::new(&self.types, start as usize);
+        let values = (0..count).map(|_| {
+            let (name, value) = (reader.u32()?, reader.u32()?);
+            Some((self.string(name)?, value))
+        });
+        values.collect()
+    }
+
     fn find(&self, id: u32, wanted: &str, depth: u32) -> Option<u32> {
         let composite = self.composites.get(&id)?;
         let mut reader = Reader::new(&self.types, composite.members as usize);
@@ -168,9 +188,10 @@ impl Btf {
 enum Kept {
     Composite(Composite),
     Function,
+    Enumeration((u32, u32)),
 }
 
-/// Skips one type; a structure, union or function comes back with its name's offset.
+/// Skips one type; what is kept comes back with its name's offset.
 fn read_type(reader: &mut Reader<'_>) -> Option<Option<(u32, Kept)>> {
     let (name, info, size) = (reader.u32()?, reader.u32()?, reader.u32()?);
     let (count, kind) = (info & 0xffff, info >> 24 & 0x1f);
@@ -194,6 +215,7 @@ fn read_type(reader: &mut Reader<'_>) -> Option<Option<(u32, Kept)>> {
     Some(match kind {
         KIND_STRUCT | KIND_UNION => Some((name, Kept::Composite(composite))),
         KIND_FUNC => Some((name, Kept::Function)),
+        KIND_ENUM => Some((name, Kept::Enumeration((members, count)))),
         _ => None,
     })
 }
@@ -202,9 +224,10 @@ fn read_type(reader: &mut Reader<'_>) -> Option<Option<(u32, Kept)>> {
 mod tests {
     use super::Btf;
 
-    /// `struct outer { int a; union { struct { int b; int c:3; }; long d; }; }`, size 24, with its anonymous parts.
+    /// `struct outer { int a; union { struct { int b; int c:3; }; long d; }; }`, size 24, with its anonymous parts, and
+    /// `enum kind { NONE = -1, ONE = 1 }`.
     fn section() -> Vec<u8> {
-        let strings = b"\0int\0outer\0a\0b\0c\0d\0long\0";
+        let strings = b"\0int\0outer\0a\0b\0c\0d\0long\0kind\0NONE\0ONE\0";
         let name = |wanted: &str| {
             let wanted = [b"\0", wanted.as_bytes(), b"\0"].concat();
             strings
@@ -243,6 +266,15 @@ mod tests {
                 4,
                 64,
             ],
+            vec![
+                name("kind"),
+                composite(6, 1, 2),
+                4,
+                name("NONE"),
+                u32::MAX,
+                name("ONE"),
+                1,
+            ],
         ]
         .concat();
         let mut out = vec![0x9f, 0xeb, 1, 0];
@@ -275,6 +307,9 @@ mod tests {
         assert_eq!(byte("c"), Some(None), "a bit-field inside a byte");
         assert_eq!(byte("missing"), None);
         assert_eq!(btf.member("nobody", "a"), None);
+        let kind = vec![("NONE", u32::MAX), ("ONE", 1)];
+        assert_eq!(btf.enumeration("kind"), Some(kind));
+        assert_eq!(btf.enumeration("outer"), None);
     }
 
     #[test]
@@ -288,7 +323,9 @@ mod tests {
                 let mut damaged = whole.clone();
                 damaged[at] ^= 1 << bit;
                 // A cycle of anonymous structures must end too.
-                let _ = Btf::parse(&damaged).map(|btf| btf.member("outer", "missing"));
+                if let Ok(btf) = Btf::parse(&damaged) {
+                    let _ = (btf.member("outer", "missing"), btf.enumeration("kind"));
+                }
             }
         }
     }

@@ -6,10 +6,10 @@ use super::self_checks::SelfChecks;
 use super::slots::{self, Slots};
 use super::sweep::{self, Sweep};
 use super::{Functions, Regions, Span, TextError};
-use crate::image::module::{CORE, ModuleImage};
+use crate::image::module::{ModuleImage, TEXT, nominal, target_address, text_offset};
 use crate::image::{Fault, Tables};
 use penumbra_bundle::{
-    Form, FormReloc, LinkVa, ModuleReloc, Place, Site, Symbol, Target, TextOff, VaRange,
+    Form, FormReloc, LinkVa, Memory, ModuleReloc, Place, Site, Symbol, Target, TextOff, VaRange,
 };
 
 /// INT3 between sections, so that each is swept from its start.
@@ -37,17 +37,20 @@ impl ModuleText {
     ) -> Result<ModuleText, TextError> {
         let image = &module.image;
         let range = VaRange {
-            start: LinkVa(CORE),
-            end: LinkVa(CORE + u64::from(module.text_size)),
+            start: TEXT,
+            end: LinkVa(TEXT.0 + u64::from(module.text_size)),
         };
         let span = Span { range, code: range };
         let tables = image.module_tables()?;
-        let bytes = image
-            .at(range.start, module.text_size as usize)
-            .ok_or(TextError::Missing {
-                what: "the module's text",
-            })?
-            .to_vec();
+        let bytes = match module.text_size as usize {
+            // Data for others, and nothing else.
+            0 => Some(&[][..]),
+            size => image.at(range.start, size),
+        };
+        let bytes = bytes.ok_or(TextError::Missing {
+            what: "the module's text",
+        })?;
+        let bytes = bytes.to_vec();
         let mut swept = vec![FILLER; bytes.len()];
         for section in image.sections().iter().filter(|section| section.exec) {
             if let Some(start) = span.offset(section.range.start) {
@@ -96,9 +99,8 @@ impl ModuleText {
             .filter(|symbol| symbol.is_code());
         let mut symbols: Vec<Symbol> = symbols
             .filter_map(|symbol| {
-                let at = u32::try_from(symbol.va.0.checked_sub(CORE)?).ok()?;
-                (at < size).then(|| Symbol {
-                    at: TextOff(at),
+                Some(Symbol {
+                    at: text_offset(symbol.va, size)?,
                     name: symbol.name.clone(),
                 })
             })
@@ -121,11 +123,11 @@ fn form_relocs(
         // A form's field is the site's own or comes from a replacement.
         let mut candidates: Vec<ModuleReloc> = within(module, start, end).to_vec();
         for entry in &tables.alternatives {
-            let at = entry.site.0.wrapping_sub(CORE);
-            if at >= u64::from(start) && at < u64::from(end) {
-                let from = entry.replacement.0.wrapping_sub(CORE) as u32;
-                let to = from.saturating_add(u32::from(entry.replacement_len));
-                candidates.extend(within(module, from, to));
+            let offset = |va| text_offset(va, module.text_size);
+            let inside = offset(entry.site).is_some_and(|at| (start..end).contains(&at.0));
+            if let Some(from) = offset(entry.replacement).filter(|_| inside) {
+                let to = from.0.saturating_add(u32::from(entry.replacement_len));
+                candidates.extend(within(module, from.0, to));
             }
         }
         for (number, form) in site.forms.iter_mut().enumerate() {
@@ -175,7 +177,11 @@ fn shortened(
     bytes: &[u8],
     at: u8,
 ) -> bool {
-    let Target::Own(Place::Core(target)) = module.targets[reloc.target as usize] else {
+    let Target::Own(Place {
+        memory: Memory::Text,
+        at: target,
+    }) = module.targets[reloc.target as usize]
+    else {
         return false;
     };
     // The field of `jmp rel32` begins with the second byte, as that of `jmp rel8` does; its end is 4 bytes later.
@@ -194,12 +200,11 @@ fn within(module: &ModuleImage, start: u32, end: u32) -> &[ModuleReloc] {
 
 /// What a field holds at nominal addresses. A field that refers to another module has no nominal value to go by.
 fn nominal_value(module: &ModuleImage, reloc: &ModuleReloc) -> Option<[u8; 8]> {
-    let target = match &module.targets[reloc.target as usize] {
-        Target::Own(Place::Core(at)) => CORE + u64::from(*at),
-        Target::Kernel(va) => va.0,
-        Target::Fixed(value) => *value,
-        Target::Own(_) | Target::Export(_) => return None,
-    };
-    let field = CORE + u64::from(reloc.at.0);
-    reloc.kind.value(target, reloc.addend, field)
+    let target = &module.targets[reloc.target as usize];
+    let known = !matches!(target, Target::Export(_));
+    let field = nominal(Place::new(Memory::Text, reloc.at.0));
+    let value = reloc
+        .kind
+        .value(target_address(target), reloc.addend, field.0);
+    value.filter(|_| known)
 }

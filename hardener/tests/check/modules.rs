@@ -4,7 +4,7 @@ use crate::cases::{Case, case};
 use crate::scene::Scene;
 use hardener::check::Rule;
 use penumbra_bundle::{
-    LinkVa, Mitigation, Module, ModuleEdit, Place, Put, SiteKind, SlotKind, Target, TextOff,
+    LinkVa, Memory, Mitigation, Module, ModuleEdit, Place, Put, SiteKind, SlotKind, Target, TextOff,
 };
 
 /// Modules: the same invariants.
@@ -92,10 +92,7 @@ pub const MODULES: &[Case] = &[
         |scene| {
             let sections = &mut xfs(scene).sections;
             let data = sections.iter_mut().find(|section| section.name == ".data");
-            match &mut data.unwrap().place {
-                Place::Core(at) => *at += 8,
-                other => panic!("{other:?}"),
-            }
+            data.unwrap().place.at += 8;
             None
         },
     ),
@@ -148,7 +145,7 @@ pub const MODULES: &[Case] = &[
         |scene| {
             let modules = &mut scene.bundle.modules;
             let exports = modules.iter_mut().find(|module| !module.exports.is_empty());
-            exports.unwrap().exports[0].place = Place::Core(0);
+            exports.unwrap().exports[0].place = Place::new(Memory::Text, 0);
             None
         },
     ),
@@ -193,9 +190,7 @@ pub const MODULES: &[Case] = &[
             let module = modules.find(|module| module.name == "kvm").unwrap();
             let mut parts = module.sections.iter();
             let part = parts.find(|part| part.name == ".static_call.text").unwrap();
-            let Place::Core(start) = part.place else {
-                panic!("{part:?}");
-            };
+            let start = part.place.at;
             let range = start..start + part.size;
             let mut sites = module.sites.iter();
             let site =
@@ -290,6 +285,78 @@ pub const MODULES: &[Case] = &[
                 _ => None,
             });
             *thunk.expect("a return that saves") = free;
+            None
+        },
+    ),
+];
+
+/// Modules of kernels that keep code and data apart.
+pub const APART: &[Case] = &[
+    case(
+        Rule::Modules,
+        "a section in another memory",
+        ", the loader makes Part",
+        |scene| {
+            let mut sections = xfs(scene).sections.iter_mut();
+            let data = sections.find(|section| section.name == ".rodata");
+            data.unwrap().place.memory = Memory::RoAfterInit;
+            None
+        },
+    ),
+    case(
+        Rule::Modules,
+        "more of a memory than sections take",
+        "has other sizes than the loader gives it",
+        |scene| {
+            xfs(scene).sizes[Memory::Data] += 8;
+            None
+        },
+    ),
+    case(
+        Rule::Modules,
+        "what the text refers to in another memory",
+        "its text differs from the file's at ",
+        |scene| {
+            let mut targets = xfs(scene).targets.iter_mut();
+            let place = targets.find_map(|target| match target {
+                Target::Own(place) if place.memory == Memory::Rodata => Some(place),
+                _ => None,
+            });
+            place.unwrap().memory = Memory::Text;
+            None
+        },
+    ),
+    case(
+        Rule::Modules,
+        "an ENDBR64 that the kernel takes away left out",
+        "lacks a Other site at ",
+        |scene| {
+            let sites = &mut xfs(scene).sites;
+            let sealed = sites.iter().position(|site| site.kind == SiteKind::Other);
+            sites.remove(sealed.unwrap());
+            None
+        },
+    ),
+    case(
+        Rule::Modules,
+        "an indirect call that becomes direct left out",
+        "lacks a Paravirt site at ",
+        |scene| {
+            let mut modules = scene.bundle.modules.iter_mut();
+            let module = modules.find(|module| module.name == "kvm").unwrap();
+            let mut sites = module.sites.iter();
+            let call = sites.position(|site| site.kind == SiteKind::Paravirt);
+            module.sites.remove(call.unwrap());
+            None
+        },
+    ),
+    case(
+        Rule::TrueToImage,
+        "another number of the memory that has the text",
+        "layout `mod_mem_type.MOD_TEXT` is 0x3, BTF has 0x0",
+        |scene| {
+            let layout = &mut scene.bundle.manifest.layout;
+            *layout.get_mut("mod_mem_type.MOD_TEXT").unwrap() += 3;
             None
         },
     ),

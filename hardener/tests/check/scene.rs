@@ -7,7 +7,7 @@ use iced_x86::{Decoder, DecoderOptions, Instruction};
 use penumbra_bundle::{
     Bundle, Edit, LinkVa, PassSummary, SiteKind, SlotKind, TextOff, Trap, VaRange,
 };
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// Debian's current cloud kernel.
@@ -15,25 +15,36 @@ pub fn vmlinuz() -> PathBuf {
     crate::common::cloud().to_owned()
 }
 
-/// Some of its modules: a large one, one with all kinds of poke site, a small one.
-pub fn modules() -> Vec<PathBuf> {
-    let kernel = crate::common::modules();
-    ["fs/xfs/xfs.ko", "arch/x86/kvm/kvm.ko", "net/key/af_key.ko"]
-        .map(|name| kernel.join(name))
+/// Some modules of a kernel: a large one, one with all kinds of poke site, a small one.
+pub fn modules(folder: &Path) -> Vec<PathBuf> {
+    ["xfs", "kvm", "af_key"]
+        .map(|name| crate::common::module(folder, name))
         .to_vec()
 }
 
 /// The image, read by the checker, and the bundle that the emitter makes of it; both once for all tests.
 pub fn real() -> &'static (Checker, Bundle) {
     static REAL: OnceLock<(Checker, Bundle)> = OnceLock::new();
-    REAL.get_or_init(|| {
-        let path = vmlinuz();
-        let modules = modules();
-        let recipe = Recipe::default();
-        let emitted = hardener::emit::emit_with(&path, &recipe, &modules, &mut |_| {}).unwrap();
-        let checker = Checker::open(&path).unwrap().with_modules(&modules);
-        (checker.unwrap(), emitted.bundle)
+    REAL.get_or_init(|| made(&vmlinuz(), crate::common::modules()))
+}
+
+/// The same of the next release's kernel, which keeps code and data of modules apart.
+pub fn next() -> &'static (Checker, Bundle) {
+    static NEXT: OnceLock<(Checker, Bundle)> = OnceLock::new();
+    NEXT.get_or_init(|| {
+        made(
+            crate::common::cloud_backports(),
+            crate::common::modules_backports(),
+        )
     })
+}
+
+fn made(vmlinuz: &Path, folder: &Path) -> (Checker, Bundle) {
+    let modules = modules(folder);
+    let recipe = Recipe::default();
+    let emitted = hardener::emit::emit_with(vmlinuz, &recipe, &modules, &mut |_| {}).unwrap();
+    let checker = Checker::open(vmlinuz).unwrap().with_modules(&modules);
+    (checker.unwrap(), emitted.bundle)
 }
 
 /// The same image by a recipe in which returns are logged and calls panic.

@@ -85,24 +85,56 @@ fn find(variable: &str, series: &str, flavour: &str) -> PathBuf {
 #[allow(dead_code, reason = "not every test program needs them")]
 pub fn modules() -> &'static Path {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
-    FOUND.get_or_init(|| {
-        if let Some(path) = std::env::var_os("PENUMBRA_MODULES_CLOUD") {
-            return path.into();
-        }
-        let tree = cloud().ancestors().nth(2).expect("a vmlinuz in a tree's boot");
-        let mut found: Vec<PathBuf> = std::fs::read_dir(tree.join("lib/modules"))
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.path().join("kernel"))
+    FOUND.get_or_init(|| modules_of(cloud(), "PENUMBRA_MODULES_CLOUD"))
+}
+
+/// The modules of the backports' cloud kernel.
+#[allow(dead_code, reason = "not every test program needs them")]
+pub fn modules_backports() -> &'static Path {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    FOUND.get_or_init(|| modules_of(cloud_backports(), "PENUMBRA_MODULES_CLOUD_BACKPORTS"))
+}
+
+/// The file of one module below `folder`, packed or not.
+#[allow(dead_code, reason = "not every test program needs them")]
+pub fn module(folder: &Path, name: &str) -> PathBuf {
+    fn walk(folder: &Path, name: &str) -> Option<PathBuf> {
+        let mut entries: Vec<PathBuf> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
             .collect();
-        found.sort();
-        found.pop().unwrap_or_else(|| {
-            panic!(
-                "{} has no modules to test with. Run tests/run, which fetches Debian's kernels, or set PENUMBRA_MODULES_CLOUD \
-                 to the modules of PENUMBRA_VMLINUZ_CLOUD",
-                tree.display()
-            )
+        entries.sort();
+        entries.into_iter().find_map(|path| {
+            if path.is_dir() {
+                return walk(&path, name);
+            }
+            let rest = path.file_name()?.to_str()?.strip_prefix(name)?;
+            rest.starts_with(".ko").then_some(path)
         })
+    }
+    walk(folder, name).unwrap_or_else(|| panic!("there is no {name} in {}", folder.display()))
+}
+
+fn modules_of(vmlinuz: &Path, variable: &str) -> PathBuf {
+    if let Some(path) = std::env::var_os(variable) {
+        return path.into();
+    }
+    let tree = vmlinuz
+        .ancestors()
+        .nth(2)
+        .expect("a vmlinuz in a tree's boot");
+    let mut found: Vec<PathBuf> = std::fs::read_dir(tree.join("lib/modules"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path().join("kernel"))
+        .collect();
+    found.sort();
+    found.pop().unwrap_or_else(|| {
+        panic!(
+            "{} has no modules to test with. Run tests/run, which fetches Debian's kernels, or set {variable} to the modules of \
+             that kernel",
+            tree.display()
+        )
     })
 }

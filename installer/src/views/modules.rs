@@ -171,7 +171,7 @@ impl<'a> Modules<'a> {
         };
         let mut again = false;
         for loaded in &list.modules {
-            let what = (loaded.module, loaded.base, loaded.build_id.clone());
+            let what = (loaded.module, loaded.text(), loaded.build_id.clone());
             let mapped = state.modules.iter().any(|one| one.module == loaded.module);
             if mapped || self.stay.contains(&what) {
                 continue;
@@ -250,7 +250,7 @@ impl<'a> Modules<'a> {
     ) -> Result<(), ModuleError> {
         let there: HashMap<GuestVa, GuestVa> = loaded
             .iter()
-            .map(|loaded| (loaded.module, loaded.base))
+            .map(|loaded| (loaded.module, loaded.text()))
             .collect();
         let gone: Vec<ModuleState> = state
             .modules
@@ -280,14 +280,14 @@ impl<'a> Modules<'a> {
             generation,
         } = *with;
         let module = &self.bundle.modules[known.index];
-        let frames = match memory.frames(loaded.base, known.text.len() / PAGE) {
+        let frames = match memory.frames(loaded.text(), known.text.len() / PAGE) {
             Ok(frames) => frames,
             Err(_) => return Ok(Outcome::Again),
         };
         let mut one = ModuleState {
             module: loaded.module,
             name: loaded.name.clone(),
-            base: loaded.base,
+            base: loaded.text(),
             views: Vec::new(),
         };
         let mut writes: Vec<(Gfn, Vec<u8>)> = Vec::new();
@@ -380,7 +380,7 @@ fn pages(known: &Known, edits: &[penumbra_bundle::ModuleEdit]) -> Option<BTreeMa
     let mut pages = BTreeMap::new();
     for edit in edits {
         let start = edit.at.0 as usize;
-        let bytes = edit.bytes(known.placement.core, known.placement.slide)?;
+        let bytes = edit.bytes(&known.placement)?;
         for (at, byte) in (start..).zip(bytes) {
             if known.text[at] != byte {
                 let page = pages

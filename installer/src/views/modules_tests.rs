@@ -9,7 +9,7 @@ use crate::xen::fake::Fake;
 use crate::xen::{GuestPa, GuestVa, Hypervisor as _, PAGE};
 use penumbra_bundle::{
     Bundle, FileRef, Form, LinkVa, Module, ModuleEdit, ModuleName, ModuleReloc, ModuleRelocKind,
-    ModuleSet, PassSummary, Put, Site, SiteKind, SlotKind, Target, TextOff,
+    ModuleSet, PassSummary, PerMemory, Put, Site, SiteKind, SlotKind, Target, TextOff,
 };
 use std::collections::BTreeMap;
 
@@ -44,7 +44,7 @@ fn module() -> Module {
         file_sha256: String::new(),
         sections: Vec::new(),
         text_size: text.len() as u32,
-        core_size: text.len() as u32,
+        sizes: PerMemory::new(|_| text.len() as u32),
         text,
         targets: vec![Target::Kernel(LinkVa(LINK + 0x800))],
         relocs: SITES
@@ -75,18 +75,42 @@ fn module() -> Module {
     }
 }
 
+/// Where `struct module` has what stays in memory, and what does not.
+const TOGETHER: &[(&str, u32)] = &[
+    ("module.core_layout", 0x60),
+    ("module.init_layout", 0x80),
+    ("module_layout.base", 0),
+    ("module_layout.text_size", 0xc),
+];
+/// Where it has each of its memories (from Linux 6.4 on); the numbers are no kernel's.
+const APART: &[(&str, u32)] = &[
+    ("module.mem", 0x300),
+    ("sizeof.module_memory", 0x18),
+    ("module_memory.base", 0),
+    ("module_memory.size", 8),
+    ("mod_mem_type.MOD_DATA", 0),
+    ("mod_mem_type.MOD_RODATA", 1),
+    ("mod_mem_type.MOD_TEXT", 2),
+    ("mod_mem_type.MOD_RO_AFTER_INIT", 3),
+    ("mod_mem_type.MOD_INIT_DATA", 4),
+    ("mod_mem_type.MOD_INIT_RODATA", 5),
+    ("mod_mem_type.MOD_INIT_TEXT", 6),
+];
+
 fn bundle() -> Bundle {
+    bundle_with(TOGETHER)
+}
+
+fn bundle_with(memories: &[(&str, u32)]) -> Bundle {
     let mut bundle = testkit::bundle();
+    let layout = &mut bundle.manifest.layout;
+    layout.extend(memories.iter().map(|(key, at)| ((*key).to_owned(), *at)));
     for (key, offset) in [
         ("module.state", 0),
         ("module.list", 8),
         ("module.name", 0x18),
-        ("module.core_layout", 0x60),
-        ("module.init_layout", 0x80),
         ("module.percpu", 0xa0),
         ("module.notes_attrs", 0xa8),
-        ("module_layout.base", 0),
-        ("module_layout.text_size", 0xc),
         ("module_notes_attrs.notes", 0),
         ("module_notes_attrs.attrs", 8),
         ("sizeof.bin_attribute", 0x20),
@@ -147,6 +171,9 @@ fn load(fake: &Fake, build: [u8; 2]) {
     fake.poke(GuestPa(at + 0x18), b"small\0");
     word(fake, at + 0x60, BASE);
     fake.poke(GuestPa(at + 0x6c), &0x2000_u32.to_le_bytes());
+    // The same for who looks for its memories apart: the third of them.
+    word(fake, at + 0x330, BASE);
+    fake.poke(GuestPa(at + 0x338), &0x2000_u32.to_le_bytes());
     word(fake, at + 0xa8, DIRECT + at + 0x200);
     fake.poke(GuestPa(at + 0x200), &1_u32.to_le_bytes());
     word(fake, at + 0x208, DIRECT + at + 0x280);
@@ -251,6 +278,28 @@ fn a_module_gets_views_when_it_is_live_and_loses_them_before_it_is_freed() {
         assert_eq!(world.look(&mut modules), []);
         assert!(world.state.modules.is_empty());
     }
+}
+
+#[test]
+fn code_in_a_memory_of_its_own_is_found_by_the_kernels_number_for_it() {
+    let bundle = bundle_with(APART);
+    let mut world = world(&bundle);
+    let mut modules = Modules::new(&bundle, &world.state);
+    load(&world.fake, [0xbe, 0xef]);
+    let news = world.look(&mut modules);
+    assert!(
+        matches!(&news[..], [News::Mapped { pages: 2, .. }]),
+        "{news:?}"
+    );
+    assert_eq!(world.site("hardened"), hardened_site());
+    assert!(world.explained(&bundle));
+    unload(&world.fake);
+    assert_eq!(world.site("hardened"), [0xaa; 5]);
+
+    // Without a number for each memory nothing is believed.
+    let bundle = bundle_with(&APART[..APART.len() - 1]);
+    let modules = Modules::new(&bundle, &world.state);
+    assert!(modules.unable().unwrap().contains("is not known"));
 }
 
 #[test]

@@ -51,7 +51,7 @@ fn look(
 ) -> (Vec<ViewReport>, Vec<String>) {
     let memory = state.reader.kernel().memory(hypervisor);
     let list = reader.list(&memory);
-    let here = |loaded: &&Loaded| loaded.module == one.module && loaded.base == one.base;
+    let here = |loaded: &&Loaded| loaded.module == one.module && loaded.text() == one.base;
     let Some(loaded) = list.modules.iter().find(here) else {
         // It left after the state was read; Xen has taken it out of the views.
         return (Vec::new(), Vec::new());
@@ -97,7 +97,7 @@ fn compare(
     let mut want = known.text.clone();
     for edit in edits {
         let bytes = edit
-            .bytes(known.placement.core, known.placement.slide)
+            .bytes(&known.placement)
             .ok_or("a thunk is out of reach")?;
         want[edit.at.0 as usize..][..bytes.len()].copy_from_slice(&bytes);
     }

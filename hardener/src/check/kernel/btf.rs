@@ -8,6 +8,7 @@ const MAGIC: u16 = 0xeb9f;
 const KIND_INTEGER: u32 = 1;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
+const KIND_ENUMERATION: u32 = 6;
 const KIND_TYPEDEF: u32 = 8;
 const KIND_FUNCTION: u32 = 12;
 const KIND_PROTOTYPE: u32 = 13;
@@ -185,6 +186,23 @@ impl<'a> Btf<'a> {
     pub fn offset(&self, name: &str, member: &str) -> Option<u32> {
         let bits = self.member(*self.named.get(name.as_bytes())?, member.as_bytes(), 0)?;
         bits.is_multiple_of(8).then_some(bits / 8)
+    }
+
+    /// The value called `name` of the enumeration `of`.
+    pub fn enumerator(&self, of: &str, name: &str) -> Option<u32> {
+        let mut records = self.types.iter().filter(|at| **at != usize::MAX);
+        let named = |at: &&usize| {
+            let kind = word(self.data, **at + 4)? >> 24 & 0x1f;
+            let own = self.string(word(self.data, **at)? as usize)?;
+            (kind == KIND_ENUMERATION && own == of.as_bytes()).then_some(())
+        };
+        let at = *records.find(|at| named(at).is_some())?;
+        let count = word(self.data, at + 4)? as usize & 0xffff;
+        (0..count).find_map(|index| {
+            let value = at + 12 + 8 * index;
+            let own = self.string(word(self.data, value)? as usize)?;
+            (own == name.as_bytes()).then(|| word(self.data, value + 4))?
+        })
     }
 
     fn member(&self, at: usize, wanted: &[u8], depth: u32) -> Option<u32> {

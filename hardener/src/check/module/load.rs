@@ -1,11 +1,12 @@
 //! A `.ko` file loaded as the kernel would load it, at one place: what the checker believes about modules, without the emitter.
 //!
-//! kernel/module/main.c of Linux 6.1: `layout_sections`, `move_module`, `simplify_symbols`, `apply_relocations`.
+//! kernel/module/main.c: `layout_sections`, `move_module`, `simplify_symbols`, `apply_relocations`.
 
 use super::exports::Exports;
+use super::tables::OfModules;
 use goblin::elf::section_header::{SHF_ALLOC, SHF_EXECINSTR, SHF_WRITE, SHT_NOBITS, SHT_RELA};
 use goblin::elf::{Elf, SectionHeader, header, reloc, sym};
-use penumbra_bundle::{ModuleRelocKind, Place, Placement};
+use penumbra_bundle::{Memory, ModuleRelocKind, PerMemory, Place, Placement, TextOff};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,6 +15,22 @@ const RO_AFTER_INIT: u64 = 0x0020_0000;
 const PAGE: u64 = 4096;
 /// Larger than any module.
 const MAX: u64 = 64 << 20;
+/// Where classes of sections go that have a memory each: code, read-only data, data that becomes read-only, other data; last
+/// those of initialisation.
+const APART: [[Memory; 4]; 2] = [
+    [
+        Memory::Text,
+        Memory::Rodata,
+        Memory::RoAfterInit,
+        Memory::Data,
+    ],
+    [
+        Memory::InitText,
+        Memory::InitRodata,
+        Memory::InitData,
+        Memory::InitData,
+    ],
+];
 /// Section numbers from here on mean something else (System V gABI, special section indexes).
 const RESERVED: usize = 0xff00;
 const ABSOLUTE: usize = 0xfff1;
@@ -44,11 +61,13 @@ pub struct Loaded {
     pub info: BTreeMap<String, String>,
     /// What is allocated.
     pub parts: Vec<Part>,
-    /// Core memory, relocated.
-    pub core: Vec<u8>,
-    /// How much of it is code: whole pages.
+    /// What its memories hold, relocated.
+    pub memories: PerMemory<Vec<u8>>,
+    /// How much sections take of each memory.
+    pub sizes: PerMemory<u32>,
+    /// How much code there is: whole pages.
     pub text_size: u32,
-    /// Names of code in core memory, by offset.
+    /// Names of code that stays, by offset.
     pub code: BTreeSet<(u32, String)>,
     /// What is exported, by name.
     pub exports: BTreeMap<String, Place>,
@@ -56,11 +75,18 @@ pub struct Loaded {
     pub pointers: BTreeSet<u32>,
 }
 
+impl Loaded {
+    /// The code that stays, to the end of its last page.
+    pub fn text(&self) -> &[u8] {
+        &self.memories[Memory::Text][..self.text_size as usize]
+    }
+}
+
 /// Loads `file` at `placement`; what is wrong with it.
 pub fn load(
     file: &[u8],
     exports: &Exports,
-    name_at: u32,
+    of_modules: &OfModules,
     placement: &Placement,
     resolve: &dyn Fn(&str) -> Option<u64>,
 ) -> Result<Loaded, String> {
@@ -69,17 +95,19 @@ pub fn load(
         return Err("is no x86-64 module".to_owned());
     }
     let file = Ko { file, elf };
-    let (places, parts, sizes) = file.lay_out()?;
-    let [text_size, core_size, init_size] = sizes;
-    let mut memory = [vec![0; core_size as usize], vec![0; init_size as usize]];
+    let (places, parts, sizes, text_size) = file.lay_out(of_modules.apart)?;
+    let mut memories = PerMemory::new(|memory| {
+        let code = if memory == Memory::Text { text_size } else { 0 };
+        vec![0; sizes[memory].max(code) as usize]
+    });
+    // Copied for each processor, and no part of the module's own memory.
+    memories[Memory::PerCpu].clear();
+    let of_its_own = |place: &Place| place.memory != Memory::PerCpu;
     for (index, place) in places.iter().enumerate() {
-        let (half, at) = match place {
-            Some(Place::Core(at)) => (0, *at),
-            Some(Place::Init(at)) => (1, *at),
-            _ => continue,
-        };
-        let bytes = file.bytes(index)?;
-        memory[half][at as usize..][..bytes.len()].copy_from_slice(bytes);
+        if let Some(place) = place.filter(of_its_own) {
+            let bytes = file.bytes(index)?;
+            memories[place.memory][place.at as usize..][..bytes.len()].copy_from_slice(bytes);
+        }
     }
     let mut pointers = BTreeSet::new();
     for (index, list) in &file.elf.shdr_relocs {
@@ -95,13 +123,11 @@ pub fn load(
             let Some(kind) = kind(entry.r_type)? else {
                 continue;
             };
-            let (half, base) = match place {
-                Place::Core(at) => (0, at),
-                Place::Init(at) => (1, at),
-                Place::PerCpu(_) => continue,
-            };
+            if !of_its_own(&place) {
+                continue;
+            }
             let symbol = file.symbol(entry.r_sym, &places, exports, placement, resolve)?;
-            let at = u64::from(base).saturating_add(entry.r_offset) as usize;
+            let at = u64::from(place.at).saturating_add(entry.r_offset) as usize;
             let here = placement.address(place).wrapping_add(entry.r_offset);
             let value = symbol.wrapping_add_signed(entry.r_addend.unwrap_or(0));
             let wide = kind == ModuleRelocKind::Abs64 || kind == ModuleRelocKind::Relative64;
@@ -120,30 +146,30 @@ pub fn load(
             };
             let width = if wide { 8 } else { 4 };
             let end = at.checked_add(width);
-            let field = end.and_then(|end| memory[half].get_mut(at..end));
+            let field = end.and_then(|end| memories[place.memory].get_mut(at..end));
             match field.filter(|field| fits && field.iter().all(|byte| *byte == 0)) {
                 Some(field) => field.copy_from_slice(&stored.to_le_bytes()[..width]),
                 None => return Err(format!("{} has a bad relocation at {at:#x}", file.name(of))),
             }
-            let inside = value.wrapping_sub(placement.core);
-            if kind == ModuleRelocKind::Abs64 && !described && inside < text_size {
+            let inside = value.wrapping_sub(placement.text(TextOff(0)));
+            if kind == ModuleRelocKind::Abs64 && !described && inside < u64::from(text_size) {
                 pointers.insert(inside as u32);
             }
         }
     }
-    let [core, _] = memory;
-    let (code, exports) = file.names(&places, text_size as u32);
+    let (code, exports) = file.names(&places, text_size);
     Ok(Loaded {
         digest: Sha256::digest(file.file)
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect(),
-        name: file.own_name(name_at)?,
+        name: file.own_name(of_modules.name)?,
         build_id: file.build_id()?,
         info: file.info()?,
         parts,
-        core,
-        text_size: text_size as u32,
+        memories,
+        sizes,
+        text_size,
         code,
         exports,
         pointers,
@@ -167,7 +193,7 @@ struct Ko<'a> {
     elf: Elf<'a>,
 }
 
-type Layout = (Vec<Option<Place>>, Vec<Part>, [u64; 3]);
+type Layout = (Vec<Option<Place>>, Vec<Part>, PerMemory<u32>, u32);
 
 impl Ko<'_> {
     fn name(&self, index: usize) -> &str {
@@ -194,9 +220,10 @@ impl Ko<'_> {
         }
     }
 
-    /// Each section's class decides its order: code, read-only data, data that becomes read-only, other data; classes but
-    /// the last end with their page. Places by section, what is allocated, and the sizes of text, core and init.
-    fn lay_out(&self) -> Result<Layout, String> {
+    /// Each section's class decides its order: code, read-only data, data that becomes read-only, other data. Each class is
+    /// in a memory of its own if classes are `apart`; else those that stay share one, those of initialisation another, and
+    /// all but the last end with their page. Places by section, what is allocated, and the sizes of memories and of the text.
+    fn lay_out(&self, apart: bool) -> Result<Layout, String> {
         let flag = |flags: u64, bit: u32| flags & u64::from(bit) != 0;
         let mut classes: BTreeMap<(bool, u8), Vec<usize>> = BTreeMap::new();
         let count = self.elf.section_headers.len();
@@ -226,36 +253,39 @@ impl Ko<'_> {
             classes.entry((init, class)).or_default().push(index);
         }
         let mut places = vec![None; count];
-        let mut sizes = [0u64; 3];
+        let mut sizes = PerMemory::<u64>::default();
+        let mut text_size = 0;
         for init in [false, true] {
-            let mut size = 0;
             for class in 0..4 {
+                let memory = match (apart, init) {
+                    (true, _) => APART[usize::from(init)][usize::from(class)],
+                    (false, false) => Memory::Text,
+                    (false, true) => Memory::InitText,
+                };
                 for index in classes.remove(&(init, class)).unwrap_or_default() {
                     let header = &self.elf.section_headers[index];
-                    let at = align(size, header)?;
-                    size = at + header.sh_size.min(MAX);
-                    if size >= MAX {
+                    let at = align(sizes[memory], header)?;
+                    sizes[memory] = at + header.sh_size.min(MAX);
+                    if sizes.iter().map(|(_, size)| size).sum::<u64>() >= MAX {
                         return Err("is too large".to_owned());
                     }
-                    places[index] = Some(match init {
-                        true => Place::Init(at as u32),
-                        false => Place::Core(at as u32),
-                    });
+                    places[index] = Some(Place::new(memory, at as u32));
                 }
-                if class < 3 {
-                    size = size.next_multiple_of(PAGE);
+                let whole = sizes[memory].next_multiple_of(PAGE);
+                if class < 3 && !apart {
+                    sizes[memory] = whole;
                 }
                 if class == 0 && !init {
-                    sizes[0] = size;
+                    text_size = whole as u32;
                 }
             }
-            sizes[1 + usize::from(init)] = size;
         }
         let mut parts = Vec::new();
         for (index, header) in self.elf.section_headers.iter().enumerate() {
             let name = self.name(index).to_owned();
             if name == ".data..percpu" {
-                places[index] = Some(Place::PerCpu(0));
+                places[index] = Some(Place::new(Memory::PerCpu, 0));
+                sizes[Memory::PerCpu] = header.sh_size.min(MAX);
             }
             if let Some(place) = places[index] {
                 parts.push(Part {
@@ -267,7 +297,8 @@ impl Ko<'_> {
                 });
             }
         }
-        Ok((places, parts, sizes))
+        let sizes = PerMemory::new(|memory| sizes[memory] as u32);
+        Ok((places, parts, sizes, text_size))
     }
 
     fn symbol(
@@ -321,15 +352,11 @@ impl Ko<'_> {
             let Ok(value) = u32::try_from(symbol.st_value) else {
                 continue;
             };
-            let place = place.map(|place| match place {
-                Place::Core(at) => Place::Core(at.saturating_add(value)),
-                Place::Init(at) => Place::Init(at.saturating_add(value)),
-                Place::PerCpu(at) => Place::PerCpu(at.saturating_add(value)),
-            });
-            if let Some(Place::Core(at)) = place.filter(|_| symbol.st_type() <= sym::STT_FUNC)
-                && at < text_size
+            let place = place.map(|place| Place::new(place.memory, place.at.saturating_add(value)));
+            if let Some(place) = place.filter(|_| symbol.st_type() <= sym::STT_FUNC)
+                && let Some(at) = place.in_text(text_size)
             {
-                code.insert((at, name.to_owned()));
+                code.insert((at.0, name.to_owned()));
             }
             if let Some(place) = place.filter(|_| symbol.st_bind() != sym::STB_LOCAL) {
                 global.insert(name.to_owned(), place);

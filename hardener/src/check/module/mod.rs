@@ -17,27 +17,28 @@ use super::{Subject, owed};
 use crate::image::unpacked_module;
 use load::{Loaded, Part, load};
 use penumbra_bundle::{
-    Bundle, LinkVa, Mitigation, Module, ModuleEdit, Place, Placement, SiteKind, SlotKind, Variant,
+    Bundle, LinkVa, Memory, Mitigation, Module, ModuleEdit, PerMemory, Placement, SiteKind,
+    SlotKind, TextOff, Variant,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use tables::{Layouts, ModuleTables};
 
-/// Two guests: another module area, another slide.
-pub(super) const PLACES: [Placement; 2] = [
-    Placement {
-        core: 0xffff_ffff_c000_0000,
-        init: 0xffff_ffff_c400_0000,
-        percpu: 0x3_0000,
-        slide: 0,
-    },
-    Placement {
-        core: 0xffff_ffff_c0a3_7000,
-        init: 0xffff_ffff_c5f1_2000,
-        percpu: 0x4_1240,
-        slide: 0x2ca0_0000,
-    },
-];
+/// Two guests: other places for every memory, other distances between them, another slide.
+pub(super) fn places() -> [Placement; 2] {
+    let at = |start: u64, step: u64, percpu: u64, slide: u64| Placement {
+        bases: PerMemory::new(|memory| match memory {
+            Memory::PerCpu => percpu,
+            memory => start + memory as u64 * step,
+        }),
+        slide,
+    };
+    [
+        at(0xffff_ffff_c000_0000, 0x0400_0000, 0x3_0000, 0),
+        at(0xffff_ffff_c0a3_7000, 0x0414_5000, 0x4_1240, 0x2ca0_0000),
+    ]
+}
+
 /// INT3 between sections, so that each is decoded from its start.
 const FILLER: u8 = 0xcc;
 /// Code that runs nowhere or before the kernel has patched it, or that must not be hooked.
@@ -55,6 +56,8 @@ pub type Files = BTreeMap<String, PathBuf>;
 /// A module of the bundle beside what its file says.
 pub struct Read<'a> {
     module: &'a Module,
+    /// Where it is read.
+    places: [Placement; 2],
     loaded: Loaded,
     /// The same, elsewhere.
     moved: Loaded,
@@ -89,10 +92,11 @@ pub fn read<'a>(
             .map_err(|error| error.to_string())
             .and_then(|file| unpacked_module(file).map_err(|fault| fault.to_string()))
             .and_then(|file| {
-                let at = |place| load(&file, &exports, layouts.name, place, &elsewhere);
-                let loaded = at(&PLACES[0])?;
-                let tables = ModuleTables::read(&loaded, &layouts, PLACES[0].core)?;
-                Ok((loaded, at(&PLACES[1])?, tables))
+                let places = places();
+                let at = |place| load(&file, &exports, &layouts.module, place, &elsewhere);
+                let loaded = at(&places[0])?;
+                let tables = ModuleTables::read(&loaded, &layouts, &places[0])?;
+                Ok((loaded, at(&places[1])?, tables))
             });
         match loaded {
             Ok((loaded, moved, tables)) => read.push(Read::new(module, loaded, moved, tables)),
@@ -159,7 +163,7 @@ pub fn thunk_slots<'a>(subject: &Subject<'a>) -> Vec<ThunkSlot<'a>> {
         for ((variant, _), edits) in subject.variants().zip(&read.module.edits) {
             for edit in edits {
                 let at = read.va(edit.at.0);
-                let bytes = edit.bytes(PLACES[0].core, PLACES[0].slide);
+                let bytes = edit.bytes(&read.places[0]);
                 let Some(Replacement::Call(thunk) | Replacement::Jump(thunk)) =
                     bytes.and_then(|bytes| replacement(&bytes, at))
                 else {
@@ -184,14 +188,13 @@ impl<'a> Read<'a> {
         let size = loaded.text_size as usize;
         let mut text = vec![FILLER; size];
         for part in &loaded.parts {
-            if let Place::Core(at) = part.place
-                && (at as usize) < size
-            {
-                let range = at as usize..at as usize + part.size as usize;
-                text[range.clone()].copy_from_slice(&loaded.core[range]);
+            if let Some(at) = part.place.in_text(loaded.text_size) {
+                let range = at.0 as usize..at.0 as usize + part.size as usize;
+                text[range.clone()].copy_from_slice(&loaded.text()[range]);
             }
         }
-        let sweep = Sweep::new(LinkVa(PLACES[0].core), &text);
+        let places = places();
+        let sweep = Sweep::new(LinkVa(places[0].text(TextOff(0))), &text);
         let traced = tables.poked[&SiteKind::Fentry].iter().map(|(at, _)| *at);
         let mut starts: Vec<u32> = loaded.code.iter().map(|(at, _)| *at).collect();
         starts.extend(traced);
@@ -199,6 +202,7 @@ impl<'a> Read<'a> {
         starts.dedup();
         Read {
             module,
+            places,
             loaded,
             moved,
             tables,
@@ -208,7 +212,7 @@ impl<'a> Read<'a> {
     }
 
     fn va(&self, at: u32) -> LinkVa {
-        LinkVa(PLACES[0].core + u64::from(at))
+        LinkVa(self.places[0].text(TextOff(at)))
     }
 
     fn place(&self, at: u32) -> String {
@@ -273,15 +277,15 @@ impl<'a> Read<'a> {
         } else if parts.len() != found.parts.len() {
             wrong.push("lists other sections than the loader allocates".to_owned());
         }
-        if (said.text_size, said.core_size as usize) != (found.text_size, found.core.len()) {
+        if (said.text_size, said.sizes) != (found.text_size, found.sizes) {
             wrong.push("has other sizes than the loader gives it".to_owned());
         }
     }
 
     /// The text is the file's, relocated to any place; how many relocations that took.
     fn text(&self, wrong: &mut Vec<String>) -> u64 {
-        for (placement, loaded) in PLACES.iter().zip([&self.loaded, &self.moved]) {
-            let found = &loaded.core[..loaded.text_size as usize];
+        for (placement, loaded) in self.places.iter().zip([&self.loaded, &self.moved]) {
+            let found = loaded.text();
             match self.module.relocated(placement, &elsewhere) {
                 Ok(text) if text == found => {}
                 Ok(text) => {
@@ -351,7 +355,7 @@ impl<'a> Read<'a> {
     }
 
     fn original(&self, at: u32, thunks: &KernelThunks) -> Option<(Original, usize)> {
-        let rest = self.loaded.core.get(at as usize..)?;
+        let rest = self.loaded.text().get(at as usize..)?;
         thunks.original_in(&rest[..rest.len().min(15)], self.va(at))
     }
 
@@ -411,9 +415,9 @@ impl<'a> Read<'a> {
         if let Some((at, why)) = forbidden.range(start..end).next() {
             return Err(format!("edits {why} at {}", self.place(*at)));
         }
-        for placement in &PLACES {
-            let at = LinkVa(placement.core + u64::from(start));
-            let bytes = edit.bytes(placement.core, placement.slide);
+        for placement in &self.places {
+            let at = LinkVa(placement.text(edit.at));
+            let bytes = edit.bytes(placement);
             let bytes = bytes.ok_or("branches too far")?;
             let new = replacement(&bytes, at);
             let new = new
@@ -453,6 +457,7 @@ impl<'a> Read<'a> {
             (SiteKind::JumpLabel, "a jump label"),
             (SiteKind::StaticCall, "a static call"),
             (SiteKind::SmpLock, "an SMP lock prefix"),
+            (SiteKind::Other, "an ENDBR64 that the kernel takes away"),
         ] {
             for (at, _) in &self.tables.poked[&kind] {
                 add(*at, whole(*at), why);
@@ -480,10 +485,12 @@ impl<'a> Read<'a> {
             add(*start, end - start, "a function on the kprobe blacklist");
         }
         for part in &self.loaded.parts {
-            if let Place::Core(at) = part.place
-                && UNTOUCHABLE.contains(&part.name.as_str())
-            {
-                add(at, part.size as u32, "code that must stay as it is");
+            if part.place.memory == Memory::Text && UNTOUCHABLE.contains(&part.name.as_str()) {
+                add(
+                    part.place.at,
+                    part.size as u32,
+                    "code that must stay as it is",
+                );
             }
         }
         bytes
@@ -495,7 +502,7 @@ impl<'a> Read<'a> {
         let start = after.checked_sub(1).map_or(0, |index| self.starts[index]);
         let end = self.starts.get(after).copied().unwrap_or(u32::MAX);
         let fentry = &self.tables.poked[&SiteKind::Fentry];
-        let endbr = self.loaded.core.get(start as usize..start as usize + 4);
+        let endbr = self.loaded.text().get(start as usize..start as usize + 4);
         let traced = fentry.contains(&(start, 0))
             || fentry.contains(&(start + 4, 0)) && endbr == Some(&[0xf3, 0x0f, 0x1e, 0xfa]);
         let labels = self.loaded.pointers.range(start..end);

@@ -3,14 +3,24 @@
 use super::load::Loaded;
 use crate::check::kernel::KernelError;
 use crate::check::kernel::btf::Btf;
-use penumbra_bundle::{Place, SiteKind};
+use penumbra_bundle::{Memory, Place, Placement, SiteKind};
 use std::collections::{BTreeMap, BTreeSet};
+
+/// What BTF says of `struct module`.
+pub struct OfModules {
+    /// Where its name is.
+    pub name: u32,
+    /// Whether each class of sections has a memory of its own (from Linux 6.4 on).
+    pub apart: bool,
+}
 
 /// The layout of the tables' entries.
 pub struct Layouts {
-    /// `module.name`.
-    pub name: u32,
+    /// Of modules themselves.
+    pub module: OfModules,
     alternative: [usize; 3],
+    /// Where the flags of an alternative are (from Linux 6.5 on).
+    flags: Option<usize>,
     paravirt: [usize; 3],
     jump: [usize; 2],
     static_call: [usize; 2],
@@ -37,9 +47,17 @@ impl Layouts {
                 need(structure, b)?,
             ])
         };
+        let apart = match need("module", "core_layout") {
+            Ok(_) => false,
+            Err(_) => need("module", "mem").map(|_| true)?,
+        };
         Ok(Layouts {
-            name: need("module", "name")? as u32,
+            module: OfModules {
+                name: need("module", "name")? as u32,
+                apart,
+            },
             alternative: three("alt_instr", "instr_offset", "instrlen")?,
+            flags: need("alt_instr", "ft_flags").ok(),
             // Not in kernels from 6.8 on, nor in their modules.
             paravirt: three("paravirt_patch_site", "instr", "len").unwrap_or([0; 3]),
             jump: two("jump_entry", "code")?,
@@ -61,9 +79,13 @@ pub struct ModuleTables {
 }
 
 impl ModuleTables {
-    /// Reads them out of the module's memory at `base`.
-    pub fn read(loaded: &Loaded, layouts: &Layouts, base: u64) -> Result<ModuleTables, String> {
-        let read = Reader { loaded, base };
+    /// Reads them out of the module's memories at `placement`.
+    pub fn read(
+        loaded: &Loaded,
+        layouts: &Layouts,
+        placement: &Placement,
+    ) -> Result<ModuleTables, String> {
+        let read = Reader { loaded, placement };
         let plain = |name| read.relative(name, [4, 0], None);
         let mut poked = BTreeMap::new();
         poked.insert(SiteKind::Return, plain(".return_sites")?);
@@ -76,9 +98,14 @@ impl ModuleTables {
         let [size, at, len] = layouts.alternative;
         let alternatives = read.relative(".altinstructions", [size, at], Some(len))?;
         poked.insert(SiteKind::Alternative, alternatives);
+        let mut paravirt = match layouts.flags {
+            Some(flags) => read.direct_calls([size, at, len, flags])?,
+            None => BTreeSet::new(),
+        };
         let [size, at, len] = layouts.paravirt;
-        let paravirt = read.absolute(".parainstructions", [size, at], Some(len))?;
+        paravirt.extend(read.absolute(".parainstructions", [size, at], Some(len))?);
         poked.insert(SiteKind::Paravirt, paravirt);
+        poked.insert(SiteKind::Other, plain(".ibt_endbr_seal")?);
         let jumps = read.relative("__jump_table", layouts.jump, None)?;
         poked.insert(SiteKind::JumpLabel, jumps);
         let calls = read.relative(".static_call_sites", layouts.static_call, None)?;
@@ -103,7 +130,7 @@ impl ModuleTables {
 
 struct Reader<'a> {
     loaded: &'a Loaded,
-    base: u64,
+    placement: &'a Placement,
 }
 
 impl Reader<'_> {
@@ -114,10 +141,7 @@ impl Reader<'_> {
         layout: [usize; 2],
         len: Option<usize>,
     ) -> Result<BTreeSet<(u32, u32)>, String> {
-        self.entries(name, layout, len, |at, field| {
-            let distance = i32::from_le_bytes(*field.first_chunk()?);
-            Some(at.wrapping_add_signed(i64::from(distance)))
-        })
+        self.entries(name, layout, len, relative)
     }
 
     /// The same for 64-bit addresses.
@@ -127,9 +151,31 @@ impl Reader<'_> {
         layout: [usize; 2],
         len: Option<usize>,
     ) -> Result<BTreeSet<(u32, u32)>, String> {
-        self.entries(name, layout, len, |_, field| {
-            Some(u64::from_le_bytes(*field.first_chunk()?))
+        self.entries(name, layout, len, |_, entry, member| {
+            let field = entry.get(member..).and_then(<[u8]>::first_chunk);
+            Ok(u64::from_le_bytes(*field.ok_or("an entry is too short")?))
         })
+    }
+
+    /// Alternatives after which an indirect call is a direct one (ALT_FLAG_DIRECT_CALL: what paravirt calls are from
+    /// Linux 6.8 on).
+    fn direct_calls(&self, layout: [usize; 4]) -> Result<BTreeSet<(u32, u32)>, String> {
+        let [size, member, len, flags] = layout;
+        let mut found = BTreeSet::new();
+        for (at, entry) in self.table(".altinstructions", size)? {
+            let (Some([_, _, flags, _]), Some(len)) = (
+                entry.get(flags..).and_then(<[u8]>::first_chunk),
+                entry.get(len),
+            ) else {
+                return Err("an entry is too short".to_owned());
+            };
+            if flags & 2 != 0
+                && let Some(start) = self.in_text(relative(at, entry, member)?)
+            {
+                found.insert((start, u32::from(*len)));
+            }
+        }
+        Ok(found)
     }
 
     fn entries(
@@ -137,32 +183,52 @@ impl Reader<'_> {
         name: &str,
         [size, member]: [usize; 2],
         len: Option<usize>,
-        follow: impl Fn(u64, &[u8]) -> Option<u64>,
+        follow: impl Fn(u64, &[u8], usize) -> Result<u64, String>,
     ) -> Result<BTreeSet<(u32, u32)>, String> {
         let mut found = BTreeSet::new();
-        for part in self.loaded.parts.iter().filter(|part| part.name == name) {
-            let Place::Core(start) = part.place else {
-                return Err(format!("{name} is not in core memory"));
-            };
-            if size == 0 || !part.size.is_multiple_of(size as u64) {
-                return Err(format!(
-                    "{name} is not a whole number of entries of {size} bytes"
-                ));
-            }
-            let bytes = &self.loaded.core[start as usize..][..part.size as usize];
-            for (index, entry) in bytes.chunks_exact(size).enumerate() {
-                let at = self.base + u64::from(start) + (index * size + member) as u64;
-                let short = "an entry is too short";
-                let field = entry.get(member..).ok_or(short)?;
-                let to = follow(at, field).ok_or(short)?;
-                let to = to.wrapping_sub(self.base);
-                // Initialisation code has sites too, and is gone.
-                if to < u64::from(self.loaded.text_size) {
-                    let len = len.map_or(Some(&0), |len| entry.get(len)).ok_or(short)?;
-                    found.insert((to as u32, u32::from(*len)));
-                }
+        for (at, entry) in self.table(name, size)? {
+            // Initialisation code has sites too, and is gone.
+            if let Some(start) = self.in_text(follow(at, entry, member)?) {
+                let len = len.map_or(Some(&0), |len| entry.get(len));
+                let len = len.ok_or("an entry is too short")?;
+                found.insert((start, u32::from(*len)));
             }
         }
         Ok(found)
     }
+
+    /// The offset in the text, of what is there.
+    fn in_text(&self, va: u64) -> Option<u32> {
+        let start = self.placement.bases[Memory::Text];
+        let at = va.wrapping_sub(start);
+        (at < u64::from(self.loaded.text_size)).then_some(at as u32)
+    }
+
+    /// The entries of all sections of that name, of `size` bytes each, with their addresses.
+    fn table(&self, name: &str, size: usize) -> Result<Vec<(u64, &[u8])>, String> {
+        let mut entries = Vec::new();
+        for part in self.loaded.parts.iter().filter(|part| part.name == name) {
+            let Place { memory, at } = part.place;
+            let bytes = self.loaded.memories[memory].get(at as usize..);
+            let bytes = bytes.and_then(|bytes| bytes.get(..part.size as usize));
+            let bytes = bytes.ok_or_else(|| format!("{name} is in no memory of the module"))?;
+            if size == 0 || !bytes.len().is_multiple_of(size) {
+                return Err(format!(
+                    "{name} is not a whole number of entries of {size} bytes"
+                ));
+            }
+            let start = self.placement.address(part.place);
+            let each = (start..).step_by(size).zip(bytes.chunks_exact(size));
+            entries.extend(each);
+        }
+        Ok(entries)
+    }
+}
+
+/// Where the 32-bit distance at `member` of an entry at `at` leads, counted from itself.
+fn relative(at: u64, entry: &[u8], member: usize) -> Result<u64, String> {
+    let field = entry.get(member..).and_then(<[u8]>::first_chunk);
+    let distance = i32::from_le_bytes(*field.ok_or("an entry is too short")?);
+    let place = at.wrapping_add(member as u64);
+    Ok(place.wrapping_add_signed(i64::from(distance)))
 }

@@ -1,30 +1,31 @@
-//! A loadable module: its file laid out in memory as the loader of Linux 6.1 does it (kernel/module/main.c), at nominal
+//! A loadable module: its file laid out in memory as the kernel's loader does it (kernel/module/main.c), at nominal
 //! addresses, so that everything that is known to read a kernel's tables can read a module's.
 //!
 //! The nominal addresses never leave the hardener: what depends on them is a relocation, kept by what it points to.
 
+mod layout;
 mod relocs;
 
 use super::elf::Section;
 use super::{Btf, BuildId, Fault, Image, KernelSymbol, Relocs, Segment, notes};
 use goblin::elf::header::{EM_X86_64, ET_REL};
-use goblin::elf::section_header::{SHF_ALLOC, SHF_EXECINSTR, SHF_WRITE, SHT_NOBITS};
+use goblin::elf::section_header::{SHF_EXECINSTR, SHT_NOBITS};
 use goblin::elf::{Elf, sym};
-use penumbra_bundle::{Export, LinkVa, ModuleReloc, ModuleSection, Place, Target, VaRange};
+pub use layout::Arrangement;
+use penumbra_bundle::{
+    Export, LinkVa, Memory, ModuleReloc, ModuleSection, PerMemory, Place, Target, TextOff, VaRange,
+};
 use relocs::moved;
+pub use relocs::target_address;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-/// Where core memory is taken to be: where the module area starts without KASLR (arch/x86/include/asm/pgtable_64_types.h).
-pub const CORE: u64 = 0xffff_ffff_c000_0000;
-const INIT: u64 = 0xffff_ffff_d000_0000;
+/// Where the text is taken to be: where the module area starts without KASLR (arch/x86/include/asm/pgtable_64_types.h).
+pub const TEXT: LinkVa = LinkVa(0xffff_ffff_c000_0000);
 const PERCPU: u64 = 0x0100_0000;
-/// No module comes near; Debian's largest has 5 MB.
+/// No module comes near; Debian's largest has 5 MB. Other memories are taken to be so far behind one another.
 const MAX_MODULE: u64 = 64 << 20;
-/// A flag of the loader itself (include/linux/module.h, `SHF_RO_AFTER_INIT`).
-const SHF_RO_AFTER_INIT: u64 = 0x0020_0000;
-const PAGE: u32 = 4096;
 
 /// What the kernel exports, by name.
 pub type Exports = HashMap<String, LinkVa>;
@@ -39,10 +40,10 @@ pub struct ModuleImage {
     pub info: BTreeMap<String, String>,
     /// What the loader allocates.
     pub sections: Vec<ModuleSection>,
-    /// Whole pages of core memory that hold code.
+    /// How many bytes hold code: whole pages.
     pub text_size: u32,
-    /// What the sections take of core memory.
-    pub core_size: u32,
+    /// What the sections take of each memory.
+    pub sizes: PerMemory<u32>,
     /// The code before relocation.
     pub text: Vec<u8>,
     /// What relocations point to.
@@ -103,6 +104,8 @@ pub struct Host<'a> {
     pub exports: &'a Exports,
     /// Its types.
     pub btf: &'a Arc<Btf>,
+    /// How it arranges modules in memory.
+    pub arrangement: Arrangement,
     /// Symbols that module code branches to and that are known by name.
     pub thunks: &'a [(String, LinkVa)],
 }
@@ -120,8 +123,7 @@ pub fn read(file: &[u8], host: &Host<'_>) -> Result<ModuleImage, Fault> {
         host,
         sections: Vec::new(),
         places: Vec::new(),
-        core: Vec::new(),
-        init: Vec::new(),
+        memories: PerMemory::default(),
         targets: Vec::new(),
         known: HashMap::new(),
     }
@@ -135,17 +137,17 @@ struct Loader<'a> {
     sections: Vec<ModuleSection>,
     /// By section index.
     places: Vec<Option<Place>>,
-    core: Vec<u8>,
-    init: Vec<u8>,
+    /// What each memory holds; nothing of per-CPU memory.
+    memories: PerMemory<Vec<u8>>,
     targets: Vec<Target>,
     known: HashMap<Target, u32>,
 }
 
 impl Loader<'_> {
     fn load(mut self) -> Result<ModuleImage, Fault> {
-        let (text_size, core_size) = self.lay_out()?;
+        let (text_size, sizes) = self.lay_out()?;
         self.copy()?;
-        let text = self.core[..text_size as usize].to_vec();
+        let text = self.memories[Memory::Text][..text_size as usize].to_vec();
         let applied = self.relocate(text_size)?;
         let info = self.info();
         let name = self.name()?;
@@ -160,7 +162,7 @@ impl Loader<'_> {
                 .collect(),
             info,
             text_size,
-            core_size,
+            sizes,
             text,
             targets: self.targets,
             relocs: applied.text,
@@ -175,91 +177,6 @@ impl Loader<'_> {
         header
             .and_then(|header| self.elf.shdr_strtab.get_at(header.sh_name))
             .unwrap_or("")
-    }
-
-    /// `layout_sections`: executable sections first, then read-only ones, those that are read-only after initialisation,
-    /// writable ones; each kind in the file's order.
-    fn lay_out(&mut self) -> Result<(u32, u32), Fault> {
-        let headers = &self.elf.section_headers;
-        let alloc = u64::from(SHF_ALLOC);
-        let flags: Vec<u64> = headers
-            .iter()
-            .enumerate()
-            .map(|(index, header)| match self.section_name(index) {
-                // `rewrite_section_headers`, `setup_load_info`: not kept with the module.
-                "__versions" | ".modinfo" | ".data..percpu" => header.sh_flags & !alloc,
-                // `module_mark_ro_after_init`.
-                ".data..ro_after_init" | "__jump_table" => header.sh_flags | SHF_RO_AFTER_INIT,
-                _ => header.sh_flags,
-            })
-            .collect();
-        let masks = [
-            (alloc | u64::from(SHF_EXECINSTR), 0),
-            (alloc, u64::from(SHF_WRITE)),
-            (alloc | SHF_RO_AFTER_INIT, 0),
-            (alloc | u64::from(SHF_WRITE), 0),
-            (alloc, 0),
-        ];
-        self.places = vec![None; headers.len()];
-        let (mut text_size, mut core_size) = (0, 0);
-        for init in [false, true] {
-            let mut size: u64 = 0;
-            for (kind, (wanted, unwanted)) in masks.into_iter().enumerate() {
-                for (index, header) in headers.iter().enumerate() {
-                    // `module_init_layout_section` with CONFIG_MODULE_UNLOAD.
-                    let is_init = self.section_name(index).starts_with(".init");
-                    let fits = flags[index] & wanted == wanted && flags[index] & unwanted == 0;
-                    if !fits || is_init != init || self.places[index].is_some() {
-                        continue;
-                    }
-                    let align = header.sh_addralign.max(1);
-                    if !align.is_power_of_two() || align > u64::from(PAGE) {
-                        let what = format!("is aligned to {align}");
-                        return Err(self.damaged(index, what));
-                    }
-                    let at = size.next_multiple_of(align);
-                    size = at.saturating_add(header.sh_size);
-                    if size > MAX_MODULE {
-                        return Err(self.damaged(index, "makes the module too large"));
-                    }
-                    let at = at as u32;
-                    let place = if init {
-                        Place::Init(at)
-                    } else {
-                        Place::Core(at)
-                    };
-                    self.places[index] = Some(place);
-                }
-                // `strict_align`: code, read-only data and what is read-only later end with their page.
-                if kind < 3 {
-                    size = size.next_multiple_of(u64::from(PAGE));
-                }
-                if kind == 0 && !init {
-                    text_size = size as u32;
-                }
-            }
-            if !init {
-                core_size = size as u32;
-            }
-            let memory = if init { &mut self.init } else { &mut self.core };
-            memory.resize(size as usize, 0);
-        }
-        for (index, header) in headers.iter().enumerate() {
-            let name = self.section_name(index).to_owned();
-            if name == ".data..percpu" {
-                self.places[index] = Some(Place::PerCpu(0));
-            }
-            if let Some(place) = self.places[index] {
-                self.sections.push(ModuleSection {
-                    name,
-                    flags: flags[index],
-                    size: header.sh_size as u32,
-                    align: header.sh_addralign.max(1) as u32,
-                    place,
-                });
-            }
-        }
-        Ok((text_size, core_size))
     }
 
     fn damaged(&self, index: usize, what: impl Into<String>) -> Fault {
@@ -290,12 +207,10 @@ impl Loader<'_> {
             let bytes = self.bytes(index);
             let bytes = bytes.ok_or_else(|| self.damaged(index, "leaves the file"))?;
             let bytes = bytes.to_vec();
-            let (memory, at) = match place {
-                Place::Core(at) => (&mut self.core, at),
-                Place::Init(at) => (&mut self.init, at),
-                Place::PerCpu(_) => continue,
-            };
-            memory[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
+            if place.memory != Memory::PerCpu {
+                let at = place.at as usize;
+                self.memories[place.memory][at..at + bytes.len()].copy_from_slice(&bytes);
+            }
         }
         Ok(())
     }
@@ -389,15 +304,18 @@ impl Loader<'_> {
         wide: Vec<LinkVa>,
         symbols: Vec<KernelSymbol>,
     ) -> Result<Image, Fault> {
-        let core = self.core.len();
-        let sections = self.sections.iter().filter_map(|section| {
-            let file = match section.place {
-                Place::Core(at) => at as usize,
-                Place::Init(at) => core + at as usize,
-                Place::PerCpu(_) => return None,
-            };
+        let mut bytes = Vec::new();
+        let starts = PerMemory::new(|memory| {
+            let start = bytes.len();
+            bytes.extend(&self.memories[memory]);
+            start
+        });
+        let inside = self.sections.iter();
+        let inside = inside.filter(|section| section.place.memory != Memory::PerCpu);
+        let sections = inside.map(|section| {
+            let file = starts[section.place.memory] + section.place.at as usize;
             let start = nominal(section.place);
-            Some(Section {
+            Section {
                 name: section.name.clone(),
                 range: VaRange {
                     start,
@@ -406,7 +324,7 @@ impl Loader<'_> {
                 file: file..file + section.size as usize,
                 alloc: true,
                 exec: section.flags & u64::from(SHF_EXECINSTR) != 0,
-            })
+            }
         });
         let by_name = symbols
             .iter()
@@ -414,12 +332,12 @@ impl Loader<'_> {
             .map(|symbol| (symbol.name.clone(), symbol.va))
             .chain(self.host.thunks.iter().cloned())
             .collect();
-        let segment = |va, file: std::ops::Range<usize>| Segment {
-            va,
+        let segments = self.memories.iter().map(|(memory, bytes)| Segment {
+            va: nominal(Place::new(memory, 0)).0,
             // Nothing of a module is found by physical address.
             pa: u64::MAX,
-            file,
-        };
+            file: starts[memory]..starts[memory] + bytes.len(),
+        });
         let note = ".note.gnu.build-id";
         let build_id: BuildId = match self.named(note) {
             Some(bytes) => notes::build_id(bytes)?,
@@ -431,10 +349,7 @@ impl Loader<'_> {
         Ok(Image {
             sha256: String::new(),
             packing: "none",
-            segments: vec![
-                segment(CORE, 0..core),
-                segment(INIT, core..core + self.init.len()),
-            ],
+            segments: segments.collect(),
             sections: sections.collect(),
             relocs: Relocs {
                 abs32: narrow,
@@ -445,15 +360,22 @@ impl Loader<'_> {
             by_name,
             btf: Arc::clone(self.host.btf),
             build_id,
-            bytes: [&self.core[..], &self.init[..]].concat(),
+            bytes,
         })
     }
 }
 
-fn nominal(place: Place) -> LinkVa {
-    match place {
-        Place::Core(at) => LinkVa(CORE + u64::from(at)),
-        Place::Init(at) => LinkVa(INIT + u64::from(at)),
-        Place::PerCpu(at) => LinkVa(PERCPU + u64::from(at)),
-    }
+/// Where a place is taken to be.
+pub fn nominal(place: Place) -> LinkVa {
+    let base = match place.memory {
+        Memory::PerCpu => PERCPU,
+        memory => TEXT.0 + memory as u64 * MAX_MODULE,
+    };
+    LinkVa(base + u64::from(place.at))
+}
+
+/// The offset in a text of `size` bytes that is taken to be at `va`.
+pub fn text_offset(va: LinkVa, size: u32) -> Option<TextOff> {
+    let at = u32::try_from(va.0.checked_sub(TEXT.0)?).ok()?;
+    (at < size).then_some(TextOff(at))
 }

@@ -1,11 +1,11 @@
 //! A module's relocations (`apply_relocations` and `simplify_symbols`, kernel/module/main.c), applied at nominal addresses and
 //! kept by what they point to.
 
-use super::{CORE, INIT, Loader, MAX_MODULE, nominal};
+use super::{Loader, MAX_MODULE, nominal};
 use crate::image::{Fault, START_KERNEL_MAP};
 use goblin::elf::section_header::{SHN_ABS, SHN_COMMON, SHN_LORESERVE, SHN_UNDEF, SHT_RELA};
 use goblin::elf::{reloc, sym};
-use penumbra_bundle::{LinkVa, ModuleReloc, ModuleRelocKind, Place, Target, TextOff};
+use penumbra_bundle::{LinkVa, Memory, ModuleReloc, ModuleRelocKind, Place, Target};
 
 /// Other modules' exports, apart from one another.
 const EXPORTS: u64 = 0xffff_ffff_e000_0000;
@@ -52,17 +52,15 @@ impl Loader<'_> {
                     return Err(self.damaged(section, what));
                 }
                 let target = self.target(one.r_sym, section)?;
-                let nominal = self.nominal(&target);
                 let addend = one.r_addend.unwrap_or(0);
-                let (memory, base, start) = match place {
-                    Place::Core(at) => (&mut self.core, CORE, at),
-                    Place::Init(at) => (&mut self.init, INIT, at),
-                    Place::PerCpu(_) => continue,
-                };
-                let at = start + one.r_offset as u32;
-                let va = LinkVa(base + u64::from(at));
-                let field = &mut memory[at as usize..at as usize + kind.width()];
-                let value = kind.value(nominal, addend, va.0);
+                if place.memory == Memory::PerCpu {
+                    continue;
+                }
+                let place = Place::new(place.memory, place.at + one.r_offset as u32);
+                let va = nominal(place);
+                let at = place.at as usize;
+                let field = &mut self.memories[place.memory][at..at + kind.width()];
+                let value = kind.value(target_address(&target), addend, va.0);
                 let Some(value) = value.filter(|_| field.iter().all(|byte| *byte == 0)) else {
                     let what = format!(
                         "the relocation at {:#x} does not fit or has a value already",
@@ -76,10 +74,10 @@ impl Loader<'_> {
                     _ if kind == ModuleRelocKind::Abs64 => applied.wide.push(va),
                     _ => {}
                 }
-                if matches!(place, Place::Core(_)) && at < text_size {
+                if let Some(at) = place.in_text(text_size) {
                     let target = self.index(target);
                     applied.text.push(ModuleReloc {
-                        at: TextOff(at),
+                        at,
                         kind,
                         target,
                         addend,
@@ -139,32 +137,26 @@ impl Loader<'_> {
             None => Err(unsupported("lies in no section that the loader keeps")),
         }
     }
+}
 
-    fn nominal(&self, target: &Target) -> u64 {
-        match target {
-            Target::Own(place) => nominal(*place).0,
-            Target::Kernel(va) => va.0,
-            Target::Fixed(value) => *value,
-            // Apart from all else, and from one another as far as it matters here.
-            Target::Export(name) => {
-                let sum = name.bytes().fold(0u64, |sum, byte| {
-                    sum.wrapping_mul(31).wrapping_add(u64::from(byte))
-                });
-                EXPORTS + sum % (1 << 16) * EXPORT_STEP
-            }
+/// Where what a relocation points to is taken to be.
+pub fn target_address(target: &Target) -> u64 {
+    match target {
+        Target::Own(place) => nominal(*place).0,
+        Target::Kernel(va) => va.0,
+        Target::Fixed(value) => *value,
+        // Apart from all else, and from one another as far as it matters here.
+        Target::Export(name) => {
+            let sum = name.bytes().fold(0u64, |sum, byte| {
+                sum.wrapping_mul(31).wrapping_add(u64::from(byte))
+            });
+            EXPORTS + sum % (1 << 16) * EXPORT_STEP
         }
     }
 }
 
 /// So many bytes further; nothing of a module is farther than it may be large.
 pub(super) fn moved(place: Place, by: u32) -> Option<Place> {
-    let moved = |at: u32| {
-        let at = at.checked_add(by);
-        at.filter(|at| u64::from(*at) <= MAX_MODULE)
-    };
-    Some(match place {
-        Place::Core(at) => Place::Core(moved(at)?),
-        Place::Init(at) => Place::Init(moved(at)?),
-        Place::PerCpu(at) => Place::PerCpu(moved(at)?),
-    })
+    let at = place.at.checked_add(by)?;
+    (u64::from(at) <= MAX_MODULE).then_some(Place { at, ..place })
 }

@@ -6,7 +6,7 @@ use crate::guest::memory::{GuestMemory, ReadError};
 use crate::guest::{Slide, forms};
 use crate::xen::{GuestVa, PAGE};
 use penumbra_bundle::{
-    Bundle, Form, Module, Place, Placement, RelocateError, Site, Target, TextOff,
+    Bundle, Form, Memory, Module, PerMemory, Place, Placement, RelocateError, Site, Target, TextOff,
 };
 
 /// The area for modules with any KASLR (arch/x86/include/asm/pgtable_64_types.h, `MODULES_VADDR` at its lowest, `MODULES_END`).
@@ -49,25 +49,27 @@ pub fn examine(
         Ok(found) => found,
         Err(why) => return Ok(Verdict::Unknown(why)),
     };
-    if module.text_size != loaded.text_size || !loaded.base.0.is_multiple_of(PAGE as u64) {
+    let base = loaded.text();
+    if module.text_size != loaded.text_size || !base.0.is_multiple_of(PAGE as u64) {
         return Ok(Verdict::Unknown(format!(
-            "it has {:#x} bytes of text at {}, the bundle's has {:#x}",
-            loaded.text_size, loaded.base, module.text_size
+            "it has {:#x} bytes of text at {base}, the bundle's has {:#x}",
+            loaded.text_size, module.text_size
         )));
     }
     let kernel = bundle.manifest.text.range();
-    let apart = end(loaded) < slide.guest(kernel.start) || slide.guest(kernel.end) <= loaded.base;
+    let apart = end(loaded) < slide.guest(kernel.start) || slide.guest(kernel.end) <= base;
     if !apart {
         return Ok(Verdict::Unknown(format!(
-            "its text at {} would be the kernel's own",
-            loaded.base
+            "its text at {base} would be the kernel's own"
         )));
     }
     // As long as the bundle's, which its reader has bounded.
-    let running = memory.bytes(loaded.base, module.text.len())?;
+    let running = memory.bytes(base, module.text.len())?;
     let mut placement = placement(loaded, slide);
-    if placement.init == 0 {
-        placement.init = init_base(module, loaded.base, &running);
+    for freed in Memory::ALL.into_iter().filter(|memory| memory.is_init()) {
+        if placement.bases[freed] == 0 {
+            placement.bases[freed] = freed_base(module, freed, base, &running);
+        }
     }
     let resolve = |name: &str| export(bundle, slide, others, name);
     let expected = match module.relocated(&placement, &resolve) {
@@ -114,9 +116,7 @@ fn find<'b>(bundle: &'b Bundle, loaded: &Loaded) -> Result<(usize, &'b Module), 
 
 fn placement(loaded: &Loaded, slide: Slide) -> Placement {
     Placement {
-        core: loaded.base.0,
-        init: loaded.init.0,
-        percpu: loaded.percpu.0,
+        bases: PerMemory::new(|memory| loaded.memories[memory].0),
         slide: slide.0,
     }
 }
@@ -124,28 +124,23 @@ fn placement(loaded: &Loaded, slide: Slide) -> Placement {
 /// The last byte of its text.
 fn end(loaded: &Loaded) -> GuestVa {
     loaded
-        .base
+        .text()
         .offset(u64::from(loaded.text_size).saturating_sub(1))
 }
 
-/// Where a module's initialisation memory was, once it is freed; 0 when nothing in its text says.
+/// Where a memory of a module's initialisation was, once it is freed; 0 when nothing in its text says.
 ///
 /// Code that refers to it stands in `.altinstr_aux` and is not executed after its alternative is patched. The first such
 /// field says where the memory was; that the others agree is for the comparison to find.
-fn init_base(module: &Module, base: GuestVa, running: &[u8]) -> u64 {
-    let dead = module
-        .sections
-        .iter()
-        .find_map(|section| match section.place {
-            Place::Core(at) if section.name == ".altinstr_aux" => {
-                Some(at..at.saturating_add(section.size))
-            }
-            _ => None,
-        });
+fn freed_base(module: &Module, freed: Memory, base: GuestVa, running: &[u8]) -> u64 {
+    let mut sections = module.sections.iter();
+    let dead = sections.find(|one| one.place.memory == Memory::Text && one.name == ".altinstr_aux");
+    let dead = dead.map(|one| one.place.at..one.place.at.saturating_add(one.size));
     let first = module.relocs.iter().find_map(|reloc| {
-        let Target::Own(Place::Init(at)) = module.targets[reloc.target as usize] else {
+        let Target::Own(Place { memory, at }) = module.targets[reloc.target as usize] else {
             return None;
         };
+        (memory == freed).then_some(())?;
         dead.as_ref()?.contains(&reloc.at.0).then_some(())?;
         let field = running.get(reloc.at.0 as usize..)?.first_chunk()?;
         let there = base.0.wrapping_add(u64::from(reloc.at.0));
@@ -186,7 +181,7 @@ fn unexplained(
         &sites,
         |site, form, bytes, ignore| {
             // Calls and jumps go to the kernel's functions: seen from there, the module lies behind the kernel's text.
-            let seen = placement.core.wrapping_add(u64::from(site.at.0));
+            let seen = placement.text(site.at);
             let Ok(at) = u32::try_from(seen.wrapping_sub(kernel)) else {
                 return false;
             };
@@ -203,8 +198,7 @@ fn unexplained(
         &mut open,
     );
     Ok(open.ranges(expected, running, |at| {
-        let address = GuestVa(placement.core.wrapping_add(u64::from(at.0)));
-        (address, symbol(module, at))
+        (GuestVa(placement.text(at)), symbol(module, at))
     }))
 }
 
@@ -244,10 +238,11 @@ fn symbol(module: &Module, at: TextOff) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::init_base;
+    use super::freed_base;
     use crate::xen::GuestVa;
     use penumbra_bundle::{
-        Module, ModuleReloc, ModuleRelocKind, ModuleSection, Place, Target, TextOff,
+        Memory, Module, ModuleReloc, ModuleRelocKind, ModuleSection, PerMemory, Place, Target,
+        TextOff,
     };
     use std::collections::BTreeMap;
 
@@ -264,12 +259,12 @@ mod tests {
                 flags: 6,
                 size: 6,
                 align: 1,
-                place: Place::Core(0x60),
+                place: Place::new(Memory::Text, 0x60),
             }],
             text_size: 0x1000,
-            core_size: 0x1000,
+            sizes: PerMemory::new(|_| 0x1000),
             text: vec![0; 0x1000],
-            targets: vec![Target::Own(Place::Init(0x10))],
+            targets: vec![Target::Own(Place::new(Memory::InitText, 0x10))],
             relocs: vec![ModuleReloc {
                 at: TextOff(0x62),
                 kind: ModuleRelocKind::Relative32,
@@ -294,7 +289,9 @@ mod tests {
             running[0x62..0x66].copy_from_slice(&distance.to_le_bytes());
             running
         };
-        let base = |module: &Module, target| init_base(module, GuestVa(core), &says(target));
+        let base = |module: &Module, target| {
+            freed_base(module, Memory::InitText, GuestVa(core), &says(target))
+        };
         assert_eq!(base(&module(), init + 0x30), init);
         // Not a whole page, and not in the area for modules.
         assert_eq!(base(&module(), init + 0x31), 0);
@@ -303,5 +300,9 @@ mod tests {
         let mut live = module();
         live.sections[0].name = ".text".to_owned();
         assert_eq!(base(&live, init + 0x30), 0);
+        // It says nothing of another memory.
+        let text = says(init + 0x30);
+        let other = freed_base(&module(), Memory::InitData, GuestVa(core), &text);
+        assert_eq!(other, 0);
     }
 }

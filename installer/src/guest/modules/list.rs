@@ -4,7 +4,7 @@ use crate::guest::Slide;
 use crate::guest::layout::{self, MissingName};
 use crate::guest::memory::{GuestMemory, ReadError};
 use crate::xen::GuestVa;
-use penumbra_bundle::Manifest;
+use penumbra_bundle::{Manifest, Memory, PerMemory};
 use std::collections::HashSet;
 
 /// More modules than this are not read.
@@ -40,16 +40,19 @@ pub struct Loaded {
     pub name: String,
     /// Where it is in its life.
     pub state: ModuleState,
-    /// Where its core memory starts: the text first.
-    pub base: GuestVa,
-    /// Bytes of it that are text: whole pages, not 0.
+    /// Where its memories are; null what it has not, and once it is freed.
+    pub memories: PerMemory<GuestVa>,
+    /// Bytes of its text: whole pages.
     pub text_size: u32,
-    /// Its initialisation memory; null once that is freed.
-    pub init: GuestVa,
-    /// Its per-CPU memory.
-    pub percpu: GuestVa,
     /// Its build-id in hexadecimal, if the kernel keeps its notes.
     pub build_id: Option<String>,
+}
+
+impl Loaded {
+    /// Where its text starts.
+    pub fn text(&self) -> GuestVa {
+        self.memories[Memory::Text]
+    }
 }
 
 /// All of the list.
@@ -68,10 +71,8 @@ pub struct ModuleReader {
     list: u64,
     name: u64,
     state: u64,
-    core: u64,
-    init: u64,
-    percpu: u64,
-    base: u64,
+    /// Where the addresses of its memories are, of those that this kernel has.
+    memories: PerMemory<Option<u64>>,
     text_size: u64,
     notes: Option<Notes>,
 }
@@ -109,16 +110,18 @@ impl ModuleReader {
                 name: attr + get("attribute.name")?,
             })
         };
+        let (mut memories, text_size) = match get("module.core_layout") {
+            Ok(core) => together(core, &get)?,
+            Err(_) => apart(&get)?,
+        };
+        memories[Memory::PerCpu] = Some(get("module.percpu")?);
         Ok(ModuleReader {
             head: layout::data(manifest, slide, "modules")?,
             list: get("module.list")?,
             name: get("module.name")?,
             state: get("module.state")?,
-            core: get("module.core_layout")?,
-            init: get("module.init_layout")?,
-            percpu: get("module.percpu")?,
-            base: get("module_layout.base")?,
-            text_size: get("module_layout.text_size")?,
+            memories,
+            text_size,
             notes: notes().ok(),
         })
     }
@@ -158,7 +161,13 @@ impl ModuleReader {
 
     /// Reads one entry.
     pub fn read(&self, memory: &GuestMemory<'_>, module: GuestVa) -> Result<Loaded, ReadError> {
-        let text_size = memory.u32(module.offset(self.core + self.text_size))?;
+        let mut memories = PerMemory::new(|_| GuestVa(0));
+        for (which, at) in self.memories.iter() {
+            if let Some(at) = *at {
+                memories[which] = memory.pointer(module.offset(at))?;
+            }
+        }
+        let text_size = memory.u32(module.offset(self.text_size))?;
         Ok(Loaded {
             module,
             name: string(memory, module.offset(self.name), NAME)?,
@@ -167,10 +176,8 @@ impl ModuleReader {
                 1 => ModuleState::Coming,
                 _ => ModuleState::Other,
             },
-            base: memory.pointer(module.offset(self.core + self.base))?,
+            memories,
             text_size: text_size.min(MAX_TEXT),
-            init: memory.pointer(module.offset(self.init + self.base))?,
-            percpu: memory.pointer(module.offset(self.percpu))?,
             build_id: self.build_id(memory, module),
         })
     }
@@ -197,6 +204,31 @@ impl ModuleReader {
         }
         None
     }
+}
+
+type Get<'a> = &'a dyn Fn(&str) -> Result<u64, MissingName>;
+
+/// Where a kernel that arranges modules in two memories (`struct module_layout`) has their addresses and the text's size.
+fn together(core: u64, get: Get<'_>) -> Result<(PerMemory<Option<u64>>, u64), MissingName> {
+    let base = get("module_layout.base")?;
+    let mut memories = PerMemory::default();
+    memories[Memory::Text] = Some(core + base);
+    memories[Memory::InitText] = Some(get("module.init_layout")? + base);
+    Ok((memories, core + get("module_layout.text_size")?))
+}
+
+/// The same where each kind of section has a memory (`struct module_memory`, from Linux 6.4 on).
+fn apart(get: Get<'_>) -> Result<(PerMemory<Option<u64>>, u64), MissingName> {
+    let (all, stride) = (get("module.mem")?, get("sizeof.module_memory")?);
+    let (base, size) = (get("module_memory.base")?, get("module_memory.size")?);
+    let mut memories = PerMemory::default();
+    let named = |memory: Memory| Some((memory, memory.kernel_name()?));
+    for (memory, name) in Memory::ALL.into_iter().filter_map(named) {
+        let number = get(&format!("mod_mem_type.{name}"))?;
+        memories[memory] = Some(all + number * stride + base);
+    }
+    let text = all + get("mod_mem_type.MOD_TEXT")? * stride;
+    Ok((memories, text + size))
 }
 
 /// A string of at most `len` bytes, up to its zero.
