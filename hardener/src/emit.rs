@@ -5,6 +5,7 @@ use crate::modules::{Modules, Refused};
 use crate::passes::{self, Analyses, Context, PassError};
 use crate::recipe::{Recipe, RecipeError};
 use crate::text::callgraph::CallGraph;
+use crate::text::changeable::Changeable;
 use crate::text::exposed::Exposed;
 use crate::text::outside::Outside;
 use crate::text::probed::Probed;
@@ -310,49 +311,58 @@ fn bundle(
     let shared_names = btf.as_ref().map_or(0, |btf| btf.shared_names(image));
     let typed = btf.as_ref().filter(|_| shared_names == 0);
     let (by_function, by_frame) = (asked(passes::is_per_function), asked(passes::is_by_frame));
+    let by_change = asked(passes::is_by_change);
     let zeroing = asked(passes::is_zeroing);
     let (profile, probes) = (
         passes::debloat_profile(recipe),
         passes::probed_functions(recipe),
     );
     // Prototypes, stack and callers need nothing of each other.
-    let ((forward, stack), ((outside, probed), return_sets, (exposed, zeroing))) = rayon::join(
-        || {
-            rayon::join(
-                || typed.map(|btf| types::analyse(image, btf, &tables, &text)),
-                || asked(passes::is_clearing).then(|| StackUse::find(image, &tables, &text)),
-            )
-        },
-        || {
-            let wanted =
-                by_function || by_frame || zeroing || profile.is_some() || probes.is_some();
-            let mut graph = wanted.then(|| CallGraph::build(image, &tables, &text));
-            let outside = profile
-                .zip(graph.as_mut())
-                .map(|((profile, widen), graph)| {
-                    let outside = Outside::find(image, &tables, &text, graph, &profile, widen)?;
-                    graph.redirect(&text, &outside.watched.functions);
-                    Ok::<Outside, Fault>(outside)
+    let ((forward, stack), ((outside, probed), return_sets, (exposed, changeable, zeroing))) =
+        rayon::join(
+            || {
+                rayon::join(
+                    || typed.map(|btf| types::analyse(image, btf, &tables, &text)),
+                    || asked(passes::is_clearing).then(|| StackUse::find(image, &tables, &text)),
+                )
+            },
+            || {
+                let wanted = by_function
+                    || by_frame
+                    || by_change
+                    || zeroing
+                    || profile.is_some()
+                    || probes.is_some();
+                let mut graph = wanted.then(|| CallGraph::build(image, &tables, &text));
+                let outside = profile
+                    .zip(graph.as_mut())
+                    .map(|((profile, widen), graph)| {
+                        let outside = Outside::find(image, &tables, &text, graph, &profile, widen)?;
+                        graph.redirect(&text, &outside.watched.functions);
+                        Ok::<Outside, Fault>(outside)
+                    });
+                let probed = probes.zip(graph.as_mut()).map(|(list, graph)| {
+                    let outside = outside.as_ref().and_then(|outside| outside.as_ref().ok());
+                    let probed = Probed::find(image, &tables, &text, &list, outside)?;
+                    graph.redirect(&text, &probed.watched.functions);
+                    Ok::<Probed, Fault>(probed)
                 });
-            let probed = probes.zip(graph.as_mut()).map(|(list, graph)| {
-                let outside = outside.as_ref().and_then(|outside| outside.as_ref().ok());
-                let probed = Probed::find(image, &tables, &text, &list, outside)?;
-                graph.redirect(&text, &probed.watched.functions);
-                Ok::<Probed, Fault>(probed)
-            });
-            let of = |wanted: bool| graph.as_ref().filter(|_| wanted);
-            let (return_sets, others) = rayon::join(
-                || of(by_function).map(|graph| ReturnSets::find(image, &tables, &text, graph)),
-                || {
-                    rayon::join(
-                        || of(by_frame).map(|graph| Exposed::find(&text, graph)),
-                        || of(zeroing).map(|graph| Zeroing::find(image, &tables, &text, graph)),
-                    )
-                },
-            );
-            ((outside, probed), return_sets, others)
-        },
-    );
+                let of = |wanted: bool| graph.as_ref().filter(|_| wanted);
+                let (return_sets, others) = rayon::join(
+                    || of(by_function).map(|graph| ReturnSets::find(image, &tables, &text, graph)),
+                    || {
+                        let (exposed, changeable) = (
+                            of(by_frame).map(|graph| Exposed::find(&text, graph)),
+                            of(by_change).map(|graph| Changeable::find(&tables, &text, graph)),
+                        );
+                        let zeroing =
+                            of(zeroing).map(|graph| Zeroing::find(image, &tables, &text, graph));
+                        (exposed, changeable, zeroing)
+                    },
+                );
+                ((outside, probed), return_sets, others)
+            },
+        );
     let mut forward = forward.transpose()?;
     let (outside, probed) = (outside.transpose()?, probed.transpose()?);
     let narrowed = outside.as_ref().filter(|_| passes::narrows_targets(recipe));
@@ -371,6 +381,7 @@ fn bundle(
             .as_ref()
             .filter(|_| passes::is_per_function(choice)),
         exposed: exposed.as_ref().filter(|_| passes::is_by_frame(choice)),
+        changeable: changeable.as_ref().filter(|_| passes::is_by_change(choice)),
         zeroing: zeroing.as_ref(),
         stack: stack.as_ref(),
         promotion: promotion.as_ref(),

@@ -3,6 +3,8 @@
 
 #[path = "check/cases.rs"]
 mod cases;
+#[path = "check/changeable.rs"]
+mod changeable;
 mod common;
 #[path = "check/debloat.rs"]
 mod debloat;

@@ -9,7 +9,7 @@ use super::kernel::{Kernel, KernelError};
 use super::owed::has_fentry;
 use super::sets;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, OpKind};
-use penumbra_bundle::LinkVa;
+use penumbra_bundle::{LinkVa, VaRange};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// A thunk need not compare with more callees than this: then any return site is legal.
@@ -42,6 +42,12 @@ pub struct Parts {
     pub goes: Vec<Goes>,
     /// Where a return may go whose part an indirect call reaches.
     pub indirect: BTreeSet<LinkVa>,
+    /// The parts that each jumps to.
+    pub jumps: Vec<BTreeSet<u32>>,
+    /// Parts whose address is taken.
+    pub taken: BTreeSet<u32>,
+    /// Parts that are entered in a way that no analysis of calls explains.
+    pub odd: BTreeSet<u32>,
     /// Parts that no compiler made.
     pub assembly: BTreeSet<u32>,
     /// Parts with an `__fentry__` site.
@@ -149,6 +155,19 @@ impl Parts {
         let starts = starts.filter(|(start, _)| has_fentry(kernel, &traced, **start));
         let traced = starts.map(|(_, part)| part).collect();
         Ok(follow(gathered, &taken, assembly, traced))
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        self.starts.len() as u32
+    }
+
+    /// From where a part starts to where the next one does; `end` is that of the text.
+    pub fn range(&self, part: u32, end: LinkVa) -> VaRange {
+        VaRange {
+            start: self.start(part),
+            end: self.starts.get(part as usize + 1).copied().unwrap_or(end),
+        }
     }
 
     /// Where a part starts.
@@ -391,6 +410,9 @@ fn follow(
         back: gathered.back,
         replaced: gathered.replaced,
         indirect,
+        jumps: gathered.jumps,
+        taken: taken.clone(),
+        odd: gathered.odd,
         assembly,
         traced,
         open: untraced,

@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | same-boundaries | `slots.rs` | each edit is one whole instruction for one whole instruction |
 //! | one-shared-cave | `cave.rs` | thunks and tables lie in filler, apart from one another |
-//! | allowed-slots | `slots.rs`, `exposed.rs` | no edit touches what the kernel pokes or depends on; no return is left unchecked without such a reason |
+//! | allowed-slots | `slots.rs`, `exposed.rs`, `changeable.rs` | no edit touches what the kernel pokes or depends on; no return is left unchecked without such a reason |
 //! | allowed-slots | `self_checks.rs` | calls that are left out only check, and what stands for them gives back what they do |
 //! | thunk-contract | `owed.rs`, `thunks.rs`, `exec/` | thunks keep what they must and pass exactly the members of their tables |
 //! | thunk-contract | `dead.rs` | what returns clear is read by nobody who is returned to |
@@ -24,6 +24,7 @@
 
 mod callers;
 mod cave;
+mod changeable;
 mod classes;
 mod dead;
 mod exec;

@@ -271,7 +271,11 @@ impl Function {
                 FlowControl::Next
                 | FlowControl::ConditionalBranch
                 | FlowControl::Call
-                | FlowControl::Exception => node.next.push(behind),
+                | FlowControl::Exception
+                    if !instruction.is_privileged() =>
+                {
+                    node.next.push(behind);
+                }
                 FlowControl::Return => node.returns = true,
                 _ => return Err("it does what no check needs".to_owned()),
             }

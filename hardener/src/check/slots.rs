@@ -1,6 +1,7 @@
 //! Rules 1 and 3: each edit replaces one whole instruction by one of the same length, in a slot that nobody pokes.
 
 use super::Subject;
+use super::changeable::Changeable;
 use super::exec::machine::{register_name, register_number};
 use super::exposed::Exposed;
 use super::kernel::symbols::hex;
@@ -16,9 +17,11 @@ use yaxpeax_x86::amd64::InstDecoder;
 
 /// The pass that edits every return that it may.
 const RETURN_CFI: &str = "return-cfi";
-/// Which returns it edits: its parameter, and the value by which it leaves those out whose frames cannot be overrun.
+/// Which returns it edits: its parameter, and the values by which it leaves those out whose frames cannot be overrun, or whose
+/// return addresses nothing can have changed.
 const SCOPE: &str = "scope";
 const BY_FRAME: &str = "frames";
+const BY_CHANGE: &str = "changeable";
 
 /// What stands in a slot in the image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -354,7 +357,7 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
             SlotKind::Call => c += u64::from(clean),
         }
     }
-    unchecked(subject, &forbidden, &mut findings);
+    unchecked(subject, &forbidden, &mut findings)?;
     let forbids = |at, end| !touched(&forbidden, at, end).is_empty();
     watched::all_stopped(subject, forbids, &mut findings);
     self_checks::check(subject, &mut findings);
@@ -368,33 +371,46 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
     Ok(findings.done())
 }
 
-/// A variant that checks returns leaves none alone that it could edit, but for those whose frames cannot be overrun where it
-/// says so.
-fn unchecked(subject: &Subject<'_>, forbidden: &[Forbidden], findings: &mut Findings<'_>) {
+/// A variant that checks returns leaves none alone that it could edit, but for those whose frames cannot be overrun, or whose return
+/// addresses nothing can have changed, where it says so.
+fn unchecked(
+    subject: &Subject<'_>,
+    forbidden: &[Forbidden],
+    findings: &mut Findings<'_>,
+) -> Result<(), KernelError> {
     let kernel = subject.kernel;
-    let (mut left, mut safe) = (0, 0);
-    let mut exposed = None;
+    let (mut left, mut safe, mut kept) = (0, 0, 0);
+    let (mut exposed, mut changeable) = (None, None);
     for (variant, edits) in subject.variants() {
         let pass = variant.passes.iter().find(|pass| pass.name == RETURN_CFI);
         let Some(pass) = pass else {
             continue;
         };
-        let by_frame = pass
-            .parameters
-            .get(SCOPE)
-            .is_some_and(|scope| scope == BY_FRAME);
+        let scope = pass.parameters.get(SCOPE).map(String::as_str);
         let edited: HashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
         let sites = kernel.tables.return_sites.iter();
         for at in sites.filter(|at| kernel.in_text(**at) && !edited.contains(at)) {
-            match touched(forbidden, *at, LinkVa(at.0 + 5)).first() {
-                Some(_) => left += 1,
-                None if by_frame && !exposed.get_or_insert_with(|| Exposed::of(kernel)).is(*at) => {
-                    safe += 1;
+            if !touched(forbidden, *at, LinkVa(at.0 + 5)).is_empty() {
+                left += 1;
+                continue;
+            }
+            let checked = match scope {
+                Some(BY_FRAME) => exposed.get_or_insert_with(|| Exposed::of(kernel)).is(*at),
+                Some(BY_CHANGE) => {
+                    if changeable.is_none() {
+                        changeable = Some(Changeable::of(kernel, &subject.thunks.watched)?);
+                    }
+                    changeable.as_ref().is_none_or(|known| known.is(*at))
                 }
-                None => {
+                _ => true,
+            };
+            match scope {
+                _ if checked => {
                     let what = "is a return that is not checked, and nothing forbids to";
                     findings.broken(Some(&variant.name), Some(*at), what.to_owned());
                 }
+                Some(BY_FRAME) => safe += 1,
+                _ => kept += 1,
             }
         }
     }
@@ -402,6 +418,10 @@ fn unchecked(subject: &Subject<'_>, forbidden: &[Forbidden], findings: &mut Find
     if safe > 0 {
         findings.proved("returns whose frames cannot be overrun", safe);
     }
+    if kept > 0 {
+        findings.proved("returns whose addresses nothing can have changed", kept);
+    }
+    Ok(())
 }
 
 /// The stretches that reach into `at..end`.

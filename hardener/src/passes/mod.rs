@@ -17,12 +17,13 @@ pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
 pub use probe::{NAME as PROBE, functions as probed_functions};
 pub use promote::profile as promote_profile;
 pub use return_cfi::{
-    NAME as RETURN_CFI, is_by_frame, is_per_function, thunk_name as return_check,
+    NAME as RETURN_CFI, is_by_change, is_by_frame, is_per_function, thunk_name as return_check,
 };
 pub use stack_clear::is_wanted as is_clearing;
 pub use zero_regs::is_wanted as is_zeroing;
 
 use crate::recipe::{Parameter, Recipe};
+use crate::text::changeable::Changeable;
 use crate::text::exposed::Exposed;
 use crate::text::outside::Outside;
 use crate::text::probed::Probed;
@@ -61,6 +62,8 @@ pub struct Analyses<'a> {
     pub return_sets: Option<&'a ReturnSets>,
     /// Which returns leave frames that can be overrun, when only these are checked.
     pub exposed: Option<&'a Exposed>,
+    /// Which returns may go elsewhere than to their call, when only these are checked.
+    pub changeable: Option<&'a Changeable>,
     /// Which returns may clear registers.
     pub zeroing: Option<&'a Zeroing>,
     /// Which returns clear the stack, and which mark it.
@@ -74,9 +77,21 @@ pub struct Analyses<'a> {
 }
 
 impl Analyses<'_> {
+    /// Whether the return in the R slot of this number is checked for its own sake.
+    pub fn checks(&self, index: usize) -> bool {
+        self.exposed.is_none_or(|exposed| exposed.0[index])
+            && self.changeable.is_none_or(|changeable| changeable.0[index])
+    }
+
+    /// Why the others are not.
+    pub fn unchecked(&self) -> Option<&'static str> {
+        let by_frame = self.exposed.map(|_| "frame-not-exposed");
+        by_frame.or(self.changeable.map(|_| "cannot-have-changed"))
+    }
+
     /// Whether some pass edits the R slot of this number, and so leads to its check.
     pub fn leads_to_check(&self, index: usize) -> bool {
-        self.exposed.is_none_or(|exposed| exposed.0[index])
+        self.checks(index)
             || self.zeroing.is_some_and(|zeroing| zeroing.of_slot[index])
             || self.stack.is_some_and(|stack| stack.is_used(index))
     }

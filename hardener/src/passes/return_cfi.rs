@@ -19,16 +19,22 @@ const POLICY: Parameter = Parameter {
     takes_list: true,
 };
 
-/// Which returns are checked: all, or those of frames that can be overrun (see [`crate::text::exposed`]).
+/// Which returns are checked: all, those whose return address something can have changed (see [`crate::text::changeable`]), or
+/// those of frames that can be overrun (see [`crate::text::exposed`]).
 const SCOPE: Parameter = Parameter {
     name: "scope",
-    values: &["all", "frames"],
+    values: &["all", "changeable", "frames"],
     takes_list: false,
 };
 
 /// Whether `recipe` leaves out returns of frames that cannot be overrun.
 pub fn is_by_frame(recipe: &Recipe) -> bool {
     recipe.value(NAME, &SCOPE) == "frames"
+}
+
+/// Whether `recipe` leaves out returns whose return address nothing can have changed.
+pub fn is_by_change(recipe: &Recipe) -> bool {
+    recipe.value(NAME, &SCOPE) == "changeable"
 }
 
 /// Whether `recipe` asks for each function's own return addresses.
@@ -78,12 +84,8 @@ impl Pass for ReturnCfi {
     }
 
     fn run(&self, context: &Context<'_>) -> Result<(Vec<Edit>, BTreeMap<String, u64>), PassError> {
-        let exposed = |index: usize| {
-            let exposed = context.analyses.exposed;
-            exposed.is_none_or(|exposed| exposed.0[index])
-        };
         let slots = context.returns().enumerate();
-        let edits = slots.filter(|(index, _)| exposed(*index));
+        let edits = slots.filter(|(index, _)| context.analyses.checks(*index));
         let edits = edits.map(|(index, slot)| {
             // Where registers are cleared too, there is one thunk for both.
             let mode = Mode::of(index, slot, &context.analyses);
@@ -95,9 +97,9 @@ impl Pass for ReturnCfi {
         });
         let edits = edits.collect::<Result<Vec<_>, PassError>>()?;
         let mut left = context.text.slots.returns_left.clone();
-        let unexposed = context.returns().count() - edits.len();
-        if unexposed > 0 {
-            left.insert("frame-not-exposed".to_owned(), unexposed as u64);
+        let unchecked = context.returns().count() - edits.len();
+        if let Some(reason) = context.analyses.unchecked().filter(|_| unchecked > 0) {
+            left.insert(reason.to_owned(), unchecked as u64);
         }
         Ok((edits, left))
     }

@@ -3,6 +3,7 @@
 mod bitmap;
 pub mod callgraph;
 mod caves;
+pub mod changeable;
 mod entries;
 mod error;
 pub mod exposed;

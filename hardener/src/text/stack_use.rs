@@ -10,7 +10,7 @@ use crate::image::{Image, Tables};
 use penumbra_bundle::TextOff;
 use std::collections::BTreeMap;
 
-/// So many bytes of zeros, from a multiple of half of it on: nothing below was written.
+/// So many bytes of zeros, from a multiple of it on: nothing below was written.
 pub const UNUSED: u32 = 128;
 /// The distance of marks: less than [`UNUSED`] by a word for an interrupt's alignment of the stack, and one to spare.
 pub const SPACING: u32 = 112;

@@ -136,6 +136,7 @@ fn build_with(
         forward,
         return_sets,
         exposed: _,
+        changeable: _,
         zeroing,
         stack,
         promotion,

@@ -19,14 +19,13 @@ use std::collections::{BTreeMap, BTreeSet};
 const CLEAR: &str = "stack_clear";
 /// How thunks that mark are called.
 const MARK: &str = "stack_mark";
-/// Bytes that are looked at together.
-const BLOCK: i32 = UNUSED as i32 / 2;
+/// Bytes that are cleared together, and then looked at.
+const BLOCK: i32 = UNUSED as i32;
 /// The stack's size, to a multiple of which it is aligned (arch/x86/include/asm/page_64_types.h, `THREAD_SIZE`; `THREAD_ALIGN`).
 const STACK: i32 = 0x4000;
-/// Blocks that are cleared when one is not zero: the next ones seldom are, and clearing costs no more than looking.
-const RUN: i32 = 4;
-/// The stack's lowest bytes are left alone: at its end stands `STACK_END_MAGIC`.
-const END: i32 = 2 * RUN * BLOCK;
+/// The stack's lowest bytes are left alone: at its end stands `STACK_END_MAGIC`. From here on down there is room for a block that
+/// is cleared and one that is looked at.
+const END: i32 = 4 * BLOCK;
 
 /// The thunk of the R slot of this number in front of the check `check`; none where there is nothing to do.
 pub fn name(stack: &StackUse, slot: usize, check: &str) -> Option<String> {
@@ -90,51 +89,38 @@ fn mark(thunk: &mut Thunk, marks: u16, next: LinkVa) -> Result<(), IcedError> {
     thunk.asm.jmp(next.0)
 }
 
-/// Goes down block by block, r10 at the end of the next one, until two blocks of zeros follow each other or the stack ends. The
-/// first blocks are cleared without a look: what was called last left its return address there. What was saved to do so is
-/// cleared last.
+/// Goes down block by block, r10 at the end of the one that is cleared, until one of zeros follows, or the stack ends. The first is
+/// cleared without a look: what was called last left its return address there. A block that is looked at and is not zero is the
+/// next to be cleared; most are found to be so in their upper half. What was saved to do so is cleared last.
 fn clear(thunk: &mut Thunk, mode: Mode, next: LinkVa) -> Result<(), IcedError> {
     mode.save(thunk)?;
     let a = &mut thunk.asm;
-    let (mut dirty, mut done) = (a.create_label(), a.create_label());
+    let (mut dirty, mut deeper, mut done) = (a.create_label(), a.create_label(), a.create_label());
     a.mov(r10, rsp)?;
-    ends(a, done)?;
+    a.test(r10d, STACK - END)?;
+    a.je(done)?;
     a.sub(r10, BLOCK)?;
     a.set_label(&mut dirty)?;
-    zero(a)?;
-    for _ in 0..UNUSED as i32 / BLOCK {
-        ends(a, done)?;
-        look(a)?;
-        a.jne(dirty)?;
+    a.xor(r11d, r11d)?;
+    for word in 1..=BLOCK / 8 {
+        a.mov(qword_ptr(r10 + (BLOCK - word * 8)), r11)?;
     }
+    a.mov(r11, qword_ptr(r10 - 8))?;
+    for word in 2..=BLOCK / 8 {
+        a.or(r11, qword_ptr(r10 - word * 8))?;
+        if word == BLOCK / 16 {
+            a.jne(deeper)?;
+        }
+    }
+    a.je(done)?;
+    a.set_label(&mut deeper)?;
+    a.sub(r10, BLOCK)?;
+    a.test(r10d, STACK - END)?;
+    a.jne(dirty)?;
     a.set_label(&mut done)?;
     mode.restore(thunk)?;
     for word in 1..=mode.saved() / 8 {
         thunk.asm.mov(qword_ptr(rsp - word * 8), 0)?;
     }
     thunk.asm.jmp(next.0)
-}
-
-/// Goes to `done` when the block below r10 is one of the stack's lowest.
-fn ends(a: &mut CodeAssembler, done: CodeLabel) -> Result<(), IcedError> {
-    a.test(r10d, STACK - END)?;
-    a.je(done)
-}
-
-/// Moves r10 down by a block; ZF says whether all of it is zero. Uses r11.
-fn look(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    a.mov(r11, qword_ptr(r10 - 8))?;
-    for word in 2..=BLOCK / 8 {
-        a.or(r11, qword_ptr(r10 - word * 8))?;
-    }
-    a.lea(r10, qword_ptr(r10 - BLOCK))
-}
-
-/// Clears the block that begins at r10 and the ones below that are cleared with it; r10 is then where these begin.
-fn zero(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    a.xor(r11d, r11d)?;
-    for word in 1..=RUN * BLOCK / 8 {
-        a.mov(qword_ptr(r10 + (BLOCK - word * 8)), r11)?;
-    }
-    a.sub(r10, (RUN - 1) * BLOCK)
 }
