@@ -72,10 +72,10 @@ def found(campaign, label, content):
 
 @scenario
 def a_register_that_is_not_taken_back_is_found(campaign):
-    """A thunk that takes r10 and r11 back in the wrong order is named, with slot and registers."""
-    pops, swapped = bytes.fromhex("9d415b415a"), bytes.fromhex("9d415a415b")
-    seen = found(campaign, "hardened/hardened", broken(campaign, "hardened/hardened", "return_cfi_tail_saving",
-                                                       pops, swapped))
+    """A thunk that takes r10 back where it saved r11 is named, with slot and registers."""
+    pops, other = bytes.fromhex("9d415b"), bytes.fromhex("9d415a")
+    seen = found(campaign, "hardened/hardened", broken(campaign, "hardened/hardened", "return_cfi_tail_r11_saving",
+                                                       pops, other))
     expect(any("changes r10" in line for line in seen["what"]), seen)
 
 

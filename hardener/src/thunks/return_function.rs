@@ -45,6 +45,74 @@ pub struct Needs<'a> {
     pub shared: bool,
 }
 
+/// What a thunk saves that compares: no more than it uses.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Saves {
+    /// Nothing, or all, as its mode has it.
+    AsMode(Mode),
+    /// The flags: a return address is compared where it is.
+    Flags,
+    /// r11 and the flags.
+    Callee,
+}
+
+impl Saves {
+    /// For comparisons with return addresses.
+    fn for_sites(mode: Mode) -> Saves {
+        match mode {
+            Mode::Saving => Saves::Flags,
+            Mode::Plain | Mode::Zeroing => Saves::AsMode(mode),
+        }
+    }
+
+    /// For comparisons with what a call names.
+    fn for_callees(mode: Mode) -> Saves {
+        match mode {
+            Mode::Saving => Saves::Callee,
+            Mode::Plain | Mode::Zeroing => Saves::AsMode(mode),
+        }
+    }
+
+    /// What the code is called that takes it back and returns, without its mode; where it clears registers it is no thunk of its own.
+    fn tail(self) -> Option<&'static str> {
+        match self {
+            Saves::AsMode(Mode::Zeroing) => None,
+            Saves::AsMode(_) => Some("return_cfi_tail"),
+            Saves::Flags => Some("return_cfi_tail_flags"),
+            Saves::Callee => Some("return_cfi_tail_r11"),
+        }
+    }
+
+    /// How many bytes of the stack hold it.
+    fn bytes(self) -> i32 {
+        match self {
+            Saves::AsMode(mode) => mode.saved(),
+            Saves::Flags => 8,
+            Saves::Callee => 16,
+        }
+    }
+
+    fn save(self, thunk: &mut Thunk) -> Result<(), IcedError> {
+        match self {
+            Saves::AsMode(mode) => return mode.save(thunk),
+            Saves::Flags => {}
+            Saves::Callee => thunk.asm.push(r11)?,
+        }
+        thunk.asm.pushfq()
+    }
+
+    fn restore(self, thunk: &mut Thunk) -> Result<(), IcedError> {
+        match self {
+            Saves::AsMode(mode) => mode.restore(thunk),
+            Saves::Flags => thunk.asm.popfq(),
+            Saves::Callee => {
+                thunk.asm.popfq()?;
+                thunk.asm.pop(r11)
+            }
+        }
+    }
+}
+
 /// The thunk of the check of this number; none when any return site will do.
 pub fn name(sets: &ReturnSets, check: u32, mode: Mode) -> Option<String> {
     match &sets.checks[check as usize] {
@@ -81,19 +149,9 @@ pub fn emit(
             Check::AnySite { .. } => None,
         })
         .collect();
-    let mut tails = BTreeMap::new();
+    let mut tails: BTreeMap<(Mode, Saves), LinkVa> = BTreeMap::new();
     let mut misses = BTreeMap::new();
     for (mode, any) in any {
-        // Clearing is no thunk of its own: what jumps there has looked at the return address.
-        let tail = section.thunk_or_piece(
-            (*mode != Mode::Zeroing).then(|| mode.named("return_cfi_tail")),
-            violation,
-            |thunk| {
-                mode.restore(thunk)?;
-                mode.finish(thunk, needs.return_thunk)
-            },
-        );
-        tails.insert(*mode, tail);
         for (name, indirect) in [(DIRECT, false), (INDIRECT, true)] {
             if missing.contains(&(*mode, indirect)) {
                 let table = indirect.then_some(&needs.indirect);
@@ -125,12 +183,26 @@ pub fn emit(
             list.map(|at| LinkVa(text.0 + u64::from(at.0))).collect()
         };
         let called = absolute(called);
-        let tail = tails[&mode];
-        if let (Some(sites), false) = (sites, needs.shared) {
+        let by_sites = sites.as_ref().filter(|_| !needs.shared);
+        let is_shared = called.len() == 1 && needs.shared;
+        let saves = match (by_sites, is_shared) {
+            (Some(_), _) => Saves::for_sites(mode),
+            (None, true) => Saves::AsMode(mode),
+            (None, false) => Saves::for_callees(mode),
+        };
+        // What jumps there has looked at the return address.
+        let tail = *tails.entry((mode, saves)).or_insert_with(|| {
+            let name = saves.tail().map(|name| mode.named(name));
+            section.thunk_or_piece(name, violation, |thunk| {
+                saves.restore(thunk)?;
+                mode.finish(thunk, needs.return_thunk)
+            })
+        });
+        if let Some(sites) = by_sites {
             section.packed(&name, violation, |thunk| {
-                compare_sites(thunk, &absolute(sites), mode, tail, miss)
+                compare_sites(thunk, &absolute(sites), saves, tail, miss)
             });
-        } else if let ([only], true) = (&called[..], needs.shared) {
+        } else if let ([only], true) = (&called[..], is_shared) {
             let key = (mode, miss, opcode);
             let rest = *shared.entry(key).or_insert_with(|| {
                 section.thunk_or_piece(None, violation, |thunk| {
@@ -143,7 +215,7 @@ pub fn emit(
             });
         } else {
             section.packed(&name, violation, |thunk| {
-                compare_callees(thunk, &called, opcode, mode, tail, miss)
+                compare_callees(thunk, &called, opcode, saves, tail, miss)
             });
         }
     }
@@ -153,17 +225,19 @@ pub fn emit(
 fn compare_sites(
     thunk: &mut Thunk,
     sites: &[LinkVa],
-    mode: Mode,
+    saves: Saves,
     tail: LinkVa,
     miss: LinkVa,
 ) -> Result<(), IcedError> {
-    mode.save(thunk)?;
+    saves.save(thunk)?;
     for site in sites {
-        thunk.asm.cmp(qword_ptr(rsp + mode.saved()), imm32(*site))?;
+        thunk
+            .asm
+            .cmp(qword_ptr(rsp + saves.bytes()), imm32(*site))?;
         thunk.absolute();
         thunk.asm.je(tail.0)?;
     }
-    mode.restore(thunk)?;
+    saves.restore(thunk)?;
     thunk.asm.jmp(miss.0)
 }
 
@@ -172,11 +246,12 @@ fn compare_callees(
     thunk: &mut Thunk,
     called: &[LinkVa],
     opcode: bool,
-    mode: Mode,
+    saves: Saves,
     tail: LinkVa,
     miss: LinkVa,
 ) -> Result<(), IcedError> {
-    load(thunk, mode)?;
+    saves.save(thunk)?;
+    reload(thunk, saves)?;
     let mut other = thunk.asm.create_label();
     name_callee(thunk, opcode, other)?;
     for callee in called {
@@ -187,7 +262,7 @@ fn compare_callees(
     if opcode {
         thunk.asm.set_label(&mut other)?;
     }
-    mode.restore(thunk)?;
+    saves.restore(thunk)?;
     thunk.asm.jmp(miss.0)
 }
 
@@ -213,7 +288,7 @@ fn compare_shared(
         thunk.asm.push(r11)?;
         thunk.asm.pushfq()?;
     }
-    reload(thunk, mode)?;
+    reload(thunk, Saves::AsMode(mode))?;
     let mut other = thunk.asm.create_label();
     name_callee(thunk, opcode, other)?;
     thunk.asm.cmp(r11d, r10d)?;
@@ -240,11 +315,11 @@ fn name_callee(thunk: &mut Thunk, opcode: bool, other: CodeLabel) -> Result<(), 
 /// Puts the return address into r11.
 fn load(thunk: &mut Thunk, mode: Mode) -> Result<(), IcedError> {
     mode.save(thunk)?;
-    reload(thunk, mode)
+    reload(thunk, Saves::AsMode(mode))
 }
 
-fn reload(thunk: &mut Thunk, mode: Mode) -> Result<(), IcedError> {
-    thunk.asm.mov(r11, qword_ptr(rsp + mode.saved()))
+fn reload(thunk: &mut Thunk, saves: Saves) -> Result<(), IcedError> {
+    thunk.asm.mov(r11, qword_ptr(rsp + saves.bytes()))
 }
 
 /// What no constant told.
@@ -275,7 +350,7 @@ fn miss(
         a.cmp(r11d, at.0 as i32)?;
         a.je(ok)?;
     }
-    reload(thunk, mode)?;
+    reload(thunk, Saves::AsMode(mode))?;
     let a = &mut thunk.asm;
     a.cmp(byte_ptr(r11 - 5), INT3)?;
     a.je(probed)?;

@@ -21,6 +21,8 @@ const CLEAR: &str = "stack_clear";
 const MARK: &str = "stack_mark";
 /// Bytes that are cleared together, and then looked at.
 const BLOCK: i32 = UNUSED as i32;
+/// After so many words it is asked whether they are zero, besides at a block's end: of a frame, few words are.
+const EARLY: [i32; 2] = [2, 8];
 /// The stack's size, to a multiple of which it is aligned (arch/x86/include/asm/page_64_types.h, `THREAD_SIZE`; `THREAD_ALIGN`).
 const STACK: i32 = 0x4000;
 /// The stack's lowest bytes are left alone: at its end stands `STACK_END_MAGIC`. From here on down there is room for a block that
@@ -91,7 +93,7 @@ fn mark(thunk: &mut Thunk, marks: u16, next: LinkVa) -> Result<(), IcedError> {
 
 /// Goes down block by block, r10 at the end of the one that is cleared, until one of zeros follows, or the stack ends. The first is
 /// cleared without a look: what was called last left its return address there. A block that is looked at and is not zero is the
-/// next to be cleared; most are found to be so in their upper half. What was saved to do so is cleared last.
+/// next to be cleared. What was saved to do so is cleared last.
 fn clear(thunk: &mut Thunk, mode: Mode, next: LinkVa) -> Result<(), IcedError> {
     mode.save(thunk)?;
     let a = &mut thunk.asm;
@@ -108,7 +110,7 @@ fn clear(thunk: &mut Thunk, mode: Mode, next: LinkVa) -> Result<(), IcedError> {
     a.mov(r11, qword_ptr(r10 - 8))?;
     for word in 2..=BLOCK / 8 {
         a.or(r11, qword_ptr(r10 - word * 8))?;
-        if word == BLOCK / 16 {
+        if EARLY.contains(&word) {
             a.jne(deeper)?;
         }
     }

@@ -134,9 +134,8 @@ fn a_thunk_that_clears_too_little_or_too_much_is_caught() {
             |instruction, bytes| {
                 // Half of the 128 bytes.
                 let goes_down = instruction.mnemonic() == Mnemonic::Sub;
-                let mut bytes = bytes.to_vec();
-                bytes[3] = 0x40;
-                goes_down.then_some(bytes)
+                let half = || [&bytes[..3], &[0x40], &bytes[4..]].concat();
+                goes_down.then(half)
             },
         ),
         ("a word not looked at", "fails at", |instruction, bytes| {
