@@ -301,12 +301,6 @@ fn emit_bundle(
              add a recorded one, as tests/record does, or say on-violation = \"log\""
         );
     }
-    if emitted.shared_names > 0 {
-        let names = emitted.shared_names;
-        eprintln!(
-            "hardener: its BTF has one prototype for each of {names} names that several functions share: none is typed"
-        );
-    }
     for refused in &emitted.refused {
         eprintln!("hardener: left out: {refused}");
     }

@@ -241,12 +241,10 @@ pub struct Emitted {
     pub bundle: Bundle,
     /// Modules found in a folder that cannot be taken.
     pub refused: Vec<Refused>,
-    /// What the kernel has no room or no prototypes for, and what takes its place, for people.
+    /// What the kernel has no room for, and what takes its place, for people.
     pub given_up: Vec<String>,
     /// Whether tasks are ended outside a profile that has no such end.
     pub lacks_oops: bool,
-    /// How many names of functions BTF cannot tell the prototype of; none may be typed by then.
-    pub shared_names: usize,
 }
 
 /// Like [`emit`], with the modules in `modules`: files, or folders of them.
@@ -308,8 +306,6 @@ fn bundle(
     let asked = |wants: fn(&Recipe) -> bool| choices.iter().any(wants);
     let btf = asked(passes::is_typed).then(|| types::Btf::of(image));
     let btf = btf.transpose()?;
-    let shared_names = btf.as_ref().map_or(0, |btf| btf.shared_names(image));
-    let typed = btf.as_ref().filter(|_| shared_names == 0);
     let (by_function, by_frame) = (asked(passes::is_per_function), asked(passes::is_by_frame));
     let by_change = asked(passes::is_by_change);
     let zeroing = asked(passes::is_zeroing);
@@ -322,7 +318,10 @@ fn bundle(
         rayon::join(
             || {
                 rayon::join(
-                    || typed.map(|btf| types::analyse(image, btf, &tables, &text)),
+                    || {
+                        let btf = btf.as_ref();
+                        btf.map(|btf| types::analyse(image, btf, &tables, &text))
+                    },
                     || asked(passes::is_clearing).then(|| StackUse::find(image, &tables, &text)),
                 )
             },
@@ -389,19 +388,14 @@ fn bundle(
         probed: probed.as_ref(),
     };
     let slots = modules.slots();
-    let build = |choice: &Recipe| match shared_names {
-        names @ 1.. if passes::is_typed(choice) => Err(TextError::Prototypes { names }),
-        _ => thunks::build(&text, &slots, &kernel, choice, for_choice(choice)),
-    };
+    let build = |choice: &Recipe| thunks::build(&text, &slots, &kernel, choice, for_choice(choice));
     let mut recipe_used = recipe;
     let mut cave = None;
     for choice in &choices {
         recipe_used = choice;
         let made = cave.insert(build(choice));
         // The next one may need less.
-        let too_much = |error: &TextError| {
-            matches!(error, TextError::Cave { .. } | TextError::Prototypes { .. })
-        };
+        let too_much = |error: &TextError| matches!(error, TextError::Cave { .. });
         if !made.as_ref().is_err_and(too_much) {
             break;
         }
@@ -458,7 +452,6 @@ fn bundle(
         refused,
         given_up: recipe.given_up(recipe_used),
         lacks_oops,
-        shared_names,
     })
 }
 

@@ -53,6 +53,19 @@ def program(name):
     return target
 
 
+def plugin(name):
+    """A plugin of QEMU's translator, built if it is older than its source, which is beside this file."""
+    source, target = Path(__file__).with_name(f"{name}.c"), BUILT / f"{name}.so"
+    with packages.locked("programs"):
+        if not _newer(target, [source]):
+            BUILT.mkdir(parents=True, exist_ok=True)
+            part = target.with_suffix(".part")
+            _make(["gcc", "-std=gnu17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",
+                   "-fvisibility=hidden", "-o", part, source])
+            part.rename(target)
+    return target
+
+
 def busybox():
     """The static busybox of this machine."""
     return Path("/bin/busybox") if Path("/bin/busybox").exists() else Path("/usr/bin/busybox")

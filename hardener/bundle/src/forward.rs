@@ -12,6 +12,21 @@ pub struct ForwardSets {
     pub classes: Vec<ForwardClass>,
     /// The branches, by address.
     pub sites: Vec<ForwardSite>,
+    /// Entries of which BTF may have another function's prototype, by address. Those that are not told every branch by
+    /// prototype lets through, besides its class.
+    pub doubts: Vec<ForwardDoubt>,
+}
+
+/// An entry of which BTF may have another function's prototype.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ForwardDoubt {
+    /// The entry.
+    pub at: TextOff,
+    /// Why: `name` (BTF has fewer prototypes than there are functions of its name), `place` (it is put where something else is
+    /// declared) or `code` (its code does what its prototype forbids).
+    pub by: String,
+    /// Whether all places where its address is put say as what it is called; it is in the classes of these.
+    pub told: bool,
 }
 
 /// What some indirect branches may reach in the kernel's text.
@@ -43,7 +58,9 @@ impl ForwardSets {
         let sites = self.sites.is_sorted_by(|a, b| a.at < b.at)
             && self.sites.last().is_none_or(|site| inside(&site.at));
         let mut indices = self.sites.iter().map(|site| site.class as usize);
-        classes && sites && indices.all(|class| class < self.classes.len())
+        let doubts = self.doubts.is_sorted_by(|a, b| a.at < b.at)
+            && self.doubts.last().is_none_or(|doubt| inside(&doubt.at));
+        classes && sites && doubts && indices.all(|class| class < self.classes.len())
     }
 
     /// The class of the branch at `at`.

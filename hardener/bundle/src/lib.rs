@@ -35,7 +35,7 @@ mod watched;
 
 pub use addr::{LinkVa, TextOff, VaRange};
 pub use edits::{Edit, Edits, SlotKind};
-pub use forward::{ForwardClass, ForwardSets, ForwardSite};
+pub use forward::{ForwardClass, ForwardDoubt, ForwardSets, ForwardSite};
 pub use hashed_bytes::HashedBytes;
 pub use io::{Bundle, ENVELOPE, MANIFEST, ReadError, WriteError};
 pub use manifest::{

@@ -111,7 +111,7 @@ impl Parts {
     pub fn of(kernel: &Kernel, redirected: &BTreeMap<LinkVa, &str>) -> Result<Parts, KernelError> {
         let mut starts: Vec<LinkVa> = kernel.tables.fentry.clone();
         let code = kernel.symbols.iter();
-        let code = code.filter(|symbol| matches!(symbol.letter, b't' | b'T' | b'w' | b'W'));
+        let code = code.filter(|symbol| symbol.is_code());
         starts.extend(code.map(|symbol| symbol.at));
         starts.retain(|at| kernel.in_text(*at));
         starts.sort_unstable();

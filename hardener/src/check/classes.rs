@@ -3,9 +3,11 @@
 //!
 //! Which class a branch ought to be in is not proved: that is the emitter's analysis of types, and a class too narrow shows
 //! as a violation when the kernel runs, one too wide in the figures of the manifest. What a class by arity must hold is: the
-//! number of arguments of each entry is read from BTF once more.
+//! number of arguments of each entry is read from BTF once more. So is of which entries BTF may have another function's
+//! prototype, because several share a name; see `doubts.rs`.
 
 use super::Subject;
+use super::doubts;
 use super::kernel::btf::Btf;
 use super::kernel::{Kernel, KernelError};
 use super::report::Findings;
@@ -23,6 +25,8 @@ const TYPED: &str = "typed";
 const ARITY: &str = "arity-";
 /// The class of all entries.
 const ALL: &str = "address-taken";
+/// Classes that prototypes decide.
+const BY_PROTOTYPE: [&str; 2] = ["prototype", "prototypes"];
 
 /// Proves it; `entries` are all entries that an indirect branch may reach.
 pub fn check(
@@ -68,7 +72,8 @@ pub fn check(
             entries.map(|at| LinkVa(text + u64::from(at.0))).collect()
         })
         .collect();
-    let arities = least_arities(subject.kernel, &entries.required)?;
+    let doubts = doubts::check(subject, claims, entries, findings)?;
+    let arities = least_arities(subject.kernel, &entries.required, &doubts.all)?;
     for (number, (class, said)) in classes.iter().zip(&claims.classes).enumerate() {
         if let Some(most) = said.by.strip_prefix(ARITY) {
             let most: u8 = most.parse().unwrap_or(0);
@@ -124,6 +129,9 @@ pub fn check(
         };
         let number = claims.sites[index].class as usize;
         let right = match roles.classes.get(&to) {
+            Some(members) if BY_PROTOTYPE.contains(&claims.classes[number].by.as_str()) => {
+                members.iter().eq(classes[number].union(&doubts.untold))
+            }
             Some(members) => members.iter().eq(&classes[number]),
             // What reads the table of entries, or what is broken and named by rule 4.
             None => claims.classes[number].by == ALL,
@@ -142,10 +150,12 @@ pub fn check(
     Ok(())
 }
 
-/// How many argument registers each entry reads at least. Of assembly and of the clones that a compiler makes nothing is known.
+/// How many argument registers each entry reads at least. Of assembly, of the clones that a compiler makes and of what is
+/// `doubted` nothing is known.
 fn least_arities(
     kernel: &Kernel,
     entries: &BTreeSet<LinkVa>,
+    doubted: &BTreeSet<LinkVa>,
 ) -> Result<BTreeMap<LinkVa, u8>, KernelError> {
     let declared = Btf::read(&kernel.vmlinux)?.least_arities();
     let mut known: BTreeMap<LinkVa, (Option<u8>, bool)> = BTreeMap::new();
@@ -163,7 +173,7 @@ fn least_arities(
         };
     }
     let arity = |at: &LinkVa| match known.get(at) {
-        Some((Some(least), false)) => *least,
+        Some((Some(least), false)) if !doubted.contains(at) => *least,
         _ => 0,
     };
     Ok(entries.iter().map(|at| (*at, arity(at))).collect())

@@ -15,7 +15,7 @@ impl Exposed {
     /// Looks at every instruction of the text, and at all jumps from function to function.
     pub fn of(kernel: &Kernel) -> Exposed {
         let code = kernel.symbols.iter();
-        let code = code.filter(|symbol| matches!(symbol.letter, b't' | b'T' | b'w' | b'W'));
+        let code = code.filter(|symbol| symbol.is_code());
         let starts = code
             .map(|symbol| symbol.at)
             .chain(kernel.tables.fentry.iter().copied());

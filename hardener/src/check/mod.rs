@@ -27,6 +27,7 @@ mod cave;
 mod changeable;
 mod classes;
 mod dead;
+mod doubts;
 mod exec;
 mod exposed;
 #[cfg(fuzzing)]

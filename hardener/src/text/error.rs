@@ -41,15 +41,6 @@ pub enum TextError {
         /// Bytes that were found.
         found: u64,
     },
-    /// BTF cannot say which function has which prototype.
-    #[error(
-        "BTF has one prototype for each of {names} names that several functions share, so branches cannot be checked by \
-         prototype; use the policy `address-taken` for forward-cfi"
-    )]
-    Prototypes {
-        /// How many names.
-        names: usize,
-    },
     /// A table or symbol of the image.
     #[error(transparent)]
     Image(#[from] Fault),

@@ -32,7 +32,7 @@ pub use error::TextError;
 pub use functions::Functions;
 pub use regions::Regions;
 pub use slots::{Direct, Indirect, REGISTERS, Return, Slots, inline_asm_is_plain};
-pub use sweep::{Call, Sweep};
+pub use sweep::{Call, Sweep, taken_in};
 
 use crate::image::{Image, Tables};
 use penumbra_bundle::{LinkVa, TextOff, VaRange};

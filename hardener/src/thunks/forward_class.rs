@@ -131,11 +131,15 @@ pub fn emit(
         });
         reports.insert(register, (*retpoline, at));
     }
-    let mut shared: BTreeMap<(u8, bool), LinkVa> = BTreeMap::new();
+    let rest = untold(section, forward, &reports, text, &needed, violation);
+    let mut shared: BTreeMap<(u8, bool, bool), LinkVa> = BTreeMap::new();
     for (name, (slot, class)) in needed {
         let Some((retpoline, stop)) = reports.get(&slot.register) else {
             continue;
         };
+        let by_prototype = forward.classes[class as usize].reach.is_by_prototype();
+        let rest = rest.get(&slot.register).filter(|_| by_prototype);
+        let stop = rest.unwrap_or(stop);
         if let (Reach::Arity(most), Some(arities)) =
             (&forward.classes[class as usize].reach, &tables.arities)
         {
@@ -158,7 +162,7 @@ pub fn emit(
             });
             continue;
         };
-        let key = (slot.register, slot.scratch_free);
+        let key = (slot.register, slot.scratch_free, by_prototype);
         let lookup = *shared.entry(key).or_insert_with(|| {
             let hashed = large.table.hashed();
             section.thunk_or_piece(None, violation, |thunk| {
@@ -181,6 +185,45 @@ pub fn emit(
             thunk.asm.jmp(lookup.0)
         });
     }
+}
+
+/// Where targets in each register go that are not in a class by prototype: entries of which nothing is known go on, the others
+/// are stopped.
+fn untold(
+    section: &mut Section,
+    forward: &Forward,
+    reports: &BTreeMap<u8, (LinkVa, LinkVa)>,
+    text: VaRange,
+    needed: &BTreeMap<String, (&Indirect, u32)>,
+    violation: &Violation,
+) -> BTreeMap<u8, LinkVa> {
+    let entries = forward.untold();
+    let mut made = BTreeMap::new();
+    if entries.is_empty() {
+        return made;
+    }
+    for (slot, class) in needed.values() {
+        let by_prototype = forward.classes[*class as usize].reach.is_by_prototype();
+        if !by_prototype || made.contains_key(&slot.register) {
+            continue;
+        }
+        if let Some((retpoline, stop)) = reports.get(&slot.register) {
+            let name = format!(
+                "forward_cfi_untold_{}",
+                REGISTERS[usize::from(slot.register)]
+            );
+            // It is seldom asked, so one form serves all.
+            let saving = Indirect {
+                scratch_free: false,
+                ..**slot
+            };
+            let at = section.thunk(&name, violation, |thunk| {
+                one(thunk, &saving, &entries, text, *retpoline, *stop)
+            });
+            made.insert(slot.register, at);
+        }
+    }
+    made
 }
 
 /// A class by arity.

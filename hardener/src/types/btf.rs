@@ -2,9 +2,7 @@
 
 use crate::image::Image;
 use crate::image::{Fault, Reader};
-use penumbra_bundle::LinkVa;
 use rustc_hash::FxHashMap;
-use std::collections::BTreeSet;
 
 /// The id of `void`.
 pub const VOID: u32 = 0;
@@ -98,22 +96,6 @@ impl Btf {
     /// That of `image`.
     pub fn of(image: &Image) -> Result<Btf, Fault> {
         Btf::parse(image.section_bytes(".BTF").unwrap_or_default())
-    }
-
-    /// How many names of functions there is one prototype for though several functions share them, static ones: it may be the
-    /// other's.  None where BTF was written by several processes at once, which keep a prototype for each unit that they saw
-    /// (pahole 1.24 as Linux 6.1 runs it; run alone, as for reproducible builds, it keeps the first of a name).
-    pub fn shared_names(&self, image: &Image) -> usize {
-        if self.functions.values().any(|all| all.len() > 1) {
-            return 0;
-        }
-        let mut places: FxHashMap<&str, BTreeSet<LinkVa>> = FxHashMap::default();
-        for symbol in image.symbols.iter().filter(|symbol| symbol.is_code()) {
-            if self.functions.contains_key(&symbol.name) {
-                places.entry(&symbol.name).or_default().insert(symbol.va);
-            }
-        }
-        places.values().filter(|all| all.len() > 1).count()
     }
 
     /// Parses the `.BTF` section.

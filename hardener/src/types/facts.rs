@@ -70,6 +70,18 @@ pub fn of(
             {
                 facts.words.extend(all.iter().map(|ptr| (at, *ptr)));
             }
+            if let (Op::Const(to), Known::Pointers(all)) =
+                (value, resolver.globals.object(resolver.btf, at))
+                && let [only] = all[..]
+                && resolver.globals.is_data(to)
+            {
+                // A member of one: what it points to has the declared type.
+                let field = resolver.layout.field(only);
+                if let ([ty], false, true) = (&field.to[..], field.anything, field.loose.is_empty())
+                {
+                    facts.objects.push((to, *ty));
+                }
+            }
             continue;
         }
         let Known::Pointers(all) = of(store.base) else {

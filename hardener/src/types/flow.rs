@@ -4,8 +4,8 @@ pub use super::blocks::branch_target;
 use super::blocks::{Block, blocks, decode, order};
 use super::functions::Places;
 use super::values::{Op, UNKNOWN, Value, Values};
-use iced_x86::{Instruction, InstructionInfoFactory};
-use rustc_hash::FxHashMap;
+use iced_x86::{Instruction, InstructionInfoFactory, OpKind};
+use rustc_hash::{FxHashMap, FxHashSet};
 
 /// rdi, rsi, rdx, rcx, r8, r9 as x86 numbers them (System V psABI, 3.2.3).
 pub const ARGUMENTS: [usize; 6] = [7, 6, 2, 1, 8, 9];
@@ -25,6 +25,10 @@ pub struct Site {
     pub arity: u8,
     /// At most so many hold arguments even if some of them cannot be gone.
     pub most: u8,
+    /// What the argument registers hold.
+    pub arguments: [Value; 6],
+    /// Those that were set since the last call on some way: bit 0 is rdi.
+    pub set: u8,
 }
 
 /// A direct call or tail call.
@@ -34,6 +38,8 @@ pub struct Call {
     pub to: u32,
     /// What the argument registers hold.
     pub arguments: [Value; 6],
+    /// Those that were set since the last call on some way: bit 0 is rdi.
+    pub set: u8,
 }
 
 /// A store of 8 bytes, not to the function's own stack.
@@ -57,6 +63,10 @@ pub struct Flow {
     pub calls: Vec<Call>,
     /// Its stores.
     pub stores: Vec<Store>,
+    /// What it keeps on its own stack, by offset from RSP at entry.
+    pub kept: Vec<(i32, Value)>,
+    /// Addresses in code that it puts where nothing is followed.
+    pub lost: Vec<u64>,
     /// What it returns.
     pub returns: Vec<Value>,
     /// It is traced, so compiled with `-pg`, so without `-fipa-ra`: it knows of no callee which registers that leaves alone.
@@ -147,10 +157,13 @@ pub fn follow(code: &Code64<'_>, ranges: &[(u32, u32)], parameters: u8) -> Flow 
                 sites: Vec::new(),
                 calls: Vec::new(),
                 stores: Vec::new(),
+                kept: Vec::new(),
+                lost: Vec::new(),
                 returns: Vec::new(),
                 traced: false,
             },
             made: Vec::new(),
+            phis_lost: Vec::new(),
             info: InstructionInfoFactory::new(),
             inside: &inside,
         };
@@ -158,6 +171,7 @@ pub fn follow(code: &Code64<'_>, ranges: &[(u32, u32)], parameters: u8) -> Flow 
         let found = walk.fill(&blocks, &exits);
         round += 1;
         if round == 3 || found.is_empty() {
+            walk.miss(&instructions);
             return walk.flow;
         }
         plain.extend(found);
@@ -178,6 +192,8 @@ pub struct Walk<'a, F> {
     pub(super) flow: Flow,
     /// Phis and where they stand.
     made: Vec<(usize, Place, Value)>,
+    /// Phis that go where nothing is followed.
+    phis_lost: Vec<Value>,
     pub(super) info: InstructionInfoFactory,
     pub(super) inside: &'a F,
 }
@@ -292,6 +308,42 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
         state
     }
 
+    /// Whether a value is the address of code, all of it or in part.
+    pub(super) fn code_address(&self, value: Value) -> Option<u64> {
+        let at = self.flow.values.as_constant(value)?;
+        self.code.places.offset(at).map(|_| at)
+    }
+
+    /// A value goes where nothing is followed.
+    pub(super) fn lose(&mut self, value: Value) {
+        let mut seen = FxHashSet::default();
+        let mut open = vec![value];
+        while let Some(value) = open.pop() {
+            match self.flow.values.op(value) {
+                // Its operands are not known yet.
+                Op::Phi(_) => self.phis_lost.push(value),
+                Op::Sum(a, b) if seen.insert(value) => open.extend([a, b]),
+                _ => self.flow.lost.extend(self.code_address(value)),
+            }
+        }
+    }
+
+    /// Addresses of code that instructions name which are not reached, or which do with them what is not followed.
+    fn miss(&mut self, instructions: &[Instruction]) {
+        let places = self.code.places;
+        let code = |at: &u64| places.offset(*at).is_some();
+        let phis = std::mem::take(&mut self.phis_lost);
+        let constants = self.flow.values.constants(phis);
+        self.flow.lost.extend(constants.into_iter().filter(code));
+        for at in instructions.iter().flat_map(named).flatten() {
+            if code(&at) && self.flow.values.known(Op::Const(at)).is_none() {
+                self.flow.lost.push(at);
+            }
+        }
+        self.flow.lost.sort_unstable();
+        self.flow.lost.dedup();
+    }
+
     /// Fills the phis from the blocks' ends; those that are one value only.
     fn fill(&mut self, blocks: &[Block], exits: &[Option<State>]) -> Vec<((usize, Place), ())> {
         for (block, place, phi) in &self.made {
@@ -356,4 +408,24 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             .map(|(block, place, _)| ((*block, *place), ()))
             .collect()
     }
+}
+
+/// The constants that an instruction has in it as addresses: relative to the instruction pointer, and an immediate.
+fn named(instruction: &Instruction) -> [Option<u64>; 2] {
+    let relative = instruction.is_ip_rel_memory_operand();
+    let relative = relative.then(|| instruction.ip_rel_memory_address());
+    let immediate = (0..instruction.op_count())
+        .filter(|operand| {
+            !matches!(
+                instruction.op_kind(*operand),
+                OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
+            )
+        })
+        .find_map(|operand| instruction.try_immediate(operand).ok())
+        .map(|value| match u32::try_from(value) {
+            // A 32-bit operand: the low half of an address.
+            Ok(low) if low > i32::MAX as u32 => i64::from(low as i32) as u64,
+            _ => value,
+        });
+    [relative, immediate]
 }

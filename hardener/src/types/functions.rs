@@ -56,13 +56,28 @@ impl<'a> Places<'a> {
     }
 }
 
+/// Why what BTF says of a function may be another one's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Doubt {
+    /// BTF has fewer prototypes than there are functions of its name (pahole keeps the first, or one for each of its threads).
+    Name,
+    /// Its address is put where something else is declared: BTF has an inlined namesake's, or C casts the pointer.
+    Place,
+    /// Its code takes for a pointer what is none by its declaration.
+    Code,
+}
+
 /// One function.
 #[derive(Debug, Default)]
 pub struct Function {
     /// Its parts, entry first: offsets in the text, and the first offsets behind.
     pub ranges: Vec<(u32, u32)>,
-    /// BTF ids of the prototypes that its name has; several when static functions share the name.
+    /// BTF ids of the prototypes that its name has and that may be believed; several when static functions share the name.
     pub prototypes: Vec<u32>,
+    /// The same, whether they may be believed or not.
+    pub declared: Vec<u32>,
+    /// Why the declared ones are not believed.
+    pub doubt: Option<Doubt>,
     /// Its first name.
     pub name: String,
     /// Whether all its names are a compiler's clones (`.isra.0`), whose parameters differ from the declared ones.
@@ -94,7 +109,11 @@ impl FunctionIndex {
     /// Finds all functions.
     pub fn find(image: &Image, tables: &Tables, places: &Places<'_>, btf: &Btf) -> FunctionIndex {
         let mut starts: FxHashMap<u32, Vec<&str>> = FxHashMap::default();
+        let mut sharing: FxHashMap<&str, FxHashSet<u64>> = FxHashMap::default();
         for symbol in image.symbols.iter().filter(|symbol| symbol.is_code()) {
+            if btf.functions.contains_key(&symbol.name) {
+                sharing.entry(&symbol.name).or_default().insert(symbol.va.0);
+            }
             if let Some(at) = places.offset(symbol.va.0) {
                 starts.entry(at).or_default().push(&symbol.name);
             }
@@ -125,23 +144,33 @@ impl FunctionIndex {
         for ((start, names), end) in entries.into_iter().zip(ends) {
             let number = index.all.len() as u32;
             index.by_start.insert(start, number);
-            let mut prototypes = Vec::new();
+            let mut declared = Vec::new();
+            let mut doubt = None;
             let mut clone = !names.is_empty();
             for name in &names {
                 clone &= name.contains('.');
                 // Only the clone whose parameters are as declared may have the name's prototype.
-                prototypes.extend(btf.functions.get(*name).into_iter().flatten().copied());
+                let known = btf.functions.get(*name).map_or(&[][..], Vec::as_slice);
+                declared.extend(known);
+                if sharing.get(name).is_some_and(|all| all.len() > known.len()) {
+                    doubt = Some(Doubt::Name);
+                }
                 by_name.entry((*name).to_owned()).or_default().push(number);
             }
-            prototypes.sort_unstable();
-            prototypes.dedup();
+            declared.sort_unstable();
+            declared.dedup();
             let part = names.iter().find_map(|name| cold_parent(name));
             if let Some(parent) = part {
                 cold.push((parent.to_owned(), (start, end)));
             }
             index.all.push(Function {
                 ranges: vec![(start, end)],
-                prototypes,
+                prototypes: match doubt {
+                    Some(_) => Vec::new(),
+                    None => declared.clone(),
+                },
+                declared,
+                doubt,
                 name: names.first().copied().unwrap_or_default().to_owned(),
                 clone,
                 cold: part.is_some(),
@@ -149,11 +178,29 @@ impl FunctionIndex {
         }
         for (parent, range) in cold {
             // Statics share names: the part belongs to the one that branches there, and following both is harmless.
-            for number in by_name.get(&parent).into_iter().flatten() {
+            let parents = by_name.get(&parent).map_or(&[][..], Vec::as_slice);
+            for number in parents {
                 index.all[*number as usize].ranges.push(range);
+            }
+            if parents.is_empty()
+                && let Some(number) = index.number(range.0)
+            {
+                // Followed by itself: nothing is known at its start, but what it refers to is.
+                index.all[number as usize].cold = false;
             }
         }
         index
+    }
+
+    /// Believes what BTF says of a function no longer; whether it was believed.
+    pub fn disbelieve(&mut self, number: u32, why: Doubt) -> bool {
+        let function = &mut self.all[number as usize];
+        if function.doubt.is_some() || function.declared.is_empty() {
+            return false;
+        }
+        function.doubt = Some(why);
+        function.prototypes.clear();
+        true
     }
 
     /// The function that starts at `at`.
@@ -161,6 +208,13 @@ impl FunctionIndex {
         self.by_start
             .get(&at)
             .map(|number| &self.all[*number as usize])
+    }
+
+    /// Whether `at` lies in a function.
+    pub fn holds(&self, at: u32) -> bool {
+        let after = self.all.partition_point(|function| function.start() <= at);
+        let last = after.checked_sub(1).map(|last| self.all[last].ranges[0]);
+        last.is_some_and(|range| (range.0..range.1).contains(&at))
     }
 
     /// The same, as its number.
@@ -203,7 +257,7 @@ impl FunctionIndex {
     /// Functions without a prototype that are no clones: assembly, which has its own rules about registers.
     pub fn assembly(&self) -> FxHashSet<u32> {
         let all = self.all.iter();
-        all.filter(|function| function.prototypes.is_empty() && !function.clone)
+        all.filter(|function| function.declared.is_empty() && !function.clone)
             .map(Function::start)
             .collect()
     }

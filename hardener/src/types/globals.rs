@@ -6,6 +6,7 @@ use super::layout::{Layout, Ptr};
 use super::resolve::{Known, Resolver};
 use super::shapes::Shapes;
 use crate::image::Image;
+use penumbra_bundle::LinkVa;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 /// Structures of one name in several votes: more than so many are no evidence.
@@ -13,8 +14,24 @@ const MAX_VOTES: usize = 8;
 
 /// Pointers in a table of functions; more are no table of a few prototypes.
 const MAX_TABLE: usize = 512;
+/// Of larger objects only the start is looked at.
+const MAX_SHAPE: u32 = 4096;
 /// So many uses of a word that all agree are its type.
 const ENOUGH_USES: u32 = 3;
+
+/// An object by what it points to.
+pub struct Shape<'a> {
+    /// The place that is asked about.
+    pub at: u32,
+    /// Where it points to functions, and their prototypes as far as they may be believed.
+    pub functions: Vec<(u32, &'a [u32])>,
+    /// Where it holds something else: other pointers, or numbers.
+    pub others: Vec<u32>,
+    /// Types that are known to start where it does.
+    pub starts: &'a [u32],
+    /// Bytes up to the next symbol.
+    pub room: u32,
+}
 
 /// What is known about data.
 #[derive(Default)]
@@ -202,7 +219,9 @@ impl Globals {
             if self.is_data(start) && !self.objects.contains_key(&start) {
                 let functions = places.iter().filter_map(|(place, to)| {
                     let prototypes = self.prototypes.get(to)?;
-                    Some(((place - start) as u32, prototypes.as_slice()))
+                    // Of what BTF may be wrong about nothing follows.
+                    let known = !prototypes.is_empty();
+                    known.then_some(((place - start) as u32, prototypes.as_slice()))
                 });
                 let functions: Vec<(u32, &[u32])> = functions.collect();
                 if let Some(ty) = shapes.matching(&functions, (end - start) as u32) {
@@ -230,23 +249,23 @@ impl Globals {
                 );
             }
         }
-        // A table of pointers is one to what its first word points to.
+        // A table of pointers is one to what its first word points to, if it may be one.
         let mut tables = Vec::new();
         for (va, ptrs) in &self.words {
-            let start = self.symbol(*va).is_some_and(|(start, _)| start == *va);
-            if let ([only], true) = (&ptrs[..], start && !self.objects.contains_key(va))
+            if let [only] = ptrs[..]
                 && only.delta == 0
+                && !self.objects.contains_key(va)
                 && let Some(pointer) = btf.pointer_to(only.ty)
+                && self.is_table(btf, *va, only.ty)
             {
                 tables.push((*va, pointer));
             }
         }
         for (va, to) in &self.initial {
-            let start = self.symbol(*va).is_some_and(|(start, _)| start == *va);
-            if start
-                && !self.objects.contains_key(va)
+            if !self.objects.contains_key(va)
                 && let Some([ty]) = self.objects.get(to).map(Vec::as_slice)
                 && let Some(pointer) = btf.pointer_to(*ty)
+                && self.is_table(btf, *va, *ty)
             {
                 tables.push((*va, pointer));
             }
@@ -260,11 +279,14 @@ impl Globals {
             }
             self.vote_object(va, ty);
             let size = u64::from(btf.size(ty)).max(8);
-            let Some((_, end)) = self.symbol(va) else {
+            let Some((start, end)) = self.symbol(va) else {
                 continue;
             };
-            // An array of them fills its symbol.
-            let end = end.min(va.saturating_add(size));
+            // Pointers go on as long as there are some.
+            let end = match btf.at(ty) {
+                Type::Pointer(_) if start == va => end.min(va + self.pointers(va, end)),
+                _ => end.min(va.saturating_add(size)),
+            };
             let from = self.initial_starts.partition_point(|at| *at < va);
             for at in self.initial_starts[from..]
                 .iter()
@@ -280,6 +302,76 @@ impl Globals {
         }
         self.object_starts = self.objects.keys().copied().collect();
         self.object_starts.sort_unstable();
+    }
+
+    /// How many bytes of pointers stand one after another from `va` to `end`.
+    fn pointers(&self, va: u64, end: u64) -> u64 {
+        let from = self.initial_starts.partition_point(|at| *at < va);
+        let all = self.initial_starts[from..].iter().zip((va..end).step_by(8));
+        8 * all.take_while(|(at, expected)| **at == *expected).count() as u64
+    }
+
+    /// Whether the symbol at `va` may be a table of pointers to `ty`: nothing in it points to anything else, and it is no
+    /// structure that merely starts with one.
+    fn is_table(&self, btf: &Btf, va: u64, ty: u32) -> bool {
+        let Some((start, end)) = self.symbol(va) else {
+            return false;
+        };
+        let from = self.initial_starts.partition_point(|at| *at < va);
+        let inside = self.initial_starts[from..].iter();
+        let inside: Vec<u64> = inside.take_while(|at| **at < end).copied().collect();
+        // Without initial values there is nothing to see but one word.
+        let whole = end - va == 8
+            || self.pointers(va, end) == 8 * inside.len() as u64 && !inside.is_empty();
+        let same = |at: &u64| {
+            let to = self.initial[at];
+            match self.prototypes.get(&to) {
+                Some(prototypes) => prototypes.contains(&ty),
+                None => self.objects.get(&to).is_none_or(|votes| {
+                    votes.iter().all(|vote| {
+                        *vote == ty
+                            || starts_with(btf, ty, *vote, 8)
+                            || starts_with(btf, *vote, ty, 8)
+                    })
+                }),
+            }
+        };
+        start == va && whole && inside.iter().all(same)
+    }
+
+    /// Whether `va` is a variable of one word of which no more is known than what its words are.
+    pub fn is_word(&self, va: u64) -> bool {
+        self.symbol(va).is_some_and(|symbol| symbol == (va, va + 8))
+            && !self.objects.contains_key(&va)
+    }
+
+    /// The functions in the initial value of the symbol around `va`, by offset, with what BTF says of them, and the types that
+    /// are known to start there; none where another object is known in it.
+    pub fn shape(&self, image: &Image, va: u64) -> Option<Shape<'_>> {
+        let (start, end) = self.symbol(va).filter(|_| self.is_data(va))?;
+        let inside = self.object_starts.partition_point(|at| *at <= start);
+        let other = self.object_starts.get(inside).is_some_and(|at| *at <= va);
+        let room = u32::try_from(end - start).ok().filter(|_| !other)?;
+        let from = self.initial_starts.partition_point(|at| *at < start);
+        let words = self.initial_starts[from..].iter();
+        let words = words.take_while(|at| **at < end);
+        let functions = words.filter_map(|at| {
+            let prototypes = self.prototypes.get(&self.initial[at])?;
+            Some(((at - start) as u32, prototypes.as_slice()))
+        });
+        let functions: Vec<(u32, &[u32])> = functions.collect();
+        let others = (0..room.min(MAX_SHAPE)).step_by(8).filter(|at| {
+            let value = image.u64_at(LinkVa(start + u64::from(*at)));
+            let other = value.is_some_and(|value| value != 0);
+            other && functions.binary_search_by_key(at, |one| one.0).is_err()
+        });
+        Some(Shape {
+            at: (va - start) as u32,
+            others: others.collect(),
+            functions,
+            starts: self.objects.get(&start).map_or(&[], Vec::as_slice),
+            room,
+        })
     }
 
     /// What a pointer to `va` points to.
@@ -366,6 +458,11 @@ impl Globals {
             true => Known::Anything,
             false => Known::Pointers(found),
         }
+    }
+
+    /// As what the word at `va` was seen used, where no object says what it is.
+    pub fn used_as(&self, va: u64) -> &[Ptr] {
+        self.words.get(&va).map_or(&[], Vec::as_slice)
     }
 
     /// What any word of the table around `va` holds: functions only.
@@ -484,7 +581,7 @@ fn exact_pointer(btf: &Btf, ty: u32, at: u32, depth: u32) -> Option<u32> {
 }
 
 /// Whether a thing of type `outer` starts with one of type `inner`.
-fn starts_with(btf: &Btf, outer: u32, inner: u32, depth: u32) -> bool {
+pub fn starts_with(btf: &Btf, outer: u32, inner: u32, depth: u32) -> bool {
     let Some(depth) = depth.checked_sub(1) else {
         return false;
     };

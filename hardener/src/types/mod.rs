@@ -7,6 +7,7 @@
 //! | `functions.rs`, `blocks.rs`, `flow.rs`, `step.rs`, `values.rs` | functions; what their registers hold, as terms over what they were given |
 //! | `globals.rs`, `shapes.rs`, `facts.rs`, `hooks.rs` | what data is, by its initial values and by what functions do with it |
 //! | `resolve.rs` | the types of values |
+//! | `puts.rs` | where functions' addresses are put, for those of which BTF may have another one's prototype |
 //! | `analysis.rs`, `sites.rs` | all of it together: each branch and the entries that it may reach |
 //!
 //! What it relies on: a pointer that the kernel declares as a pointer to functions of a prototype is called as such. Where
@@ -23,6 +24,7 @@ mod globals;
 mod hooks;
 mod layout;
 mod prototypes;
+mod puts;
 mod resolve;
 mod shapes;
 pub mod sites;

@@ -70,6 +70,18 @@ fn pointers(mut all: Vec<Ptr>) -> Known {
     }
 }
 
+/// Things on a function's stack whose addresses it passes on as pointers to them, by offset from RSP at entry.
+pub fn stack_objects(flow: &Flow, votes: &Votes) -> Vec<(i32, Ptr)> {
+    let mut objects: Vec<(i32, Ptr)> = Vec::new();
+    for (value, ptrs) in votes {
+        if let Op::Stack(at) = flow.values.op(*value) {
+            objects.extend(ptrs.iter().map(|ptr| (at, *ptr)));
+        }
+    }
+    objects.sort_unstable();
+    objects
+}
+
 impl Resolver<'_> {
     /// What a function's calls say about the values that it passes.
     pub fn votes(&self, flow: &Flow) -> Votes {
@@ -108,13 +120,7 @@ impl Resolver<'_> {
     /// What each value of a function is.
     pub fn all(&self, flow: &Flow, function: &Function, votes: &Votes) -> Vec<Known> {
         let mut known = vec![Known::Nothing; flow.values.count()];
-        let mut slots: Vec<(i32, Ptr)> = Vec::new();
-        for (value, ptrs) in votes {
-            if let Op::Stack(at) = flow.values.op(*value) {
-                slots.extend(ptrs.iter().map(|ptr| (at, *ptr)));
-            }
-        }
-        slots.sort_unstable();
+        let slots = stack_objects(flow, votes);
         let rounds = match flow.values.phis.is_empty() {
             true => 1,
             false => MAX_ROUNDS,

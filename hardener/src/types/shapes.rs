@@ -1,6 +1,8 @@
 //! Structures by the functions that they point to: an object of which nothing else says the type may have one of one structure.
 
 use super::btf::{Btf, Type};
+use super::globals::{Shape, starts_with};
+use super::layout::{Layout, Ptr};
 use super::prototypes::{ProtoId, Prototypes};
 use rustc_hash::FxHashMap;
 
@@ -9,7 +11,14 @@ pub struct Shapes<'a> {
     btf: &'a Btf,
     prototypes: &'a Prototypes,
     by_place: FxHashMap<(u32, ProtoId), Vec<u32>>,
+    /// Each place where a structure or union, those without names among them, points to a function.
+    all: Vec<(u32, ProtoId, u32)>,
 }
+
+/// Objects are aligned to 32 or 64 bytes: less than that is left behind one.
+const LEFT: u32 = 64;
+/// Structures in structures nest no deeper.
+const MAX_DEPTH: u32 = 6;
 
 impl<'a> Shapes<'a> {
     /// Of all structures with names.
@@ -18,12 +27,24 @@ impl<'a> Shapes<'a> {
             btf,
             prototypes,
             by_place: FxHashMap::default(),
+            all: Vec::new(),
         };
         for id in btf.ids() {
-            if matches!(btf.at(id), Type::Composite { union: false, .. })
-                && !btf.name(id).is_empty()
+            if matches!(btf.at(id), Type::Composite { .. }) {
+                shapes.add(id, id, 0, MAX_DEPTH);
+            }
+        }
+        shapes.all.sort_unstable();
+        shapes.all.dedup();
+        for (place, class, ty) in &shapes.all {
+            if matches!(btf.at(*ty), Type::Composite { union: false, .. })
+                && !btf.name(*ty).is_empty()
             {
-                shapes.add(id, id, 0, 6);
+                shapes
+                    .by_place
+                    .entry((*place, *class))
+                    .or_default()
+                    .push(*ty);
             }
         }
         shapes
@@ -43,10 +64,7 @@ impl<'a> Shapes<'a> {
             match self.btf.at(inner) {
                 Type::Pointer(to) => {
                     if let Some(class) = self.prototypes.class(self.btf.plain(to)) {
-                        let all = self.by_place.entry((place, class)).or_default();
-                        if all.last() != Some(&outer) {
-                            all.push(outer);
-                        }
+                        self.all.push((place, class, outer));
                     }
                 }
                 Type::Composite { .. } => self.add(outer, inner, place, depth),
@@ -76,14 +94,52 @@ impl<'a> Shapes<'a> {
             left = Some(fitting);
         }
         let mut left = left?;
-        // Objects are aligned to 32 or 64 bytes: no more than that is left behind one.
         left.retain(|ty| {
             let size = self.btf.size(*ty);
-            size <= room && (functions.len() > 1 || room - size < 64)
+            size <= room && (functions.len() > 1 || room - size < LEFT)
         });
         match left[..] {
             [only] => Some(only),
             _ => None,
         }
+    }
+
+    /// What is declared at the place that is asked about, in all structures that the object may be one of, or an array of: those
+    /// that have such functions where it has them, no function where it has something else, and start with what it is known to
+    /// start with.
+    pub fn fitting(&self, shape: &Shape<'_>, layout: &Layout<'_>) -> Vec<ProtoId> {
+        let fits = |ty: u32, size: u32| {
+            let same = |(place, prototypes): &(u32, &[u32])| {
+                let mut classes = prototypes
+                    .iter()
+                    .filter_map(|one| self.prototypes.class(*one));
+                let place = place % size;
+                // Of what BTF may be wrong about nothing follows.
+                prototypes.is_empty()
+                    || classes.any(|class| self.all.binary_search(&(place, class, ty)).is_ok())
+            };
+            let start = |known: &u32| {
+                let composite = matches!(self.btf.at(*known), Type::Composite { .. });
+                !composite || *known == ty || starts_with(self.btf, ty, *known, MAX_DEPTH)
+            };
+            let may_hold = |place: &u32| {
+                let delta = (place % size) as i32;
+                let field = layout.field(Ptr { ty, delta });
+                let class = |to: &u32| self.prototypes.class(*to).is_some();
+                field.anything || field.to.is_empty() || !field.to.iter().all(class)
+            };
+            shape.functions.iter().all(same)
+                && shape.starts.iter().all(start)
+                && shape.others.iter().all(may_hold)
+        };
+        let fitting = self.all.iter().filter(|(place, _, ty)| {
+            let size = self.btf.size(*ty);
+            let inside = size > 0 && size <= shape.room && shape.at % size == *place;
+            inside && shape.room % size < LEFT && fits(*ty, size)
+        });
+        let mut found: Vec<ProtoId> = fitting.map(|(_, class, _)| *class).collect();
+        found.sort_unstable();
+        found.dedup();
+        found
     }
 }

@@ -1,10 +1,11 @@
 //! Each indirect branch and the entries that it may reach.
 
 use super::btf::Btf;
-use super::functions::{FunctionIndex, least_arity};
+use super::functions::{Doubt, FunctionIndex, least_arity};
 use super::prototypes::{ProtoId, Prototypes};
+use super::puts::Puts;
 use crate::text::Indirect;
-use penumbra_bundle::{ForwardClass, ForwardSets, ForwardSite, TextOff};
+use penumbra_bundle::{ForwardClass, ForwardDoubt, ForwardSets, ForwardSite, TextOff};
 use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
 
@@ -41,6 +42,11 @@ impl Reach {
         Reach::Prototypes(all)
     }
 
+    /// Whether prototypes decide it.
+    pub fn is_by_prototype(&self) -> bool {
+        matches!(self, Reach::Prototypes(_))
+    }
+
     /// How it is called in manifests.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -49,6 +55,17 @@ impl Reach {
             Reach::Prototypes(_) => "prototypes",
             Reach::Arity(most) => ARITIES[usize::from(*most).min(5)],
             Reach::Any => "address-taken",
+        }
+    }
+}
+
+impl Doubt {
+    /// How it is called in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Doubt::Name => "name",
+            Doubt::Place => "place",
+            Doubt::Code => "code",
         }
     }
 }
@@ -77,6 +94,7 @@ pub struct Entries {
     /// How many argument registers each reads at least.
     arity: Vec<u8>,
     by_prototype: FxHashMap<ProtoId, Vec<TextOff>>,
+    doubts: Vec<ForwardDoubt>,
 }
 
 impl Entries {
@@ -86,27 +104,40 @@ impl Entries {
     /// typed only.
     ///
     /// The clones of a function have other parameters than it was declared with.
+    ///
+    /// Each is in the classes of what is declared where it is put, besides its own. Of one whose own may be another function's,
+    /// and which is put where nothing is declared, nothing is known.
     pub fn of(
         entries: &[TextOff],
         btf: &Btf,
         index: &FunctionIndex,
         prototypes: &Prototypes,
+        puts: &Puts,
     ) -> Entries {
         let mut all = Entries {
             all: entries.to_vec(),
             arity: Vec::with_capacity(entries.len()),
             by_prototype: FxHashMap::default(),
+            doubts: Vec::new(),
         };
         for at in entries {
             let function = index.at(at.0);
-            let declared = function.map_or(&[][..], |one| &one.prototypes);
+            let declared = function.map_or(&[][..], |one| &one.declared);
+            let doubt = function.and_then(|one| one.doubt);
             let least = declared.iter().map(|ty| least_arity(btf, *ty)).min();
             let clone = function.is_none_or(|one| one.clone);
-            all.arity.push(least.filter(|_| !clone).unwrap_or(0));
-            let mut classes: Vec<ProtoId> = declared
-                .iter()
-                .filter_map(|ty| prototypes.class(*ty))
-                .collect();
+            let known = !clone && doubt.is_none();
+            all.arity.push(least.filter(|_| known).unwrap_or(0));
+            if let Some(doubt) = doubt {
+                all.doubts.push(ForwardDoubt {
+                    at: *at,
+                    by: doubt.name().to_owned(),
+                    told: puts.is_told(at.0),
+                });
+            }
+            let own = declared.iter().filter_map(|ty| prototypes.class(*ty));
+            let places = puts.declared(at.0).iter().flatten().copied();
+            let mut classes: Vec<ProtoId> = own.chain(places).collect();
             classes.sort_unstable();
             classes.dedup();
             for id in classes {
@@ -149,6 +180,8 @@ pub struct Forward {
     pub classes: Vec<Class>,
     /// All entries, and how many argument registers each reads at least. Sorted.
     pub arities: Vec<(TextOff, u8)>,
+    /// The entries of which BTF may have another function's prototype. Sorted.
+    pub doubts: Vec<ForwardDoubt>,
     known: FxHashMap<Reach, u32>,
 }
 
@@ -164,6 +197,7 @@ impl Forward {
                 .copied()
                 .zip(entries.arity.iter().copied())
                 .collect(),
+            doubts: entries.doubts.clone(),
             known: FxHashMap::default(),
         };
         forward.class(Reach::Any, entries);
@@ -212,6 +246,13 @@ impl Forward {
             class.entries.retain(|at| keep(*at));
         }
         self.arities.retain(|(at, _)| keep(*at));
+        self.doubts.retain(|doubt| keep(doubt.at));
+    }
+
+    /// The entries of which nothing is known: every branch that is checked by prototype lets them through. Sorted.
+    pub fn untold(&self) -> Vec<TextOff> {
+        let untold = self.doubts.iter().filter(|doubt| !doubt.told);
+        untold.map(|doubt| doubt.at).collect()
     }
 
     /// The number of the class of the branch at `at`.
@@ -233,6 +274,7 @@ impl Forward {
         ForwardSets {
             classes: classes.collect(),
             sites: sites.collect(),
+            doubts: self.doubts.clone(),
         }
     }
 
@@ -246,9 +288,15 @@ impl Forward {
     pub fn figures(&self) -> BTreeMap<String, u64> {
         let mut figures = BTreeMap::new();
         let mut sizes: Vec<u64> = Vec::with_capacity(self.sites.len());
+        let untold = self.untold();
         for site in &self.sites {
             let class = &self.classes[site.class as usize];
-            let size = class.entries.len() as u64;
+            let mut size = class.entries.len() as u64;
+            if class.reach.is_by_prototype() {
+                let more = untold.iter();
+                let more = more.filter(|at| class.entries.binary_search(at).is_err());
+                size += more.count() as u64;
+            }
             *figures
                 .entry(format!("by.{}", class.reach.kind()))
                 .or_default() += 1;
@@ -261,6 +309,10 @@ impl Forward {
         figures.insert("median".to_owned(), median);
         figures.insert("mean".to_owned(), sum / (sizes.len() as u64).max(1));
         figures.insert("classes".to_owned(), self.classes.len() as u64);
+        for doubt in &self.doubts {
+            *figures.entry(format!("doubted.{}", doubt.by)).or_default() += 1;
+        }
+        figures.insert("untold".to_owned(), untold.len() as u64);
         figures
     }
 }

@@ -132,19 +132,24 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 }
             }
             state.set_slot(at, Some(value).filter(|_| bytes == 8));
+            self.keep(at, value);
             return;
         }
-        if bytes == 8 {
-            let (base, offset) = self.flow.values.split(address);
-            if let Ok(offset) = i32::try_from(offset)
-                && base != UNKNOWN
-            {
-                self.flow.stores.push(Store {
-                    base,
-                    offset,
-                    value,
-                });
-            }
+        let (base, offset) = self.flow.values.split(address);
+        match i32::try_from(offset) {
+            Ok(offset) if base != UNKNOWN && bytes == 8 => self.flow.stores.push(Store {
+                base,
+                offset,
+                value,
+            }),
+            _ => self.lose(value),
+        }
+    }
+
+    /// What is kept on the stack, where it matters.
+    fn keep(&mut self, at: i32, value: Value) {
+        if matches!(self.flow.values.op(value), Op::Phi(_)) || self.code_address(value).is_some() {
+            self.flow.kept.push((at, value));
         }
     }
 
@@ -183,6 +188,8 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 target,
                 arity: state.defined.trailing_ones().min(6) as u8,
                 most: state.set.trailing_ones().min(6) as u8,
+                arguments,
+                set: state.set,
             });
             result = self.flow.values.intern(Op::IndirectResult(target));
             self.expose(state, &arguments, None);
@@ -198,6 +205,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             self.flow.calls.push(Call {
                 to: offset,
                 arguments,
+                set: state.set,
             });
             result = self.flow.values.intern(Op::Result(offset));
             if !keeps {
@@ -239,6 +247,11 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 }
             }
             M::Lea => {
+                for register in [instruction.memory_base(), instruction.memory_index()] {
+                    if register.is_gpr64() {
+                        self.lose(state.registers[register.number()]);
+                    }
+                }
                 let value = match instruction.op0_register().is_gpr64() {
                     true => self.address(state, instruction),
                     false => UNKNOWN,
@@ -251,6 +264,8 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                     self.register(state, register),
                     self.operand(state, instruction, 1),
                 );
+                self.lose(left);
+                self.lose(right);
                 let minus = instruction.mnemonic() == M::Sub;
                 let value = match (self.flow.values.as_constant(right), minus) {
                     _ if !register.is_gpr64() => UNKNOWN,
@@ -291,8 +306,12 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 let value = self.operand(state, instruction, 0);
                 let rsp = self.flow.values.add(state.registers[RSP], -8);
                 state.registers[RSP] = rsp;
-                if let Op::Stack(at) = self.flow.values.op(rsp) {
-                    state.set_slot(at, Some(value));
+                match self.flow.values.op(rsp) {
+                    Op::Stack(at) => {
+                        state.set_slot(at, Some(value));
+                        self.keep(at, value);
+                    }
+                    _ => self.lose(value),
                 }
             }
             M::Pop => {
@@ -323,6 +342,11 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 Some(to) => self.leave(state, to, at, true),
                 None => {
                     // Paravirt: what its callee keeps depends on the operation.
+                    for (number, value) in self.arguments(state).into_iter().enumerate() {
+                        if state.set >> number & 1 == 1 {
+                            self.lose(value);
+                        }
+                    }
                     state.registers[RAX] = UNKNOWN;
                     state.registers[RDX] = UNKNOWN;
                 }
@@ -348,6 +372,10 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                     self.register(state, register),
                     self.operand(state, instruction, 1),
                 );
+                if !register.is_gpr64() {
+                    self.lose(old);
+                    self.lose(new);
+                }
                 let value = match register.is_gpr64() && old != new {
                     true => {
                         let phi = self.flow.values.phi();
@@ -372,7 +400,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
         }
     }
 
-    /// Everything that an instruction writes is lost.
+    /// Everything that an instruction writes is lost, and so is the trace of what it reads.
     fn other(&mut self, state: &mut State, instruction: &Instruction) {
         if instruction.op_count() > 0
             && instruction.op0_kind() == OpKind::Memory
@@ -401,6 +429,19 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             })
             .map(|used| used.register())
             .collect();
+        let read: Vec<Register> = self
+            .info
+            .info(instruction)
+            .used_registers()
+            .iter()
+            .filter(|used| !matches!(used.access(), OpAccess::Write | OpAccess::CondWrite))
+            .map(|used| used.register())
+            .collect();
+        for register in read {
+            if register.is_gpr() {
+                self.lose(state.registers[register.full_register().number()]);
+            }
+        }
         for register in written {
             if register.is_gpr() && register.full_register() != Register::RSP {
                 self.write(state, register, UNKNOWN);

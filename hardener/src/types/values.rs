@@ -1,6 +1,6 @@
 //! What registers and stack slots hold in one function, as terms over what it was given (static single assignment).
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 /// A value of one function.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -56,6 +56,46 @@ impl Values {
     /// How `value` comes about.
     pub fn op(&self, value: Value) -> Op {
         self.ops[value.0 as usize]
+    }
+
+    /// The value of an operation, if there is one.
+    pub fn known(&self, op: Op) -> Option<Value> {
+        self.known.get(&op).copied()
+    }
+
+    /// The constants that these values may be, through phis.
+    pub fn constants(&self, mut open: Vec<Value>) -> Vec<u64> {
+        let mut found = Vec::new();
+        let mut seen = FxHashSet::default();
+        while let Some(value) = open.pop() {
+            match self.op(value) {
+                Op::Const(at) => found.push(at),
+                Op::Phi(index) if seen.insert(value) => {
+                    open.extend(&self.phis[index as usize]);
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+
+    /// The arguments by which memory is read, by their numbers.
+    pub fn read_through(&self) -> impl Iterator<Item = u8> {
+        self.ops.iter().filter_map(|op| match op {
+            Op::Load(base, ..) => match self.op(*base) {
+                Op::Arg(number) => Some(number),
+                _ => None,
+            },
+            _ => None,
+        })
+    }
+
+    /// All constants that occur.
+    pub fn all_constants(&self) -> impl Iterator<Item = u64> {
+        self.ops.iter().filter_map(|op| match op {
+            Op::Const(at) => Some(*at),
+            _ => None,
+        })
     }
 
     /// How many there are.

@@ -20,6 +20,13 @@ pub struct KernelSymbol {
     pub name: String,
 }
 
+impl KernelSymbol {
+    /// Whether it names code, weak ones among it (`nm`).
+    pub fn is_code(&self) -> bool {
+        b"tTwW".contains(&self.letter)
+    }
+}
+
 /// Reads all symbols, by address.
 pub fn read(vmlinux: &Vmlinux) -> Result<Vec<KernelSymbol>, KernelError> {
     let section = vmlinux.section(".rodata")?;

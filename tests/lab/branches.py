@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Where the indirect branches of a running kernel go, and whether a bundle's classes let them.
+
+QEMU's translator runs a plugin (branches.c) before each branch through a retpoline of the kernel's text.
+Nothing in the guest takes part, and the guest's kernel is the stock one: what the classes would have stopped
+happens, and is written down.
+"""
+
+import json
+from dataclasses import dataclass
+
+from . import LabError, programs
+from .postcard import Reader
+from .recorder import Symbols
+
+_THUNK = "__x86_indirect_thunk_"
+_REGISTERS = {"rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in range(8, 16))}
+# What decides a class by prototype; these let the entries of which nothing is known through as well.
+_BY_PROTOTYPE = {"prototype", "prototypes"}
+_BY_TYPE = {"functions", *_BY_PROTOTYPE}
+
+
+@dataclass(frozen=True)
+class Class:
+    """What some branches may reach in the text."""
+
+    by: str
+    entries: frozenset
+
+
+class Classes:
+    """What a bundle claims of each indirect branch, by link address.  That its thunks let exactly this
+    through is the checker's to prove."""
+
+    def __init__(self, bundle):
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        self.start, self.end = (int(manifest["text"][name], 16) for name in ("start", "end"))
+        self.symbols = Symbols(bundle)
+        self._thunks = {}
+        for at, name in self.symbols.all:
+            if name.startswith(_THUNK):
+                self._thunks.setdefault(at, set()).add(name.removeprefix(_THUNK))
+        self._text = (bundle / "text.bin").read_bytes()
+        reader = Reader(bundle / "forward.postcard")
+        classes = reader.sequence(lambda: (reader.bytes().decode(), reader.sequence(reader.number)))
+        sites = reader.sequence(lambda: (reader.number(), reader.number()))
+        doubts = reader.sequence(lambda: (reader.number(), reader.bytes().decode(), reader.number()))
+        reader.end()
+        untold = {at for at, _, told in doubts if not told}
+        whole = [Class(by, frozenset(entries) | (untold if by in _BY_PROTOTYPE else set()))
+                 for by, entries in classes]
+        self.sites = {self.start + at: whole[number] for at, number in sites}
+
+    def _register(self, at):
+        """The register that holds the target: the branch's thunk is named after it."""
+        offset = at - self.start
+        prefix = self._text[offset] == 0x2e
+        rel = int.from_bytes(self._text[offset + prefix + 1:offset + prefix + 5], "little", signed=True)
+        thunk = at + prefix + 5 + rel
+        # The table of all thunks starts with the first one.
+        names = self._thunks.get(thunk, set())
+        if not names & _REGISTERS:
+            raise LabError(f"no retpoline stands at {thunk:#x}, where {at:#x} goes")
+        return (names & _REGISTERS).pop()
+
+    def write_sites(self, path):
+        """The branches for the plugin."""
+        path.write_text("".join(f"{at:x} {self._register(at)}\n" for at in sorted(self.sites)))
+
+    def allows(self, edge):
+        """Whether the branch lets the target through: what lies outside the text passes."""
+        site, target = edge
+        outside = not self.start <= target < self.end
+        return outside or target - self.start in self.sites[site].entries
+
+    def forbidden(self, edges):
+        """The edges that would be stopped, for people."""
+        name = self.symbols.name
+        return [f"{name(site)} ({site:#x}) -> {name(to)} ({to:#x}): {self.sites[site].by}"
+                for site, to in sorted(edges) if not self.allows((site, to))]
+
+    def summary(self, edges):
+        """How many edges at how many branches of which kind there are."""
+        inside = {edge for edge in edges if self.start <= edge[1] < self.end}
+        typed = {edge for edge in inside if self.sites[edge[0]].by in _BY_TYPE}
+        unique = {edge for edge in typed if self.sites[edge[0]].by != "prototypes"}
+        return {"edges": len(edges), "sites": len({site for site, _ in edges}), "inside": len(inside),
+                "typed": len(typed), "unique": len(unique),
+                "unique sites": len({site for site, _ in unique}),
+                "forbidden": len(self.forbidden(edges))}
+
+
+class Recorder:
+    """The edges of one guest: `qemu` are the arguments that it is started with."""
+
+    def __init__(self, folder, classes):
+        self.classes = classes
+        folder.mkdir(parents=True, exist_ok=True)
+        sites, self._edges = folder / "branches.sites", folder / "branches.edges"
+        classes.write_sites(sites)
+        self._edges.write_text("")
+        plugin = programs.plugin("branches")
+        self.qemu = ("-plugin", f"{plugin},sites={sites},edges={self._edges}")
+
+    def edges(self):
+        """All that were seen so far: (branch, target)."""
+        lines = self._edges.read_text().split("\n")[:-1]
+        return {tuple(int(word, 16) for word in line.split()) for line in lines}
