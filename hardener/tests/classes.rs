@@ -2,6 +2,8 @@
 #![allow(missing_docs, reason = "a test")]
 
 mod common;
+#[path = "classes/doubts.rs"]
+mod doubts;
 
 use hardener::check::{Checker, Rule};
 use hardener::recipe::Recipe;

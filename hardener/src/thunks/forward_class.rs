@@ -147,7 +147,7 @@ pub fn emit(
                 arities,
                 most: *most,
             };
-            section.thunk(&name, violation, |thunk| {
+            section.packed(&name, violation, |thunk| {
                 by_arity(thunk, slot, &reads, text, *retpoline, *stop)
             });
             continue;
@@ -157,7 +157,7 @@ pub fn emit(
             .and_then(|large| Some((large, large.numbers.get(&class)?)));
         let Some((large, number)) = known else {
             let entries = &forward.classes[class as usize].entries;
-            section.thunk(&name, violation, |thunk| {
+            section.packed(&name, violation, |thunk| {
                 one(thunk, slot, entries, text, *retpoline, *stop)
             });
             continue;

@@ -407,7 +407,7 @@ impl Knowledge<'_> {
         for place in image.relocs.abs64.iter().filter(|place| !described(place)) {
             let value = image.u64_at(*place).map(LinkVa);
             if let Some(to) = value.and_then(function) {
-                puts.add(to, follower.in_data(place.0));
+                puts.add(to, follower.in_data(place.0, to));
             }
         }
         // Relative addresses in tables, names that are looked up, and code that is not followed.

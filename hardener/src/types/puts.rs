@@ -14,7 +14,7 @@ use crate::image::Image;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 /// Prototypes of one function: with more of them nothing is gained.
-const MAX_FITTING: usize = 64;
+const MAX_FITTING: usize = 256;
 
 /// Where functions are put; functions are offsets in the text.
 #[derive(Default)]
@@ -111,7 +111,7 @@ impl Follower<'_> {
         }
         for store in &flow.stores {
             for to in self.functions(flow, store.value) {
-                puts.add(to, self.stored(function, flow, known, store));
+                puts.add(to, self.stored(function, flow, known, store, to));
             }
         }
         let objects = stack_objects(flow, votes);
@@ -137,11 +137,12 @@ impl Follower<'_> {
         }
     }
 
-    /// What is declared in data at `va`.
+    /// What is declared in data at `va`, where `to` is put.
     ///
-    /// A variable of one word that is a pointer to functions is called as what it is known to be; where it is known as nothing,
-    /// no branch that reads it is typed. What an object is that nothing else speaks of, is one of all structures that fit.
-    pub fn in_data(&self, va: u64) -> Option<Vec<ProtoId>> {
+    /// What an object is that nothing else speaks of, is one of all structures that fit; that says nothing of a function of which
+    /// BTF is believed. A variable of one word may be none of them: then it is called as what it is known to be, and where it is
+    /// known as nothing, no branch that reads it is typed.
+    pub fn in_data(&self, va: u64, to: u32) -> Option<Vec<ProtoId>> {
         let globals = self.resolver.globals;
         let object = globals.object(self.resolver.btf, va);
         if let Some(declared) = self.member(&object, 0) {
@@ -151,14 +152,19 @@ impl Follower<'_> {
         let used: Vec<ProtoId> = used
             .filter_map(|ptr| self.prototypes.class(ptr.ty))
             .collect();
-        if !used.is_empty() || globals.is_word(va) {
+        let function = self.resolver.functions.at(to);
+        if function.is_none_or(|function| function.doubt.is_none()) {
+            return None;
+        }
+        let word = globals.is_word(va);
+        if !used.is_empty() && !word {
             return Some(used);
         }
         let shape = globals.shape(self.image, va)?;
-        let fitting = self.shapes.fitting(&shape, self.resolver.layout);
-        (1..=MAX_FITTING)
-            .contains(&fitting.len())
-            .then_some(fitting)
+        let mut fitting = self.shapes.fitting(&shape, self.resolver.layout);
+        let found = word || !fitting.is_empty();
+        fitting.extend(used);
+        (found && fitting.len() <= MAX_FITTING).then_some(fitting)
     }
 
     fn function(&self, va: u64) -> Option<u32> {
@@ -181,9 +187,10 @@ impl Follower<'_> {
         flow: &Flow,
         known: &[Known],
         store: &Store,
+        to: u32,
     ) -> Option<Vec<ProtoId>> {
         match flow.values.op(store.base) {
-            Op::Const(at) => self.in_data(at.wrapping_add_signed(i64::from(store.offset))),
+            Op::Const(at) => self.in_data(at.wrapping_add_signed(i64::from(store.offset)), to),
             Op::PerCpu => {
                 let at = u64::try_from(store.offset).ok()?;
                 let place = self.resolver.globals.per_cpu_address(at)?;

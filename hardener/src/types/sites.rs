@@ -136,8 +136,14 @@ impl Entries {
                 });
             }
             let own = declared.iter().filter_map(|ty| prototypes.class(*ty));
-            let places = puts.declared(at.0).iter().flatten().copied();
-            let mut classes: Vec<ProtoId> = own.chain(places).collect();
+            let own: Vec<ProtoId> = own.collect();
+            // Where its own is one of those that are possible, it is the one that is meant.
+            let others = puts
+                .declared(at.0)
+                .iter()
+                .filter(|place| doubt.is_some() || !place.iter().any(|class| own.contains(class)));
+            let mut classes: Vec<ProtoId> = others.flatten().copied().collect();
+            classes.extend(own);
             classes.sort_unstable();
             classes.dedup();
             for id in classes {
