@@ -13,15 +13,15 @@ from . import expect, scenario
 
 FOLDER = TARGET / "run" / "branches"
 
-# Reads what can be read without waiting; a file that does not end is left after a second.
-_READ = ("find {} -type f ! -name kmsg ! -name trace_pipe ! -name kpage* ! -name kcore ! -path '*/task/*' 2>/dev/null"
-         " | while read f; do timeout 1 head -c 65536 \"$f\" > /dev/null 2>&1; done; true")
+# Reads what can be read without waiting; of files that do not end the next ones are not read.
+_READ = ("find {} -type f ! -name kmsg ! -name 'trace_pipe*' ! -name 'kpage*' ! -name kcore ! -path '*/task/*' "
+         "2>/dev/null | xargs -n 12 timeout 3 head -c 16384 > /dev/null 2>&1; true")
 _TRACING = "/sys/kernel/tracing"
 
 # Beside stress-ng's stressors: what a machine does when it is set up, looked at and taken apart.
 WORK = {
-    "proc": _READ.format("/proc -maxdepth 3"),
-    "sys": _READ.format("/sys/class /sys/kernel /sys/module /sys/devices/system /sys/fs"),
+    "proc": _READ.format("/proc/[a-z]* /proc/1 /proc/self"),
+    "sys": _READ.format("/sys/kernel /sys/module /sys/devices /sys/fs /sys/bus -maxdepth 4"),
     "mounts": "mkdir -p /tmp/m/a /tmp/m/b && mount -t tmpfs none /tmp/m/a && echo x > /tmp/m/a/f && "
               "mount --bind /tmp/m/a /tmp/m/b && mount -o remount,ro /tmp/m/a && cat /tmp/m/b/f && "
               "umount /tmp/m/b && umount /tmp/m/a; for fs in cgroup2 debugfs securityfs bpf mqueue ramfs; do "
