@@ -31,6 +31,9 @@ struct Compared<'a> {
     after_calls: HashSet<LinkVa>,
 }
 
+/// Which of the common sets each thunk passes that follows each address, or what is wrong with it and where.
+type Kinds = BTreeMap<LinkVa, Result<usize, (LinkVa, String)>>;
+
 /// What the comparison of one thunk with one function's set came to.
 #[derive(Default)]
 struct Compare {
@@ -74,8 +77,9 @@ pub fn check(
         after_calls: kernel.sweep.after_calls.iter().copied().collect(),
         parts,
     };
-    compared.shared(findings);
-    compared.slots(findings);
+    let kinds = compared.kinds();
+    compared.shared(&kinds, findings);
+    compared.slots(&kinds, findings);
     for (what, count) in callers::counted(&compared.parts) {
         findings.proved(what, count);
     }
@@ -121,13 +125,28 @@ impl Compared<'_> {
         Some(passes)
     }
 
+    /// A thunk to which one that follows each address leaves some, though it does not ask tables: what that lets through is not
+    /// counted.
+    fn leaves_to_another(&self, thunk: LinkVa) -> Option<LinkVa> {
+        let Decides::Each(ended) = self.roles.followed.get(&thunk)? else {
+            return None;
+        };
+        let mut all = ended.leaves_to.iter().map(|to| LinkVa(*to));
+        all.find(|to| !self.roles.by_table.contains(to))
+    }
+
     /// Which of the common sets a thunk passes.
-    fn kinds(&self) -> BTreeMap<LinkVa, Result<usize, (LinkVa, String)>> {
+    fn kinds(&self) -> Kinds {
         let mut kinds = BTreeMap::new();
         for thunk in self.roles.followed.keys() {
             let Some(passes) = self.passes(*thunk) else {
                 continue;
             };
+            if let Some(other) = self.leaves_to_another(*thunk) {
+                let what = "is where it leaves return addresses to, and no thunk that asks tables";
+                kinds.insert(*thunk, Err((other, what.to_owned())));
+                continue;
+            }
             let differs = |legal: &BTreeSet<LinkVa>| {
                 let missing = legal.difference(&passes).next();
                 let extra = passes.difference(legal);
@@ -153,14 +172,14 @@ impl Compared<'_> {
         kinds
     }
 
-    fn shared(&self, findings: &mut Findings<'_>) {
+    fn shared(&self, kinds: &Kinds, findings: &mut Findings<'_>) {
         let mut proved = 0;
-        for (thunk, kind) in self.kinds() {
+        for (thunk, kind) in kinds {
             match kind {
                 Ok(_) => proved += 1,
                 Err((at, what)) => {
-                    let what = format!("the thunk at {} {what}", hex(thunk));
-                    findings.broken(None, Some(at), what);
+                    let what = format!("the thunk at {} {what}", hex(*thunk));
+                    findings.broken(None, Some(*at), what);
                 }
             }
         }
@@ -168,8 +187,7 @@ impl Compared<'_> {
         findings.proved("legal after indirect calls", self.common[1].len() as u64);
     }
 
-    fn slots(&self, findings: &mut Findings<'_>) {
-        let kinds = self.kinds();
+    fn slots(&self, kinds: &Kinds, findings: &mut Findings<'_>) {
         let mut known: HashSet<(LinkVa, u32)> = HashSet::new();
         let (mut functions, mut legal, mut accidents) = (0, 0, 0);
         for (variant, edit) in self.subject.edits() {
@@ -186,7 +204,7 @@ impl Compared<'_> {
             if !known.insert((thunk, part)) {
                 continue;
             }
-            let compare = self.slot(thunk, part, &kinds);
+            let compare = self.slot(thunk, part, kinds);
             functions += 1;
             legal += compare.legal;
             accidents += compare.accidents;
@@ -205,12 +223,7 @@ impl Compared<'_> {
         }
     }
 
-    fn slot(
-        &self,
-        thunk: LinkVa,
-        part: u32,
-        kinds: &BTreeMap<LinkVa, Result<usize, (LinkVa, String)>>,
-    ) -> Compare {
+    fn slot(&self, thunk: LinkVa, part: u32, kinds: &Kinds) -> Compare {
         let mut compare = Compare::default();
         let own = self.roles.followed.get(&thunk);
         let goes = &self.parts.goes[part as usize];

@@ -10,7 +10,7 @@ use super::{Functions, Return, Span};
 use crate::image::Tables;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use penumbra_bundle::{LinkVa, TextOff};
-use std::collections::{BTreeMap, HashMap};
+use rustc_hash::FxHashMap;
 
 /// Deeper than any frame: the guard page below the stack has this many bytes.
 const DEEPEST: i32 = 4096;
@@ -31,7 +31,7 @@ pub fn depths(
         code: &bytes[..span.code.len() as usize],
         span,
         functions,
-        also: also(span, tables),
+        also: also(span, tables).into_iter().collect(),
         numbers: numbers.collect(),
         depths: vec![None; returns.len()],
     };
@@ -55,8 +55,8 @@ struct Walk<'a> {
     code: &'a [u8],
     span: Span,
     functions: &'a Functions,
-    also: BTreeMap<TextOff, Vec<TextOff>>,
-    numbers: HashMap<TextOff, usize>,
+    also: FxHashMap<TextOff, Vec<TextOff>>,
+    numbers: FxHashMap<TextOff, usize>,
     depths: Vec<Option<u32>>,
 }
 
@@ -68,8 +68,9 @@ impl Walk<'_> {
             depth: 0,
             frame: None,
         };
-        let mut reached = HashMap::from([(entry, 0)]);
+        let mut reached = FxHashMap::from_iter([(entry, 0)]);
         let mut open = vec![entry];
+        let mut next = Vec::new();
         let mut found = Vec::new();
         while let Some(state) = open.pop() {
             if reached.len() > MAX_STATES {
@@ -82,7 +83,8 @@ impl Walk<'_> {
                 found.push((*number, deepest));
                 continue;
             }
-            for next in self.step(state) {
+            self.step(state, &mut next);
+            for next in next.drain(..) {
                 let deepest = deepest.max(next.depth);
                 let known = reached.entry(next).or_insert(i32::MAX);
                 if deepest < *known && (0..=DEEPEST).contains(&next.depth) {
@@ -97,19 +99,19 @@ impl Walk<'_> {
         }
     }
 
-    /// Where an instruction leads.
-    fn step(&self, state: State) -> Vec<State> {
+    /// Adds where an instruction leads.
+    fn step(&self, state: State, next: &mut Vec<State>) {
         let at = state.at;
         let Some(code) = self.code.get(at.0 as usize..) else {
-            return Vec::new();
+            return;
         };
         if code.first() == Some(&INT3) {
-            return Vec::new();
+            return;
         }
         let ip = self.span.va(at).0;
         let instruction = Decoder::with_ip(64, code, ip, DecoderOptions::NONE).decode();
         let silent = self.also.get(&at).into_iter().flatten();
-        let mut next: Vec<State> = silent.map(|to| State { at: *to, ..state }).collect();
+        next.extend(silent.map(|to| State { at: *to, ..state }));
         let behind = TextOff(at.0 + instruction.len() as u32);
         let branch = instruction.op0_kind() == OpKind::NearBranch64;
         let to = branch.then(|| LinkVa(instruction.near_branch_target()));
@@ -139,7 +141,6 @@ impl Walk<'_> {
             }
             _ => {}
         }
-        next
     }
 }
 

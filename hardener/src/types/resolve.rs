@@ -82,6 +82,20 @@ pub fn stack_objects(flow: &Flow, votes: &Votes) -> Vec<(i32, Ptr)> {
     objects
 }
 
+/// The values that one is made from.
+fn operands(flow: &Flow, value: Value) -> impl Iterator<Item = Value> {
+    let (own, phi) = match flow.values.op(value) {
+        Op::Load(one, ..) | Op::Add(one, _) | Op::IndirectResult(one) => ([Some(one), None], None),
+        Op::Sum(one, other) => ([Some(one), Some(other)], None),
+        Op::Phi(index) => ([None, None], Some(&flow.values.phis[index as usize])),
+        Op::Unknown | Op::Arg(_) | Op::Const(_) | Op::Stack(_) | Op::PerCpu | Op::Result(_) => {
+            ([None, None], None)
+        }
+    };
+    let own = own.into_iter().flatten();
+    own.chain(phi.into_iter().flatten().copied())
+}
+
 impl Resolver<'_> {
     /// What a function's calls say about the values that it passes.
     pub fn votes(&self, flow: &Flow) -> Votes {
@@ -125,10 +139,19 @@ impl Resolver<'_> {
             true => 1,
             false => MAX_ROUNDS,
         };
+        // When each value was last looked at, and when it last became another: one whose operands have not stays as it is.
+        let (mut looked, mut became) = (vec![0u32; known.len()], vec![0u32; known.len()]);
+        let mut now_is = 0;
         for round in 0..rounds {
             let mut changed = false;
             for index in 0..known.len() {
                 let value = Value(index as u32);
+                let newer = |one: Value| became[one.0 as usize] >= looked[index];
+                if round > 0 && !operands(flow, value).any(newer) {
+                    continue;
+                }
+                now_is += 1;
+                looked[index] = now_is;
                 let mut now = self.own(flow, function, &slots, value, &known);
                 if now == Known::Anything
                     && let Some(votes) = votes.get(&value)
@@ -141,6 +164,7 @@ impl Resolver<'_> {
                 }
                 if known[index] != now {
                     known[index] = now;
+                    became[index] = now_is;
                     changed = true;
                 }
             }

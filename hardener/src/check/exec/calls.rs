@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 /// The text is mapped in whole pages; what fills the last one is nowhere to return to.
 const PAGE: u64 = 0xfff;
 /// No thunk looks further before its subject (see [`super::term::Arena::before_subject`]).
-const MOST_BEFORE: u64 = 8;
+pub(super) const MOST_BEFORE: u64 = 8;
 
 /// Addresses by what the four bytes before them name, both as offsets from the text's start.
 #[derive(Default)]
@@ -90,6 +90,8 @@ impl Decides {
                 for (to, at) in &mut ended.handed_over {
                     (*to, *at) = (to.wrapping_sub(slide), at.wrapping_sub(slide));
                 }
+                let leaves_to = ended.leaves_to.iter();
+                ended.leaves_to = leaves_to.map(|to| to.wrapping_sub(slide)).collect();
             }
         }
         self
@@ -97,6 +99,25 @@ impl Decides {
 }
 
 impl Tree {
+    /// How the subjects from `low` to `high` end, both inside: all that pass, and of those that it leaves to others the members of
+    /// tables; nobody else is let through there.
+    fn evaluate_told(
+        &self,
+        code: &Code<'_>,
+        tables: &[Lookup<'_>],
+        (low, high): (u64, u64),
+        seen: &mut BTreeSet<usize>,
+    ) -> Result<Ended, Wrong> {
+        let Some(Ok(mut subjects)) = self.concerned(code, tables, (low, high), true) else {
+            return self.evaluate(code, tables, low, high, seen);
+        };
+        let members = tables.iter().flat_map(|table| table.members).copied();
+        subjects.extend(members.filter(|at| (low..=high).contains(at)));
+        subjects.sort_unstable();
+        subjects.dedup();
+        self.evaluate_each(code, tables, &subjects, seen)
+    }
+
     /// The addresses with which it compares what a call names, modulo 2^32.
     pub fn names(&self) -> impl Iterator<Item = u32> {
         self.names.values().copied()
@@ -142,11 +163,17 @@ impl Tree {
             }
         }
         let Some(Leaf::HandOver(others)) = self.end_of_others(self.root) else {
-            let mut ended = self.evaluate(code, tables, start, last, seen)?;
+            let mut ended = self.evaluate_told(code, tables, (start, last), seen)?;
             // What stands before an address in the cave is the thunks' own and moves with the slide. Who is left to another
             // thunk there is no member of its tables.
             let cave = code.start..=code.start + code.bytes.len() as u64 + MOST_BEFORE;
             ended.handed_over.retain(|(_, at)| !cave.contains(at));
+            ended
+                .leaves_to
+                .extend(self.nodes.iter().filter_map(|node| match node {
+                    Node::Leaf(Leaf::HandOver(to), _) => Some(*to),
+                    _ => None,
+                }));
             return Ok(Decides::Each(ended));
         };
         let inside = |at: &u64| (start..=last).contains(at);
@@ -157,9 +184,7 @@ impl Tree {
         }
         subjects.sort_unstable();
         subjects.dedup();
-        let mut ended = Ended::default();
-        self.evaluate_all(code, tables, subjects.clone(), seen, &mut ended)?;
-        ended.passed.sort_unstable();
+        let ended = self.evaluate_each(code, tables, &subjects, seen)?;
         let handed: BTreeSet<u64> = ended
             .handed_over
             .iter()

@@ -13,5 +13,7 @@ pub mod term;
 pub mod tree;
 
 #[cfg(test)]
+mod bytes_tests;
+#[cfg(test)]
 mod tests;
 mod words;

@@ -192,8 +192,20 @@ impl Tree {
         }
         let mut seen = BTreeSet::new();
         let mut passed = Vec::new();
+        let hull = bounded.hull().unwrap_or((0, 0));
+        let concerned = self.concerned(code, tables, hull, false);
         for &(low, high) in bounded.spans() {
-            let ended = self.evaluate(code, tables, low, high, &mut seen)?;
+            let ended = match &concerned {
+                Some(Ok(subjects)) => {
+                    let from = subjects.partition_point(|at| *at < low);
+                    let to = subjects.partition_point(|at| *at <= high);
+                    // The ends show which tables are read for those whom no word means.
+                    let mut some = [&[low], &subjects[from..to], &[high]].concat();
+                    some.dedup();
+                    self.evaluate_each(code, tables, &some, &mut seen)?
+                }
+                _ => self.evaluate(code, tables, low, high, &mut seen)?,
+            };
             if let Some((_, subject)) = ended.handed_over.first() {
                 return Err(Wrong::HandsOver(*subject));
             }
@@ -309,8 +321,25 @@ impl Tree {
         }
     }
 
+    /// Evaluates these subjects, sorted.
+    pub(super) fn evaluate_each(
+        &self,
+        code: &Code<'_>,
+        tables: &[Lookup<'_>],
+        subjects: &[u64],
+        seen: &mut BTreeSet<usize>,
+    ) -> Result<Ended, Wrong> {
+        let mut ended = Ended::default();
+        for some in subjects.chunks(LANES as usize) {
+            let before = ended.passed.len();
+            self.evaluate_all(code, tables, some.to_vec(), seen, &mut ended)?;
+            ended.passed[before..].sort_unstable();
+        }
+        Ok(ended)
+    }
+
     /// Evaluates these subjects; adds how they end.
-    pub(super) fn evaluate_all(
+    fn evaluate_all(
         &self,
         code: &Code<'_>,
         tables: &[Lookup<'_>],
@@ -430,6 +459,8 @@ pub struct Ended {
     pub passed: Vec<u64>,
     /// Those that are left to the thunk at an address: the address, the subject.
     pub handed_over: Vec<(u64, u64)>,
+    /// To which thunks it leaves subjects at all.
+    pub leaves_to: BTreeSet<u64>,
 }
 
 /// The address that the call before the subject must name for `cond` to hold, modulo 2^32: call and subject are added up.

@@ -4,7 +4,9 @@
 use crate::check::cave::CaveImage;
 use iced_x86::{ConditionCode, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use penumbra_bundle::{Cave, LinkVa, VaRange};
-use std::collections::{BTreeMap, HashSet};
+use rayon::prelude::*;
+use rustc_hash::FxHashSet;
+use std::collections::BTreeMap;
 
 use super::UNUSED;
 
@@ -100,10 +102,15 @@ enum Word {
 /// Proves that the thunk at `entry` clears what was written below RSP, touches nothing else, and goes on to `next`; whether it
 /// keeps r10, r11 and the flags.
 pub fn prove(code: &Code, entry: LinkVa, next: LinkVa) -> Result<bool, Fault> {
-    let mut places = (LEAST..STACK).step_by(8);
-    places.try_fold(true, |keeps, rsp| {
-        Ok(at_place(code, entry, next, rsp)? && keeps)
-    })
+    let places: Vec<i64> = (LEAST..STACK).step_by(8).collect();
+    let places = places.par_iter();
+    let proved: Vec<Result<bool, Fault>> = places
+        .map(|rsp| at_place(code, entry, next, *rsp))
+        .collect();
+    // The lowest place that fails is the one that is told.
+    proved
+        .into_iter()
+        .try_fold(true, |keeps, one| Ok(one? && keeps))
 }
 
 fn at_place(code: &Code, entry: LinkVa, next: LinkVa, rsp: i64) -> Result<bool, Fault> {
@@ -119,7 +126,7 @@ fn at_place(code: &Code, entry: LinkVa, next: LinkVa, rsp: i64) -> Result<bool, 
         seen: 0,
     };
     let mut keeps = true;
-    let mut seen = HashSet::new();
+    let mut seen = FxHashSet::default();
     let mut open = vec![start];
     while let Some(mut state) = open.pop() {
         loop {

@@ -6,54 +6,63 @@ use iced_x86::{
     OpKind, Register,
 };
 use penumbra_bundle::LinkVa;
+use rayon::prelude::*;
+use rustc_hash::{FxHashMap, FxHashSet};
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::collections::{BinaryHeap, HashMap};
 
 /// No frame goes deeper.
 const DEEPEST: i64 = 4096;
 /// No function has more places, counted once for each depth.
 const MOST: usize = 1 << 17;
 
+/// Functions that one thread walks at a time.
+const CHUNK: usize = 512;
+
 /// A place on a way: the address, how far RSP is below the return address there, and the same of RBP where that is known.
 type Place = (LinkVa, i64, Option<i64>);
 
 /// By return site, what is surely in use below the return address, in bytes.
 pub fn surely_used(kernel: &Kernel) -> HashMap<LinkVa, u32> {
-    let mut starts: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
+    let mut starts: FxHashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
     // Behind ENDBR64 a site starts nothing that its symbol does not.
     let code = kernel.symbols.iter();
     let code = code.filter(|symbol| matches!(symbol.letter, b't' | b'T' | b'w' | b'W'));
-    let named: HashSet<LinkVa> = code.map(|symbol| symbol.at).collect();
+    let named: FxHashSet<LinkVa> = code.map(|symbol| symbol.at).collect();
     starts.retain(|site| !named.contains(&LinkVa(site.0.wrapping_sub(4))));
     starts.extend(named);
     starts.retain(|at| kernel.in_text(*at));
-    let mut silent: BTreeMap<LinkVa, Vec<LinkVa>> = BTreeMap::new();
+    let mut silent: FxHashMap<LinkVa, Vec<LinkVa>> = FxHashMap::default();
     for (at, to) in &kernel.tables.silent_jumps {
         silent.entry(*at).or_default().push(*to);
     }
     let returns = kernel.tables.return_sites.iter().copied().collect();
+    let all: Vec<LinkVa> = starts.iter().copied().collect();
     let walk = Walk {
         kernel,
         starts: &starts,
         silent,
         returns,
     };
+    let found = all.par_chunks(CHUNK).map(|starts| {
+        let mut factory = InstructionInfoFactory::new();
+        let all = starts.iter();
+        let found = all.flat_map(|start| walk.from(*start, &mut factory));
+        found.collect::<Vec<(LinkVa, u32)>>()
+    });
     let mut least: HashMap<LinkVa, u32> = HashMap::new();
-    let mut factory = InstructionInfoFactory::new();
-    for start in &starts {
-        for (at, depth) in walk.from(*start, &mut factory) {
-            let known = least.entry(at).or_insert(depth);
-            *known = (*known).min(depth);
-        }
+    for (at, depth) in found.collect::<Vec<_>>().into_iter().flatten() {
+        let known = least.entry(at).or_insert(depth);
+        *known = (*known).min(depth);
     }
     least
 }
 
 struct Walk<'a> {
     kernel: &'a Kernel,
-    starts: &'a HashSet<LinkVa>,
-    silent: BTreeMap<LinkVa, Vec<LinkVa>>,
-    returns: HashSet<LinkVa>,
+    starts: &'a FxHashSet<LinkVa>,
+    silent: FxHashMap<LinkVa, Vec<LinkVa>>,
+    returns: FxHashSet<LinkVa>,
 }
 
 impl Walk<'_> {
@@ -61,7 +70,7 @@ impl Walk<'_> {
     /// comes to a place is the one that counts there.
     fn from(&self, start: LinkVa, factory: &mut InstructionInfoFactory) -> Vec<(LinkVa, u32)> {
         let mut found = Vec::new();
-        let mut seen: HashSet<Place> = HashSet::new();
+        let mut seen: FxHashSet<Place> = FxHashSet::default();
         let mut open = BinaryHeap::from([Reverse((0, (start, 0, None)))]);
         while let Some(Reverse((deepest, place))) = open.pop() {
             let (at, depth, frame) = place;
