@@ -99,7 +99,10 @@ fn a_call_that_is_left_out_has_its_pass_and_what_stands_for_it() {
         panic!("{row}");
     };
     assert_eq!(edit["pass"], "no-self-checks");
-    assert!(edit["text"].as_str().unwrap().contains("$0x1,%eax"), "{row}");
+    assert!(
+        edit["text"].as_str().unwrap().contains("$0x1,%eax"),
+        "{row}"
+    );
     assert_eq!(edit["parameters"]["lists"], "drop");
 }
 

@@ -1,7 +1,7 @@
 //! Entries of which BTF may have another function's prototype: what is claimed of each is what thunks let through, and each
 //! fault in a claim is caught with the entry named.
 
-use super::{is_typed, place_in_file, real, said};
+use super::{place_in_file, real, said};
 use penumbra_bundle::{Bundle, ForwardDoubt, TextOff};
 
 fn symbol(bundle: &Bundle, name: &str) -> TextOff {
@@ -43,25 +43,26 @@ fn entries_that_share_their_names_are_claimed_and_few_are_untold() {
     assert!((1..60).contains(&untold.count()));
 }
 
-/// `bio_cpu_dead(cpu, node)` is put where `int (*)(unsigned int)` is declared, and is called with both.
+/// `bio_cpu_dead(cpu, node)` is put where `int (*)(unsigned int)` is declared, `put_device(device)` where `void (*)(void *)` is.
 #[test]
 fn what_is_put_where_something_else_is_declared_is_in_both_classes() {
     let bundle = &real().1;
     let claims = bundle.forward.as_ref().unwrap();
-    let (cast, plain) = (
-        symbol(bundle, "bio_cpu_dead"),
-        symbol(bundle, "page_writeback_cpu_online"),
-    );
-    let doubt = claims.doubts.iter().find(|doubt| doubt.at == cast).unwrap();
-    assert_eq!((doubt.by.as_str(), doubt.told), ("place", true));
-    let classes = claims.classes.iter().filter(|class| is_typed(&class.by));
-    let holding: Vec<_> = classes
-        .filter(|class| class.entries.binary_search(&cast).is_ok())
-        .collect();
-    let with_plain =
-        |class: &&&penumbra_bundle::ForwardClass| class.entries.binary_search(&plain).is_ok();
-    assert!(holding.iter().any(|class| with_plain(&class)));
-    assert!(holding.iter().any(|class| !with_plain(&class)));
+    let holding = |names: &[&str]| {
+        let at: Vec<TextOff> = names.iter().map(|name| symbol(bundle, name)).collect();
+        let classes = claims.classes.iter().filter(|class| {
+            let mut holds = at.iter().map(|at| class.entries.binary_search(at).is_ok());
+            class.by == "prototype" && holds.all(|holds| holds)
+        });
+        classes.count()
+    };
+    assert!(holding(&["bio_cpu_dead", "page_writeback_cpu_online"]) > 0);
+    assert!(holding(&["put_device"]) > 1);
+    for name in ["bio_cpu_dead", "put_device"] {
+        let at = symbol(bundle, name);
+        let doubt = claims.doubts.iter().find(|doubt| doubt.at == at).unwrap();
+        assert_eq!(doubt.by, "place", "{name}");
+    }
 }
 
 #[test]
