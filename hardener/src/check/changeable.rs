@@ -109,6 +109,10 @@ impl Reader<'_> {
                 return false;
             };
             for (to, words) in next {
+                // ENDBR64 before an `__fentry__` site is a part that runs on into the next, as by a jump.
+                if to == range.end && words == 0 && self.is_endbr(range) {
+                    continue;
+                }
                 if *pushed.entry(to).or_insert_with(|| {
                     open.insert(to);
                     words
@@ -119,6 +123,12 @@ impl Reader<'_> {
             }
         }
         true
+    }
+
+    /// Whether a part is ENDBR64 and nothing else.
+    fn is_endbr(&self, range: VaRange) -> bool {
+        let code = self.kernel.vmlinux.bytes(range.start, range.len() as usize);
+        code == Some(&[0xf3, 0x0f, 0x1e, 0xfa])
     }
 
     /// Where an instruction goes inside the part, and how many words are then pushed; none when it does what such a part may not.
