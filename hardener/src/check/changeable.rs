@@ -35,11 +35,12 @@ impl Changeable {
             returns: legal.required.union(&legal.optional).copied().collect(),
         };
         let mut factory = InstructionInfoFactory::new();
+        let jumped_to: BTreeSet<u32> = parts.jumps.iter().flatten().copied().collect();
         let mut kept: BTreeSet<u32> = (0..parts.count())
             .filter(|part| {
                 let at = *part as usize;
                 let called = !parts.back[at].is_empty() || !parts.replaced[at].is_empty();
-                let known = called || parts.jumps.iter().any(|to| to.contains(part));
+                let known = called || jumped_to.contains(part);
                 !parts.taken.contains(part)
                     && !parts.odd.contains(part)
                     && known
