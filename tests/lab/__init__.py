@@ -16,6 +16,7 @@ built is kept under `target/lab`, so a second run only boots.
     chain      the tools, as a user runs them
     victim     what runs in the guest: load, attacks, text pokes
     postcard   a bundle's tables, read
+    forward    what a bundle says of its indirect branches
     slots      what a bundle's views have at their slots
     spaces     processes that see from inside which view they are on
     gdb        QEMU's gdbstub: physical memory, breakpoints, registers

@@ -7,25 +7,15 @@ happens, and is written down.
 """
 
 import json
-from dataclasses import dataclass
 
 from . import LabError, programs
-from .postcard import Reader
+from .forward import forward_sets
 from .recorder import Symbols
 
 _THUNK = "__x86_indirect_thunk_"
 _REGISTERS = {"rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in range(8, 16))}
-# What decides a class by prototype; these let the entries of which nothing is known through as well.
-_BY_PROTOTYPE = {"prototype", "prototypes"}
-_BY_TYPE = {"functions", *_BY_PROTOTYPE}
-
-
-@dataclass(frozen=True)
-class Class:
-    """What some branches may reach in the text."""
-
-    by: str
-    entries: frozenset
+# What decides a class that is typed.
+_BY_TYPE = {"functions", "prototype", "prototypes"}
 
 
 class Classes:
@@ -41,15 +31,7 @@ class Classes:
             if name.startswith(_THUNK):
                 self._thunks.setdefault(at, set()).add(name.removeprefix(_THUNK))
         self._text = (bundle / "text.bin").read_bytes()
-        reader = Reader(bundle / "forward.postcard")
-        classes = reader.sequence(lambda: (reader.bytes().decode(), reader.sequence(reader.number)))
-        sites = reader.sequence(lambda: (reader.number(), reader.number()))
-        doubts = reader.sequence(lambda: (reader.number(), reader.bytes().decode(), reader.number()))
-        reader.end()
-        untold = {at for at, _, told in doubts if not told}
-        whole = [Class(by, frozenset(entries) | (untold if by in _BY_PROTOTYPE else set()))
-                 for by, entries in classes]
-        self.sites = {self.start + at: whole[number] for at, number in sites}
+        self.sites = {self.start + at: one for at, one in forward_sets(bundle).items()}
 
     def _register(self, at):
         """The register that holds the target: the branch's thunk is named after it."""

@@ -22,15 +22,6 @@ def symbols(folder):
     return found
 
 
-def forward_sets(folder):
-    """By the offset of an indirect branch: offsets that it may reach, and what decides it."""
-    reader = Reader(folder / "forward.postcard")
-    classes = reader.sequence(lambda: (reader.bytes().decode(), reader.sequence(reader.number))[::-1])
-    sites = reader.sequence(lambda: (reader.number(), reader.number()))
-    reader.end()
-    return {at: classes[number] for at, number in sites}
-
-
 class Variant:
     """One variant's text in place of the running one."""
 

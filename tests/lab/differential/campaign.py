@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 
 from .. import LabError, chain
+from ..forward import forward_sets
 from . import bundle, states
 from .capture import capture
 from .compare import differences
@@ -59,7 +60,7 @@ class Campaign:
         # Of lists and objects that random words make up, checks would say what is wrong: nobody calls them.
         self.left_out = slots.left_out()
         self.text = Text(slots.start, self._unchecked(running), slots.text, bundle.symbols(base))
-        sets = bundle.forward_sets(base)
+        sets = forward_sets(base)
         self.targets = {}
         for offset, edit in slots.hardened.items():
             if edit.kind == "indirect":
@@ -111,7 +112,7 @@ class Campaign:
         chance = random.Random(f"{self.seed}/profile")
         known = sorted(at for at, (entries, _) in sets.items() if 0 < len(entries) < 64)
         lines = [f"{start + at:#x} {start + target:#x} {100 - number}" for at in chance.sample(known, _PROMOTED)
-                 for number, target in enumerate(chance.sample(sets[at][0], min(_TARGETS, len(sets[at][0]))))]
+                 for number, target in enumerate(chance.sample(sets[at].entries, min(_TARGETS, len(sets[at].entries))))]
         (folder / "branches").write_text("\n".join(lines) + "\n")
 
     def functions(self, count):
