@@ -31,7 +31,7 @@ class Classes:
             if name.startswith(_THUNK):
                 self._thunks.setdefault(at, set()).add(name.removeprefix(_THUNK))
         self._text = (bundle / "text.bin").read_bytes()
-        self.sites = {self.start + at: one for at, one in forward_sets(bundle).items()}
+        self.sites = {self.start + at: one for at, one in forward_sets(bundle).classes.items()}
 
     def _register(self, at):
         """The register that holds the target: the branch's thunk is named after it."""

@@ -16,8 +16,16 @@ class Class(NamedTuple):
     by: str
 
 
+class Forward(NamedTuple):
+    """The class of each indirect branch, by the branch's offset in the text, and the entries of which BTF may
+    have another function's prototype."""
+
+    classes: dict
+    doubted: frozenset
+
+
 def forward_sets(folder):
-    """The class of each indirect branch, by the branch's offset in the text."""
+    """Reads both."""
     reader = Reader(folder / "forward.postcard")
     classes = reader.sequence(lambda: (reader.bytes().decode(), reader.sequence(reader.number)))
     sites = reader.sequence(lambda: (reader.number(), reader.number()))
@@ -26,4 +34,4 @@ def forward_sets(folder):
     untold = {at for at, _, told in doubts if not told}
     whole = [Class(tuple(sorted({*entries, *untold} if by in _BY_PROTOTYPE else entries)), by)
              for by, entries in classes]
-    return {at: whole[number] for at, number in sites}
+    return Forward({at: whole[number] for at, number in sites}, frozenset(at for at, _, _ in doubts))

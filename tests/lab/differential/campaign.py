@@ -60,13 +60,17 @@ class Campaign:
         # Of lists and objects that random words make up, checks would say what is wrong: nobody calls them.
         self.left_out = slots.left_out()
         self.text = Text(slots.start, self._unchecked(running), slots.text, bundle.symbols(base))
-        sets = forward_sets(base)
+        sets, doubted = forward_sets(base)
+        # Of whatever has its address taken, and of what may have another's prototype, nobody says that it gets the
+        # arguments which it reads.
+        fitting = {id(one): frozenset(() if one.by == "address-taken" else one.entries) - doubted
+                   for one in sets.values()}
         self.targets = {}
         for offset, edit in slots.hardened.items():
             if edit.kind == "indirect":
-                at, (entries, by) = slots.start + offset, sets.get(offset, ([], ""))
-                # Of whatever has its address taken nobody says that it gets the arguments which it reads.
-                self.targets[at] = entries, self.text.indirect_register(at), by != "address-taken"
+                at, one = slots.start + offset, sets.get(offset)
+                entries, fit = (one.entries, fitting[id(one)]) if one else ((), frozenset())
+                self.targets[at] = entries, self.text.indirect_register(at), fit
         calls = [at for at in sorted(self.targets) if b"\xe8" in self.text.bytes(at, 2)]
         behind = [at + len(slots.hardened[at - slots.start].content) for at in calls]
         self.scratch = states.Scratch(guest, self.text, behind, seed)

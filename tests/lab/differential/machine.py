@@ -192,7 +192,7 @@ class Machine:
         now = self.now
         chance = random.Random(f"{self.state.seed}/{at:x}/{len(now.trace)}")
         what = chance.random()
-        entries, register, typed = self.targets[at]
+        entries, register, fitting = self.targets[at]
         if what < _LEGAL and entries:
             target, legal = self.text.start + chance.choice(entries), True
         elif what > 1 - _BAD:
@@ -202,9 +202,9 @@ class Machine:
             if self.text.start <= self.uc.reg_read(_IDS[register]) < self.text.end:
                 self.limit = len(now.trace) + 1
             return
-        if not legal or not typed or not self.text.is_traced(target):
-            # In the middle of a function, in one that only has its address taken, and in assembly, which
-            # has no prototype, registers may be read that this branch does not set.
+        if not legal or target - self.text.start not in fitting or not self.text.is_traced(target):
+            # In the middle of a function, in one whose prototype is not known to fit, and in assembly, which
+            # has none, registers may be read that this branch does not set.
             self.limit = len(now.trace) + 1
         now.chosen[len(now.trace)] = target, legal
         self.uc.reg_write(_IDS[register], target)
