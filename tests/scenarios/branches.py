@@ -117,7 +117,7 @@ def an_edge_outside_its_class_is_found(w):
     site, target = next(edge for edge in edges if w.classes.sites[edge[0]].by == "prototype"
                         and w.classes.start <= edge[1] < w.classes.end)
     own = w.classes.sites[site].entries
-    others = {to - w.classes.start for _, to in edges if w.classes.start <= to < w.classes.end} - own
+    others = {to - w.classes.start for _, to in edges if w.classes.start <= to < w.classes.end}.difference(own)
     expect(len(others) > 500, len(others))
     for other in others:
         wrong = (site, w.classes.start + other)
