@@ -89,6 +89,8 @@ struct Since {
     refresh: Duration,
     /// The last look saw another kernel.
     suspect: bool,
+    /// The domain's memory limit.
+    limit: Option<u64>,
 }
 
 impl Watch<'_> {
@@ -159,6 +161,7 @@ impl Watch<'_> {
                 return Ok(Some(Outcome::Ended(end)));
             }
         }
+        self.follow_limit(state, &mut since.limit)?;
         if since.refresh >= REFRESH {
             since.refresh = Duration::ZERO;
             xen.refresh();
@@ -185,6 +188,26 @@ impl Watch<'_> {
         let pass = watcher.pass(xen, state, self.policy, foreign, self.journal.dir())?;
         listener.passed(state, &pass, &events);
         Ok(None)
+    }
+
+    /// The domain's memory limit, in pages, has room for the copies. Whoever sets another one (`xl mem-set`) does not know of
+    /// them: without as much more the guest would not get what it is to have.
+    fn follow_limit(&self, state: &mut State, limit: &mut Option<u64>) -> Result<(), XenError> {
+        let Some(copies) = &mut state.copies else {
+            return Ok(());
+        };
+        let now = self.hypervisor.domain()?.max_pages;
+        if limit.is_none_or(|limit| limit == now) {
+            *limit = Some(now);
+            return Ok(());
+        }
+        let with_copies = now.saturating_add(copies.count);
+        self.hypervisor.set_max_pages(with_copies)?;
+        *limit = Some(with_copies);
+        copies.max_pages_before = now;
+        // A full disk must not end the watching; `remove` then gives back the limit before.
+        let _ = self.journal.save(state);
+        Ok(())
     }
 }
 

@@ -164,6 +164,23 @@ fn a_suspended_or_paused_guest_is_waited_for() {
 }
 
 #[test]
+fn another_memory_limit_gets_room_for_the_copies() {
+    let world = World::new();
+    let copies = world.state.borrow().copies.unwrap();
+    let (outcome, ear, _) = world.watch(&world.fake, &|tick| {
+        if tick == 2 {
+            // `xl mem-set`
+            world.fake.domain.borrow_mut().max_pages = 1000;
+        }
+        tick == 5
+    });
+    assert!(outcome.is_ok() && ear.said.is_empty(), "{:?}", ear.said);
+    assert_eq!(world.fake.domain.borrow().max_pages, 1000 + copies.count);
+    let journalled = world.journal.load().unwrap().unwrap();
+    assert_eq!(journalled.copies.unwrap().max_pages_before, 1000);
+}
+
+#[test]
 fn any_call_may_fail_once_and_nothing_is_lost() {
     // Most calls are reads of the guest's memory, one like the other: not each of them.
     for at in (1..).step_by(5) {
