@@ -56,6 +56,7 @@ pub fn cut(mut bundle: Bundle) -> Vec<u8> {
             .max()
             .unwrap_or(0);
         forward.classes.truncate(last);
+        forward.doubts.retain(|doubt| inside(&doubt.at));
     }
     let cave = &mut manifest.cave;
     bundle.cave = small_cave(&bundle.cave, range);
