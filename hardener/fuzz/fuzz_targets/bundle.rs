@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 
 fuzz_target!(init: memory(256), |data: &[u8]| {
-    let [manifest, rest @ ..]: [&[u8]; 10] = parts(data);
+    let [manifest, rest @ ..]: [&[u8]; FILES.len() + 1] = parts(data);
     let mut manifest = String::from_utf8_lossy(manifest).into_owned();
     let mut files = BTreeMap::new();
     for (name, bytes) in FILES.into_iter().zip(rest) {
