@@ -85,11 +85,12 @@ pub fn make_room(
             bits: domain.address_bits,
         });
     }
-    state.copies = Some(Copies {
+    let copies = Copies {
         first,
         count,
         max_pages_before: domain.max_pages,
-    });
+    };
+    state.copies = Some(copies);
     state.spare = (spare > 0).then_some((Gfn(first.0 + used), spare));
     state.step = Step::Copies;
     journal.save(state)?;
@@ -98,9 +99,8 @@ pub fn make_room(
         mib: (count * PAGE as u64).div_ceil(1 << 20),
         source,
     };
-    if domain.max_pages - domain.pages.min(domain.max_pages) < count {
-        hypervisor.set_max_pages(domain.pages + count)?;
-    }
+    // Also where there is room: it is the guest's, which may have been ballooned down and be given it back.
+    hypervisor.set_max_pages(copies.max_pages())?;
     // Before there is anything in them that the guest could get hold of.
     hypervisor.hide(first, count)?;
     hypervisor.populate(first, count).map_err(no_memory)

@@ -104,8 +104,15 @@ pub struct Copies {
     pub first: Gfn,
     /// How many.
     pub count: u64,
-    /// Pages that the domain might have before.
+    /// Pages that the domain may have without them.
     pub max_pages_before: u64,
+}
+
+impl Copies {
+    /// Pages that the domain may have with them. Any other limit has been set by somebody who does not know of them.
+    pub fn max_pages(&self) -> u64 {
+        self.max_pages_before.saturating_add(self.count)
+    }
 }
 
 /// One module in the views.

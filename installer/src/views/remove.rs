@@ -95,7 +95,10 @@ pub fn remove(
     removed.views = drop_views(hypervisor, state, &mut removed.anything)?;
     if let Some(copies) = state.and_then(|state| state.copies) {
         removed.frames = hypervisor.depopulate(copies.first, copies.count)?;
-        hypervisor.set_max_pages(copies.max_pages_before)?;
+        // Another limit, set while nobody watched, is the operator's.
+        if domain.max_pages == copies.max_pages() {
+            hypervisor.set_max_pages(copies.max_pages_before)?;
+        }
     }
     if let Some(state) = state
         && let Some(cave) = state.cave

@@ -4,7 +4,7 @@ use super::{Pass, Watcher, drop_bindings};
 use crate::exit::{Exit, Exits};
 use crate::views::journal::{Journal, JournalError, State};
 use crate::views::{RemoveError, remove};
-use crate::xen::{End, Errno, EventKind, Events, Hypervisor, Life, XenError};
+use crate::xen::{Domain, End, Errno, EventKind, Events, Hypervisor, Life, XenError};
 use penumbra_policy::Policy;
 use std::time::Duration;
 use thiserror::Error;
@@ -89,8 +89,6 @@ struct Since {
     refresh: Duration,
     /// The last look saw another kernel.
     suspect: bool,
-    /// The domain's memory limit.
-    limit: Option<u64>,
 }
 
 impl Watch<'_> {
@@ -148,7 +146,10 @@ impl Watch<'_> {
         since: &mut Since,
     ) -> Result<Option<Outcome>, XenError> {
         let xen = self.hypervisor;
-        match life(xen, state)? {
+        let Some(domain) = own_domain(xen, state)? else {
+            return Ok(Some(Outcome::Ended(End::Destroyed)));
+        };
+        match domain.life {
             Life::Runs => {}
             Life::Suspended => return Ok(None),
             // The best moment to take the views out: neither kernel runs, and the new one may come to lie on the old text.
@@ -161,7 +162,7 @@ impl Watch<'_> {
                 return Ok(Some(Outcome::Ended(end)));
             }
         }
-        self.follow_limit(state, &mut since.limit)?;
+        self.follow_limit(state, domain.max_pages)?;
         if since.refresh >= REFRESH {
             since.refresh = Duration::ZERO;
             xen.refresh();
@@ -190,33 +191,28 @@ impl Watch<'_> {
         Ok(None)
     }
 
-    /// The domain's memory limit, in pages, has room for the copies. Whoever sets another one (`xl mem-set`) does not know of
-    /// them: without as much more the guest would not get what it is to have.
-    fn follow_limit(&self, state: &mut State, limit: &mut Option<u64>) -> Result<(), XenError> {
+    /// Gives another memory limit of the domain, in pages, room for the copies. Whoever sets one (`xl mem-set`) does not know
+    /// of them: without as much more the guest would not get what it is to have.
+    fn follow_limit(&self, state: &mut State, limit: u64) -> Result<(), XenError> {
         let Some(copies) = &mut state.copies else {
             return Ok(());
         };
-        let now = self.hypervisor.domain()?.max_pages;
-        if limit.is_none_or(|limit| limit == now) {
-            *limit = Some(now);
+        if limit == copies.max_pages() {
             return Ok(());
         }
-        let with_copies = now.saturating_add(copies.count);
-        self.hypervisor.set_max_pages(with_copies)?;
-        *limit = Some(with_copies);
-        copies.max_pages_before = now;
-        // A full disk must not end the watching; `remove` then gives back the limit before.
+        copies.max_pages_before = limit;
+        let with_copies = copies.max_pages();
+        // Journalled first, so that an end in between is followed once more, not twice. A full disk must not end the watching.
         let _ = self.journal.save(state);
-        Ok(())
+        self.hypervisor.set_max_pages(with_copies)
     }
 }
 
-/// Whether the domain of `state` runs. A domain that is not there, or is another one of the same id, was destroyed.
-pub fn life(hypervisor: &dyn Hypervisor, state: &State) -> Result<Life, XenError> {
+/// The domain of `state`. Gone, also if another one has its id now, is destroyed.
+fn own_domain(hypervisor: &dyn Hypervisor, state: &State) -> Result<Option<Domain>, XenError> {
     match hypervisor.domain() {
-        Ok(domain) if domain.uuid == state.uuid => Ok(domain.life),
-        Ok(_) => Ok(Life::Ended(End::Destroyed)),
-        Err(error) if error.is(Errno::SRCH) => Ok(Life::Ended(End::Destroyed)),
+        Ok(domain) => Ok(Some(domain).filter(|domain| domain.uuid == state.uuid)),
+        Err(error) if error.is(Errno::SRCH) => Ok(None),
         Err(error) => Err(error),
     }
 }

@@ -3,7 +3,7 @@
 use super::Watcher;
 use super::run::{Listener, Outcome, Watch, WatchError};
 use crate::views::testkit::{self, Snapshot, assert_complete, assert_nothing, root, snapshot};
-use crate::views::{Journal, State, apply};
+use crate::views::{Journal, State, apply, remove};
 use crate::watch::Pass;
 use crate::xen::fake::Fake;
 use crate::xen::faults::{Fault, Faulty};
@@ -178,6 +178,28 @@ fn another_memory_limit_gets_room_for_the_copies() {
     assert_eq!(world.fake.domain.borrow().max_pages, 1000 + copies.count);
     let journalled = world.journal.load().unwrap().unwrap();
     assert_eq!(journalled.copies.unwrap().max_pages_before, 1000);
+}
+
+#[test]
+fn a_memory_limit_from_before_the_watching_is_followed_and_given_back() {
+    let world = World::new();
+    let copies = world.state.borrow().copies.unwrap();
+    world.fake.domain.borrow_mut().max_pages = 1000;
+    let (outcome, _, _) = world.watch(&world.fake, &|tick| tick == 2);
+    assert!(outcome.is_ok());
+    assert_eq!(world.fake.domain.borrow().max_pages, 1000 + copies.count);
+    let state = world.journal.load().unwrap();
+    remove(&world.fake, &world.journal, state.as_ref()).unwrap();
+    assert_eq!(world.fake.domain.borrow().max_pages, 1000);
+}
+
+#[test]
+fn a_memory_limit_that_nobody_followed_stays() {
+    let world = World::new();
+    world.fake.domain.borrow_mut().max_pages = 1000;
+    let state = world.journal.load().unwrap();
+    remove(&world.fake, &world.journal, state.as_ref()).unwrap();
+    assert_eq!(world.fake.domain.borrow().max_pages, 1000);
 }
 
 #[test]
