@@ -5,6 +5,7 @@
 //! that are called down to those that get their frames.
 
 use super::kernel::btf::Btf;
+use super::kernel::sweep::Sweep;
 use super::kernel::{Kernel, KernelError};
 use super::owed::has_fentry;
 use super::sets;
@@ -14,6 +15,8 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// A thunk need not compare with more callees than this: then any return site is legal.
 const MOST_CALLEES: usize = 32;
+/// Sections of code that the kernel frees when it has booted.
+const FREED: [&str; 2] = [".init.text", ".exit.text"];
 /// The longest stretch that is followed outside `.text`: a test and two jumps of `static_cpu_has`.
 const OUTSIDE: usize = 24;
 
@@ -69,6 +72,8 @@ struct Gathered {
     open: BTreeSet<u32>,
     /// Parts that are entered in a way that no analysis of calls explains.
     odd: BTreeSet<u32>,
+    /// Parts that code calls which is freed after boot.
+    early: BTreeSet<u32>,
     indirect: BTreeSet<LinkVa>,
 }
 
@@ -125,6 +130,7 @@ impl Parts {
             jumps: vec![BTreeSet::new(); count],
             open: BTreeSet::new(),
             odd: BTreeSet::new(),
+            early: BTreeSet::new(),
             indirect: BTreeSet::new(),
         };
         // ENDBR64 before an `__fentry__` site is a part that runs on into the next.
@@ -138,6 +144,7 @@ impl Parts {
         }
         branches(kernel, &mut gathered)?;
         tables(kernel, &mut gathered)?;
+        gathered.early = early(kernel, &gathered);
         let taken = sets::entries(kernel)?.required;
         let taken = taken.into_iter().filter_map(|at| gathered.part(at));
         let taken: BTreeSet<u32> = taken.collect();
@@ -302,6 +309,23 @@ fn tables(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError> {
     Ok(())
 }
 
+/// Parts whose start code branches to that is freed after boot.
+fn early(kernel: &Kernel, gathered: &Gathered) -> BTreeSet<u32> {
+    let mut found = BTreeSet::new();
+    for name in FREED {
+        let Ok(section) = kernel.vmlinux.section(name) else {
+            continue;
+        };
+        let code = Sweep::new(section.range.start, kernel.vmlinux.section_bytes(section));
+        let starts = code.branches.iter().filter_map(|branch| {
+            let part = gathered.part(branch.to)?;
+            (gathered.starts[part as usize] == branch.to).then_some(part)
+        });
+        found.extend(starts);
+    }
+    found
+}
+
 /// Parts that no compiler made: these may switch stacks.
 fn assembly(kernel: &Kernel, gathered: &Gathered) -> Result<BTreeSet<u32>, KernelError> {
     let btf = Btf::read(&kernel.vmlinux)?;
@@ -370,9 +394,11 @@ fn follow(
         let at = part as usize;
         let called = !gathered.back[at].is_empty() || !gathered.replaced[at].is_empty();
         let is_taken = taken.contains(&part);
-        let alone = !called && !is_taken && !entered[at];
+        // Its frames lie outside the text, and are gone.
+        let early = gathered.early.contains(&part);
+        let alone = !called && !is_taken && !early && !entered[at];
         let is_odd = gathered.odd.contains(&part);
-        if !(called || is_taken || alone || is_odd) {
+        if !(called || is_taken || early || alone || is_odd) {
             continue;
         }
         let mut seen = BTreeSet::from([part]);
@@ -383,7 +409,7 @@ fn follow(
             if called {
                 callees[to].insert(part);
             }
-            known[to] |= called || is_taken;
+            known[to] |= called || is_taken || early;
             open[to] |= is_taken || alone;
             untraced[to] |= (is_taken || alone) && !traced.contains(&part);
             odd[to] |= is_odd;

@@ -16,6 +16,9 @@ const CLONES: [&str; 4] = [".cold", ".constprop.", ".isra.", ".part."];
 /// More bytes than the test and its jumps take (see [`out_of_line`]).
 const OUT_OF_LINE: usize = 24;
 
+/// Code that is gone by the time that a check runs.
+const INITIALISING: [&str; 2] = [".init.text", ".exit.text"];
+
 /// The length of ENDBR64.
 const ENDBR64: u32 = 4;
 
@@ -42,6 +45,8 @@ pub struct Facts {
     pub jumps_anywhere: bool,
     /// Is called, but not where it starts, or by a call that some variant redirects.
     pub called_inside: bool,
+    /// Code that initialises the kernel calls it. Nothing goes back there any more.
+    pub called_at_boot: bool,
 }
 
 /// What the return addresses of a function may be, apart from those outside the text.
@@ -92,6 +97,7 @@ impl CallGraph {
         };
         graph.add_facts(from);
         graph.add_branches(from);
+        graph.add_boot(from);
         for list in &mut graph.jumped_from {
             list.sort_unstable();
             list.dedup();
@@ -195,6 +201,20 @@ impl CallGraph {
         }
     }
 
+    fn add_boot(&mut self, from: &Drawn<'_>) {
+        let parts = INITIALISING.iter().filter_map(|name| {
+            let start = from.image.section(name)?.range.start;
+            Some((from.image.section_bytes(name)?, start))
+        });
+        for branch in parts.flat_map(|(code, start)| branches(code, start)) {
+            let to = branch.to.and_then(|to| from.span.offset(to));
+            let callee = to.and_then(|to| from.functions.number(to));
+            if let Some(callee) = callee.filter(|at| Some(from.functions.start(*at)) == to) {
+                self.facts[callee].called_at_boot = true;
+            }
+        }
+    }
+
     /// Says that a variant redirects the calls of the functions that start at these places: what stands before a return
     /// address does not name them there.
     pub fn redirect(&mut self, text: &Text, functions: &[TextOff]) {
@@ -283,7 +303,7 @@ impl CallGraph {
         while let Some(at) = open.pop() {
             let facts = self.facts[at as usize];
             let (direct, sources) = (&self.direct[at as usize], &self.jumped_from[at as usize]);
-            let called = !direct.is_empty() || facts.taken;
+            let called = !direct.is_empty() || facts.taken || facts.called_at_boot;
             if !direct.is_empty() {
                 callers.called.push(at);
             }
@@ -293,7 +313,11 @@ impl CallGraph {
             callers.unknown |= facts.called_inside || !facts.compiled;
             open.extend(sources.iter().filter(|source| seen.insert(**source)));
         }
-        callers.unknown |= callers.called.is_empty() && !self.is_taken(&seen);
+        let reached = |number: &u32| {
+            let facts = self.facts[*number as usize];
+            facts.taken || facts.called_at_boot
+        };
+        callers.unknown |= callers.called.is_empty() && !seen.iter().any(reached);
         callers.called.sort_unstable();
         callers
     }
@@ -328,11 +352,6 @@ impl CallGraph {
             caller.is_some_and(|caller| self.facts[caller].compiled)
         };
         places.iter().all(compiled).then_some(places)
-    }
-
-    fn is_taken(&self, reached: &FxHashSet<u32>) -> bool {
-        let mut reached = reached.iter();
-        reached.any(|number| self.facts[*number as usize].taken)
     }
 }
 
