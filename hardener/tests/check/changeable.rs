@@ -51,13 +51,7 @@ fn the_bundle_is_proved_and_some_returns_need_no_check() {
 fn a_return_that_may_go_elsewhere_and_is_not_checked_is_caught() {
     for function in ["vfs_read", "__list_add_valid", "__rcu_read_unlock"] {
         let mut scene = Scene::of(changeable());
-        let start = scene.symbol(function);
-        let from = scene.off(start);
-        let edits = scene.edits("hardened");
-        let mut places = edits.iter();
-        let index = places.position(|edit| edit.at >= from && edit.slot == SlotKind::Return);
-        let removed = edits.remove(index.unwrap());
-        let at = scene.va(removed.at);
+        let at = scene.leave_return(function);
         let report = report(&scene.bundle, Rule::AllowedSlots);
         assert!(says(&report, Some(at), UNCHECKED), "{function}: {report:?}");
     }

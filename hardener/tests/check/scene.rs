@@ -228,6 +228,16 @@ impl Scene {
         self.va(symbol.expect("a symbol of the text").at)
     }
 
+    /// Takes the edit of a function's first checked return out of `hardened`; where it was.
+    pub fn leave_return(&mut self, function: &str) -> LinkVa {
+        let from = self.off(self.symbol(function));
+        let edits = self.edits("hardened");
+        let mut places = edits.iter();
+        let index = places.position(|edit| edit.at >= from && edit.slot == SlotKind::Return);
+        let removed = edits.remove(index.expect("a checked return"));
+        self.va(removed.at)
+    }
+
     /// The first poke site of a kind and length in `range`.
     pub fn site(&self, kind: SiteKind, len: u8, range: VaRange) -> LinkVa {
         let site =

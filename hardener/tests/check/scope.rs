@@ -2,7 +2,7 @@
 
 use crate::scene::{Scene, emitted, real, report, says};
 use hardener::check::{Rule, RuleReport};
-use penumbra_bundle::{Bundle, SlotKind};
+use penumbra_bundle::Bundle;
 use std::sync::OnceLock;
 
 const UNCHECKED: &str = "is a return that is not checked, and nothing forbids to";
@@ -33,13 +33,7 @@ fn a_frame_that_can_be_overrun_and_is_not_checked_is_caught() {
     // Arrays on the stack, and structures whose address is handed on.
     for function in ["vsnprintf", "do_sys_poll", "vfs_statx"] {
         let mut scene = Scene::of(by_frame());
-        let start = scene.symbol(function);
-        let from = scene.off(start);
-        let edits = scene.edits("hardened");
-        let mut places = edits.iter();
-        let index = places.position(|edit| edit.at >= from && edit.slot == SlotKind::Return);
-        let removed = edits.remove(index.unwrap());
-        let at = scene.va(removed.at);
+        let at = scene.leave_return(function);
         let report = allowed(&scene.bundle);
         assert!(says(&report, Some(at), UNCHECKED), "{function}: {report:?}");
     }
