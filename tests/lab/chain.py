@@ -166,6 +166,23 @@ def dom0_files(bundle=None, policies=(), publics=()):
     return files
 
 
+# The tables by which a kernel may change its text for good at any time, as when its clock turns out to be unstable under load.
+SWITCHES = {"jump-label", "static-call", "static-call-trampoline"}
+
+
+def tables_changed(before, now):
+    """The tables by which a guest has changed its own text between two answers of `Installer.host_text`."""
+    (_, before, _), (_, now, _) = before, now
+    return {table for table in before | now if before.get(table) != now.get(table)}
+
+
+def switched(before, now):
+    """Has the guest done nothing to its own text between two answers of `Installer.host_text` but switched something
+    for good?"""
+    tables = tables_changed(before, now)
+    return bool(tables) and tables <= SWITCHES
+
+
 class Installer:
     """`installer` in a lab's dom0."""
 
@@ -194,9 +211,9 @@ class Installer:
         except ValueError as error:
             raise ToolFailed(f"`installer {arguments} --json` printed no JSON: {out[:500]}") from error
 
-    def apply(self, timeout=300):
+    def apply(self, timeout=300, command="installer"):
         """Applies, and leaves the watcher running; returns the line `applied: ...`."""
-        self.lab.dom0.run(f"installer apply {self.apply_args} > {self.log} 2> {self.log}.err & "
+        self.lab.dom0.run(f"{command} apply {self.apply_args} > {self.log} 2> {self.log}.err & "
                           "echo $! > /run/apply.pid")
         deadline = time.monotonic() + timeout
         while True:
@@ -217,15 +234,18 @@ class Installer:
         if rc:
             raise ToolFailed(f"the watcher does not stop on SIGTERM: {out}")
 
-    def digest(self):
-        """SHA-256 of the guest's text in the host view."""
-        return self.json(f"digest {GUEST} --bundle {self.bundle}")["sha256"]
-
     def host_text(self):
         """The guest's own text: its digest, the bytes that differ from the file by the table that explains them,
         and whether hook code is in the cave; an error if there is anything else."""
         seen = self.json(f"digest {GUEST} --bundle {self.bundle} --explain")
         return seen["sha256"], seen["changed_bytes"], seen["cave_in_use"]
+
+    def own_text(self, before, when):
+        """`host_text` once more: all that is not as `before` must be what the guest has switched itself."""
+        now = self.host_text()
+        if now != before and (now[-1] or not switched(before, now)):
+            raise ToolFailed(f"{when}: the guest's text is not its own again: {now}, before {before}")
+        return now
 
     def processes(self):
         """The guest's processes by pid, with view and rule."""

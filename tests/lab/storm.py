@@ -137,9 +137,10 @@ class Storm:
         """Is the text the guest's own again?  It may have switched some of its jump labels and static calls for good
         meanwhile, as when its clock turns out to be unstable under load; the report names the tables.  And `remove`
         may have said that the hook code stays, as a process stands in it."""
-        (digest, before, _), (digest_now, now, in_use) = self.before, self.installer.host_text()
-        tables = {table for table in before | now if before.get(table) != now.get(table)}
+        now = self.installer.host_text()
+        (digest, _, _), (digest_now, _, in_use) = self.before, now
+        tables = chain.tables_changed(self.before, now)
         self.report["tables_changed_by_guest"] = sorted(tables)
         self.report["hook_code_stays"] = hook_code_stays
-        switched = bool(tables) and tables <= {"jump-label", "static-call", "static-call-trampoline"}
-        return in_use == hook_code_stays and (digest == digest_now or switched or in_use and not tables)
+        same = digest == digest_now or chain.switched(self.before, now) or in_use and not tables
+        return in_use == hook_code_stays and same

@@ -12,8 +12,11 @@ use xenctrl_sys as xc;
 
 /// `HVM_SAVE_CODE(CPU)` (xen/include/public/arch-x86/hvm/save.h).
 const SAVE_CPU: u16 = 2;
-/// Frames in one populate or decrease call.
+/// Frames in one call that gives them to the domain.
 const BATCH: u64 = 1024;
+/// Frames in one call that takes them from the domain: for each Xen interrupts the processors that run it and waits for them,
+/// and a kernel of dom0 that does not preempt itself gets the processor back only between calls.
+const DEPOPULATE_BATCH: u64 = 64;
 
 /// The error number of the library call that failed last.
 pub fn last_errno() -> Errno {
@@ -265,7 +268,7 @@ impl Hypervisor for Xen {
         self.frames.clear();
         let (mut at, mut taken) = (0, 0);
         while at < count {
-            let len = BATCH.min(count - at);
+            let len = DEPOPULATE_BATCH.min(count - at);
             let mut frames: Vec<u64> = (0..len).map(|index| first.0 + at + index).collect();
             // SAFETY: the array has `len` elements and lives across the call. Needed: the library is C.
             let rc = unsafe {
