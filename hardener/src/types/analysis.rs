@@ -9,10 +9,11 @@ use super::hooks::Hooks;
 use super::layout::{Containers, Layout};
 use super::prototypes::{ProtoId, Prototypes};
 use super::puts::{Follower, Puts};
-use super::resolve::{Known, Resolver, unite};
+use super::resolve::{Known, Pointers, Resolver, unite};
 use super::shapes::Shapes;
 use super::sites::{Entries, Forward, Reach};
 use super::values::{Op, Value};
+use super::votes::Votes;
 use crate::image::{Fault, Image, Tables};
 use crate::text::{REGISTERS, Text, taken_in};
 use penumbra_bundle::{LinkVa, TextOff};
@@ -21,13 +22,14 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 /// Data is typed by what functions do with it, and that by the types of data: each round knows more than the one before.
 const ROUNDS: usize = 2;
-/// Functions that share what was looked up.
-const CHUNK: usize = 4096;
+/// Functions that one thread looks at one after another.
+const CHUNK: usize = 512;
 
-/// A function that was followed: its number and its values.
+/// A function that was followed: its number, its values and what its calls say about them.
 struct Followed {
     function: u32,
     flow: Flow,
+    votes: Votes,
 }
 
 /// An indirect branch with what was found about it.
@@ -164,9 +166,11 @@ impl<'a> Sources<'a> {
                     true => 6,
                     false => arities.max().unwrap_or(6),
                 };
+                let flow = flow::follow(&code, &function.ranges, parameters);
                 Followed {
                     function: *number,
-                    flow: flow::follow(&code, &function.ranges, parameters),
+                    votes: Votes::of(btf, index, &flow),
+                    flow,
                 }
             });
         followed.collect()
@@ -266,7 +270,7 @@ struct Knowledge<'a> {
     taken: &'a FxHashSet<u32>,
 }
 
-type Given = FxHashMap<(u32, u8), Vec<super::layout::Ptr>>;
+type Given = FxHashMap<(u32, u8), Pointers>;
 
 impl Knowledge<'_> {
     /// Types data, and the arguments of functions that are called directly only.
@@ -279,7 +283,8 @@ impl Knowledge<'_> {
                 let mut found = Facts::default();
                 for one in chunk {
                     let function = &self.index.all[one.function as usize];
-                    facts::of(resolver, function, &one.flow, self.taken, &mut found);
+                    let (flow, votes) = (&one.flow, &one.votes);
+                    facts::of(resolver, function, flow, votes, self.taken, &mut found);
                 }
                 found
             });
@@ -328,10 +333,14 @@ impl Knowledge<'_> {
                     continue;
                 }
                 let function = &self.index.all[one.function as usize];
-                let votes = resolver.votes(&one.flow);
-                let known = resolver.all(&one.flow, function, &votes);
+                let targets = one.flow.sites.iter().map(|site| site.target);
+                let mut wanted: Vec<Value> = targets.collect();
                 if concerns {
-                    follower.follow(function, &one.flow, &votes, &known, &mut puts);
+                    wanted.extend(one.flow.stores.iter().map(|store| store.base));
+                }
+                let known = resolver.find(&one.flow, function, &one.votes, wanted);
+                if concerns {
+                    follower.follow(function, &one.flow, &one.votes, &known, &mut puts);
                 }
                 for site in &one.flow.sites {
                     let listed = constants(&one.flow, globals, site.target)
@@ -481,7 +490,7 @@ fn constants(flow: &Flow, globals: &Globals, value: Value) -> Option<Vec<u64>> {
         match flow.values.op(value) {
             Op::Const(0) => {}
             Op::Const(at) if globals.text(at).is_some() => found.push(at),
-            Op::Phi(index) => open.extend(&flow.values.phis[index as usize]),
+            Op::Phi(index) => open.extend(flow.values.operands(index)),
             _ => return None,
         }
     }

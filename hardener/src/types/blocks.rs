@@ -2,7 +2,7 @@
 
 use super::flow::Code64;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
-use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
 
 /// Instructions that are executed one after another.
 pub struct Block {
@@ -11,14 +11,16 @@ pub struct Block {
     /// Index behind its last.
     pub end: usize,
     /// Where it goes.
-    pub next: Vec<usize>,
+    pub next: SmallVec<[usize; 2]>,
     /// Whence it is reached.
-    pub before: Vec<usize>,
+    pub before: SmallVec<[usize; 2]>,
 }
 
 /// The instructions of a function.
 pub fn decode(code: &Code64<'_>, ranges: &[(u32, u32)]) -> Vec<Instruction> {
-    let mut instructions = Vec::new();
+    let bytes: u32 = ranges.iter().map(|(from, to)| to - from).sum();
+    // Instructions have four bytes on average.
+    let mut instructions = Vec::with_capacity(bytes as usize / 4 + 1);
     for (from, to) in ranges {
         let bytes = code.places.bytes(*from, *to);
         let ip = code.start + u64::from(*from);
@@ -46,11 +48,13 @@ pub fn blocks(
     inside: &impl Fn(u64) -> Option<u32>,
 ) -> Vec<Block> {
     let offset = |instruction: &Instruction| (instruction.ip() - code.start) as u32;
-    let index_of: FxHashMap<u32, usize> = instructions
-        .iter()
-        .enumerate()
-        .map(|(index, instruction)| (offset(instruction), index))
-        .collect();
+    let mut indices: Vec<(u32, usize)> = instructions.iter().map(offset).zip(0..).collect();
+    // Parts of a function may lie before it.
+    indices.sort_unstable();
+    let index_of = |at: u32| {
+        let found = indices.binary_search_by_key(&at, |(at, _)| *at);
+        found.ok().map(|found| indices[found].1)
+    };
     // Where each instruction may go besides the next one, and whether to the next one.
     let mut aside: Vec<(usize, usize)> = Vec::new();
     let mut ends = vec![false; instructions.len()];
@@ -62,9 +66,9 @@ pub fn blocks(
     for (index, instruction) in instructions.iter().enumerate() {
         let at = offset(instruction);
         let mut go = |to: u32| {
-            if let Some(to) = index_of.get(&to) {
-                aside.push((index, *to));
-                leads[*to] = true;
+            if let Some(to) = index_of(to) {
+                aside.push((index, to));
+                leads[to] = true;
                 ends[index] = true;
             }
         };
@@ -116,8 +120,8 @@ pub fn blocks(
             blocks.push(Block {
                 first: index,
                 end: index,
-                next: Vec::new(),
-                before: Vec::new(),
+                next: SmallVec::new(),
+                before: SmallVec::new(),
             });
         }
         let number = blocks.len() - 1;

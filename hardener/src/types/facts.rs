@@ -1,12 +1,13 @@
 //! What one function says about data and about the functions that it calls.
 
 use super::btf::Type;
-use super::flow::Flow;
+use super::flow::{Call, Flow};
 use super::functions::Function;
 use super::layout::Ptr;
-use super::resolve::{Known, Resolver};
+use super::resolve::{Known, Resolver, unite};
 use super::values::{Op, Value};
-use rustc_hash::FxHashSet;
+use super::votes::Votes;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 /// What was found.
 #[derive(Default)]
@@ -20,7 +21,7 @@ pub struct Facts {
     /// A function is put there.
     pub functions: Vec<Ptr>,
     /// What a function is given in an argument register: its start, the register.
-    pub passed: Vec<((u32, u8), Known)>,
+    pub passed: FxHashMap<(u32, u8), Known>,
 }
 
 /// What a function's calls and stores say about data.
@@ -28,36 +29,63 @@ pub fn of(
     resolver: &Resolver<'_>,
     function: &Function,
     flow: &Flow,
+    votes: &Votes,
     taken: &FxHashSet<u32>,
     facts: &mut Facts,
 ) {
-    let votes = resolver.votes(flow);
-    let known = resolver.all(flow, function, &votes);
+    let mut wanted: Vec<Value> = Vec::new();
+    wanted.extend(
+        votes
+            .all()
+            .iter()
+            .filter_map(|(value, _)| match flow.values.op(*value) {
+                Op::Load(base, _, 8) => Some(base),
+                _ => None,
+            }),
+    );
+    wanted.extend(
+        flow.stores
+            .iter()
+            .flat_map(|store| [store.base, store.value]),
+    );
+    // What is passed where the declaration does not say what it is.
+    let untold = |call: &Call| match taken.contains(&call.to) {
+        true => 0,
+        false => resolver
+            .functions
+            .at(call.to)
+            .map_or(0, |callee| callee.untold),
+    };
+    let passed = flow.calls.iter().flat_map(|call| {
+        let untold = untold(call);
+        let numbers = (0u8..6).filter(move |number| untold >> number & 1 == 1);
+        numbers.map(|number| (call.to, number, call.arguments[usize::from(number)]))
+    });
+    wanted.extend(passed.clone().map(|(.., value)| value));
+    let known = resolver.find(flow, function, votes, wanted);
     let of = |value: Value| &known[value.0 as usize];
-    for (value, ptrs) in &votes {
-        for ptr in ptrs {
-            match flow.values.op(*value) {
-                Op::Const(at) => {
-                    let at = at.wrapping_add_signed(i64::from(ptr.delta).wrapping_neg());
-                    facts.objects.push((at, ptr.ty));
-                }
-                Op::Load(base, offset, 8) => {
-                    if let Op::Const(at) = flow.values.op(base) {
-                        let at = at.wrapping_add_signed(i64::from(offset));
-                        facts.words.push((at, *ptr));
-                    } else if let Known::Pointers(all) = of(base)
-                        && let [only] = all[..]
-                        && let Some(delta) = only.delta.checked_add(offset)
-                    {
-                        let place = Ptr { ty: only.ty, delta };
-                        let field = resolver.layout.field(place);
-                        if field.anything || !field.loose.is_empty() || field.to.is_empty() {
-                            facts.fields.push((place, *ptr));
-                        }
+    for (value, ptr) in votes.all() {
+        match flow.values.op(*value) {
+            Op::Const(at) => {
+                let at = at.wrapping_add_signed(i64::from(ptr.delta).wrapping_neg());
+                facts.objects.push((at, ptr.ty));
+            }
+            Op::Load(base, offset, 8) => {
+                if let Op::Const(at) = flow.values.op(base) {
+                    let at = at.wrapping_add_signed(i64::from(offset));
+                    facts.words.push((at, *ptr));
+                } else if let Known::Pointers(all) = of(base)
+                    && let [only] = all[..]
+                    && let Some(delta) = only.delta.checked_add(offset)
+                {
+                    let place = Ptr { ty: only.ty, delta };
+                    let field = resolver.layout.field(place);
+                    if field.anything || !field.loose.is_empty() || field.to.is_empty() {
+                        facts.fields.push((place, *ptr));
                     }
                 }
-                _ => {}
             }
+            _ => {}
         }
     }
     for store in &flow.stores {
@@ -112,17 +140,8 @@ pub fn of(
             }
         }
     }
-    for call in &flow.calls {
-        if taken.contains(&call.to) {
-            continue;
-        }
-        let Some(callee) = resolver.functions.at(call.to) else {
-            continue;
-        };
-        for (number, value) in (0u8..).zip(call.arguments) {
-            if resolver.says_too_little(callee, number) {
-                facts.passed.push(((call.to, number), of(value).clone()));
-            }
-        }
+    for (to, number, value) in passed {
+        let known = facts.passed.entry((to, number)).or_insert(Known::Nothing);
+        unite(known, of(value));
     }
 }

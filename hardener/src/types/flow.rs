@@ -6,11 +6,15 @@ use super::functions::Places;
 use super::values::{Op, UNKNOWN, Value, Values};
 use iced_x86::{Instruction, InstructionInfoFactory, OpKind};
 use rustc_hash::{FxHashMap, FxHashSet};
+use smallvec::SmallVec;
+use std::ops::Range;
 
 /// rdi, rsi, rdx, rcx, r8, r9 as x86 numbers them (System V psABI, 3.2.3).
 pub const ARGUMENTS: [usize; 6] = [7, 6, 2, 1, 8, 9];
 const RSP: usize = 4;
 const ALL_DEFINED: u8 = 0x3f;
+/// So often a function is followed, at most.
+const ROUNDS: u32 = 3;
 /// Bytes that a callee of which nothing is known writes behind a pointer into the stack.
 pub const UNKNOWN_REACH: i32 = 64;
 
@@ -99,13 +103,16 @@ pub struct Code64<'a> {
     pub reaches: &'a FxHashMap<u32, [u32; 6]>,
 }
 
+/// Few functions keep more words than this on their stacks.
+type Slots = SmallVec<[(i32, Value); 8]>;
+
 /// What is known at one instruction.
 #[derive(Clone)]
 pub struct State {
     /// By x86's numbers.
     pub registers: [Value; 16],
     /// Words on the stack, by offset from RSP at entry. Sorted.
-    pub slots: Vec<(i32, Value)>,
+    pub slots: Slots,
     /// Argument registers that hold something since the last call on all ways here: bit 0 is rdi.
     pub defined: u8,
     /// The same, on any way.
@@ -119,15 +126,20 @@ impl State {
         Some(self.slots[index].1)
     }
 
-    /// Sets or forgets the word at `at`.
-    pub fn set_slot(&mut self, at: i32, value: Option<Value>) {
-        match (self.slots.binary_search_by_key(&at, |slot| slot.0), value) {
-            (Ok(index), Some(value)) => self.slots[index].1 = value,
-            (Ok(index), None) => {
-                self.slots.remove(index);
-            }
-            (Err(index), Some(value)) => self.slots.insert(index, (at, value)),
-            (Err(_), None) => {}
+    /// Sets the word at `at`.
+    pub fn set_slot(&mut self, at: i32, value: Value) {
+        match self.slots.binary_search_by_key(&at, |slot| slot.0) {
+            Ok(index) => self.slots[index].1 = value,
+            Err(index) => self.slots.insert(index, (at, value)),
+        }
+    }
+
+    /// Forgets the words that start in a range.
+    pub fn forget(&mut self, range: Range<i32>) {
+        let from = self.slots.partition_point(|slot| slot.0 < range.start);
+        let to = self.slots.partition_point(|slot| slot.0 < range.end);
+        if from < to {
+            self.slots.drain(from..to);
         }
     }
 }
@@ -145,15 +157,20 @@ pub fn follow(code: &Code64<'_>, ranges: &[(u32, u32)], parameters: u8) -> Flow 
     };
     let blocks = blocks(code, &instructions, &inside);
     let order = order(&blocks);
-    // A phi that turned out to be one value only is that value when the function is followed again.
-    let mut plain = FxHashMap::default();
+    let mut plain = Plain {
+        registers: vec![0; blocks.len()],
+        slots: FxHashSet::default(),
+    };
+    let mut info = InstructionInfoFactory::new();
+    let mut values = Values::default();
     let mut round = 0;
     loop {
+        values.clear();
         let mut walk = Walk {
             code,
             instructions: &instructions,
             flow: Flow {
-                values: Values::new(),
+                values,
                 sites: Vec::new(),
                 calls: Vec::new(),
                 stores: Vec::new(),
@@ -164,17 +181,18 @@ pub fn follow(code: &Code64<'_>, ranges: &[(u32, u32)], parameters: u8) -> Flow 
             },
             made: Vec::new(),
             phis_lost: Vec::new(),
-            info: InstructionInfoFactory::new(),
+            info: &mut info,
             inside: &inside,
         };
         let exits = walk.run(&blocks, &order, &plain, parameters);
-        let found = walk.fill(&blocks, &exits);
+        walk.fill(&blocks, &exits);
         round += 1;
-        if round == 3 || found.is_empty() {
+        if round == ROUNDS || !walk.simplify(&mut plain) {
             walk.miss(&instructions);
+            walk.flow.values.finish();
             return walk.flow;
         }
-        plain.extend(found);
+        values = walk.flow.values;
     }
 }
 
@@ -183,6 +201,14 @@ pub fn follow(code: &Code64<'_>, ranges: &[(u32, u32)], parameters: u8) -> Flow 
 enum Place {
     Register(u8),
     Slot(i32),
+}
+
+/// Places at blocks' starts whose phis turned out to be one value only: when the function is followed again, they are that value.
+struct Plain {
+    /// By block: bit n is register n.
+    registers: Vec<u16>,
+    /// Blocks and offsets of stack slots.
+    slots: FxHashSet<(usize, i32)>,
 }
 
 /// A walk over all blocks.
@@ -194,7 +220,7 @@ pub struct Walk<'a, F> {
     made: Vec<(usize, Place, Value)>,
     /// Phis that go where nothing is followed.
     phis_lost: Vec<Value>,
-    pub(super) info: InstructionInfoFactory,
+    pub(super) info: &'a mut InstructionInfoFactory,
     pub(super) inside: &'a F,
 }
 
@@ -203,7 +229,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
         &mut self,
         blocks: &[Block],
         order: &[usize],
-        plain: &FxHashMap<(usize, Place), ()>,
+        plain: &Plain,
         parameters: u8,
     ) -> Vec<Option<State>> {
         let mut exits: Vec<Option<State>> = (0..blocks.len()).map(|_| None).collect();
@@ -212,35 +238,28 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             reached[*block] = true;
         }
         for block in order {
-            let before: Vec<usize> = blocks[*block]
-                .before
-                .iter()
-                .copied()
-                .filter(|from| reached[*from])
-                .collect();
-            let mut state = self.entry_state(*block, &before, &exits, plain, parameters);
+            let before = &blocks[*block].before;
+            let ways = before.iter().filter(|from| reached[**from]).count();
+            let known = before.iter().filter_map(|from| exits[*from].as_ref());
+            let mut state = self.entry_state(*block, ways, known, plain, parameters);
             for index in blocks[*block].first..blocks[*block].end {
-                let instruction = self.instructions[index];
-                self.step(&mut state, &instruction);
+                self.step(&mut state, &self.instructions[index]);
             }
             exits[*block] = Some(state);
         }
         exits
     }
 
-    fn entry_state(
+    /// What is known at the start of a block to which so many ways lead; of those that are `known` by now, how they end.
+    fn entry_state<'b>(
         &mut self,
         block: usize,
-        before: &[usize],
-        exits: &[Option<State>],
-        plain: &FxHashMap<(usize, Place), ()>,
+        ways: usize,
+        known: impl Iterator<Item = &'b State> + Clone,
+        plain: &Plain,
         parameters: u8,
     ) -> State {
-        let known: Vec<&State> = before
-            .iter()
-            .filter_map(|from| exits[*from].as_ref())
-            .collect();
-        if block == 0 && before.is_empty() {
+        if block == 0 && ways == 0 {
             let mut registers = [UNKNOWN; 16];
             for (number, register) in (0u8..).zip(ARGUMENTS) {
                 registers[register] = self.flow.values.intern(Op::Arg(number));
@@ -248,63 +267,69 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             registers[RSP] = self.flow.values.intern(Op::Stack(0));
             return State {
                 registers,
-                slots: Vec::new(),
+                slots: Slots::new(),
                 defined: ALL_DEFINED >> (6 - parameters.min(6)),
                 set: ALL_DEFINED >> (6 - parameters.min(6)),
             };
         }
-        let Some(first) = known.first().copied() else {
+        let Some(first) = known.clone().next() else {
             // Nothing that is followed leads here.
             let registers = [UNKNOWN; 16];
             return State {
                 registers,
-                slots: Vec::new(),
+                slots: Slots::new(),
                 defined: ALL_DEFINED,
                 set: ALL_DEFINED,
             };
         };
-        let mut state = (*first).clone();
-        if before.len() == 1 && block != 0 {
-            return state;
+        if ways == 1 && block != 0 {
+            return first.clone();
         }
         // A loop to the entry itself: what is given comes in as well, unknown.
-        let whole = known.len() == before.len() && block != 0;
-        state.defined = known.iter().fold(ALL_DEFINED, |all, one| all & one.defined);
-        // What is passed is set on every way, so on each one that is known; a way too many only adds.
-        state.set = known.iter().fold(0, |all, one| all | one.set);
+        let whole = known.clone().count() == ways && block != 0;
+        let mut state = State {
+            registers: first.registers,
+            slots: Slots::new(),
+            defined: known
+                .clone()
+                .fold(ALL_DEFINED, |all, one| all & one.defined),
+            // What is passed is set on every way, so on each one that is known; a way too many only adds.
+            set: known.clone().fold(0, |all, one| all | one.set),
+        };
         if block == 0 {
             state.set = ALL_DEFINED;
         }
         for register in 0..16 {
-            let place = Place::Register(register as u8);
             let same = known
-                .iter()
+                .clone()
                 .all(|one| one.registers[register] == first.registers[register]);
             // RSP is the same on all ways that the compiler makes.
-            let plain = register == RSP || plain.contains_key(&(block, place));
+            let plain = register == RSP || plain.registers[block] >> register & 1 == 1;
             if !(same && (whole || plain)) {
                 let phi = self.flow.values.phi();
+                let place = Place::Register(register as u8);
                 self.made.push((block, place, phi));
                 state.registers[register] = phi;
             }
         }
-        let mut slots: Vec<(i32, Value)> = Vec::new();
         for (at, value) in &first.slots {
-            let place = Place::Slot(*at);
-            let others: Option<Vec<Value>> = known.iter().map(|one| one.slot(*at)).collect();
-            let Some(others) = others else {
+            let mut same = true;
+            let everywhere = known.clone().all(|one| {
+                let other = one.slot(*at);
+                same &= other == Some(*value);
+                other.is_some()
+            });
+            if !everywhere {
                 continue;
-            };
-            let same = others.iter().all(|other| other == value);
-            if same && (whole || plain.contains_key(&(block, place))) {
-                slots.push((*at, *value));
+            }
+            if same && (whole || plain.slots.contains(&(block, *at))) {
+                state.slots.push((*at, *value));
             } else {
                 let phi = self.flow.values.phi();
-                self.made.push((block, place, phi));
-                slots.push((*at, phi));
+                self.made.push((block, Place::Slot(*at), phi));
+                state.slots.push((*at, phi));
             }
         }
-        state.slots = slots;
         state
     }
 
@@ -344,49 +369,55 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
         self.flow.lost.dedup();
     }
 
-    /// Fills the phis from the blocks' ends; those that are one value only.
-    fn fill(&mut self, blocks: &[Block], exits: &[Option<State>]) -> Vec<((usize, Place), ())> {
+    /// Fills the phis from the blocks' ends.
+    fn fill(&mut self, blocks: &[Block], exits: &[Option<State>]) {
+        let mut operands: Vec<Value> = Vec::new();
         for (block, place, phi) in &self.made {
             let Op::Phi(index) = self.flow.values.op(*phi) else {
                 continue;
             };
-            let states = blocks[*block]
-                .before
-                .iter()
-                .filter_map(|from| exits[*from].as_ref());
-            let mut operands: Vec<Value> = states
-                .map(|state| match place {
-                    Place::Register(register) => state.registers[usize::from(*register)],
-                    Place::Slot(at) => state.slot(*at).unwrap_or(UNKNOWN),
-                })
-                .collect();
+            let before = blocks[*block].before.iter();
+            let states = before.filter_map(|from| exits[*from].as_ref());
+            operands.clear();
+            operands.extend(states.map(|state| match place {
+                Place::Register(register) => state.registers[usize::from(*register)],
+                Place::Slot(at) => state.slot(*at).unwrap_or(UNKNOWN),
+            }));
             if *block == 0 {
                 operands.push(UNKNOWN);
             }
             operands.sort_unstable();
             operands.dedup();
-            self.flow.values.phis[index as usize] = operands;
+            self.flow.values.fill(index, &operands);
         }
-        // Values that phis stand for, until nothing changes.
-        let mut stands: FxHashMap<Value, Value> = FxHashMap::default();
-        let find = |stands: &FxHashMap<Value, Value>, mut value: Value| {
-            while let Some(next) = stands.get(&value) {
-                value = *next;
+    }
+
+    /// Adds the places whose phis are one value only; whether there are any.
+    fn simplify(&self, plain: &mut Plain) -> bool {
+        let values = &self.flow.values;
+        // What phis stand for, by their indices, until nothing changes.
+        let mut stands: Vec<Option<Value>> = vec![None; values.phis()];
+        let find = |stands: &[Option<Value>], mut value: Value| {
+            while let Op::Phi(index) = values.op(value)
+                && let Some(next) = stands[index as usize]
+            {
+                value = next;
             }
             value
         };
+        let mut any = false;
         loop {
             let mut changed = false;
-            for (_, _, phi) in &self.made {
-                if stands.contains_key(phi) {
-                    continue;
-                }
-                let Op::Phi(index) = self.flow.values.op(*phi) else {
+            for (block, place, phi) in &self.made {
+                let Op::Phi(index) = values.op(*phi) else {
                     continue;
                 };
+                if stands[index as usize].is_some() {
+                    continue;
+                }
                 let mut only = None;
                 let mut many = false;
-                for operand in &self.flow.values.phis[index as usize] {
+                for operand in values.operands(index) {
                     let operand = find(&stands, *operand);
                     if operand == *phi {
                         continue;
@@ -395,18 +426,19 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                     only = Some(operand);
                 }
                 if let Some(only) = only.filter(|_| !many) {
-                    stands.insert(*phi, only);
+                    stands[index as usize] = Some(only);
                     changed = true;
+                    match place {
+                        Place::Register(register) => plain.registers[*block] |= 1 << register,
+                        Place::Slot(at) => _ = plain.slots.insert((*block, *at)),
+                    }
                 }
             }
             if !changed {
-                break;
+                return any;
             }
+            any = true;
         }
-        let made = self.made.iter();
-        made.filter(|(_, _, phi)| stands.contains_key(phi))
-            .map(|(block, place, _)| ((*block, *place), ()))
-            .collect()
     }
 }
 

@@ -3,6 +3,7 @@
 use super::btf::{Btf, Type, VOID};
 use crate::image::{Image, Tables};
 use rustc_hash::{FxHashMap, FxHashSet};
+use smallvec::SmallVec;
 
 /// Code in the image: the text, and what runs at boot only. Offsets are from the text's start.
 pub struct Places<'a> {
@@ -84,7 +85,12 @@ pub struct Function {
     pub clone: bool,
     /// It is a cold part of another function.
     pub cold: bool,
+    /// Argument registers of which what is believed does not say what they point to: bit 0 is rdi.
+    pub untold: u8,
 }
+
+/// No argument register is told of.
+const UNTOLD: u8 = 0x3f;
 
 impl Function {
     /// Where it is entered.
@@ -108,7 +114,8 @@ pub const TRACE_ITERATOR: &str = "__traceiter_";
 impl FunctionIndex {
     /// Finds all functions.
     pub fn find(image: &Image, tables: &Tables, places: &Places<'_>, btf: &Btf) -> FunctionIndex {
-        let mut starts: FxHashMap<u32, Vec<&str>> = FxHashMap::default();
+        // Few places and names are shared.
+        let mut starts: FxHashMap<u32, SmallVec<[&str; 2]>> = FxHashMap::default();
         let mut sharing: FxHashMap<&str, FxHashSet<u64>> = FxHashMap::default();
         for symbol in image.symbols.iter().filter(|symbol| symbol.is_code()) {
             if btf.functions.contains_key(&symbol.name) {
@@ -127,7 +134,7 @@ impl FunctionIndex {
                 starts.entry(at - four.min(at)).or_default();
             }
         }
-        let mut entries: Vec<(u32, Vec<&str>)> = starts.into_iter().collect();
+        let mut entries: Vec<(u32, SmallVec<[&str; 2]>)> = starts.into_iter().collect();
         entries.sort_unstable();
         let next = entries
             .iter()
@@ -139,8 +146,8 @@ impl FunctionIndex {
             .map(|((at, _), next)| next.min(places.end(*at)))
             .collect();
         let mut index = FunctionIndex::default();
-        let mut cold: Vec<(String, (u32, u32))> = Vec::new();
-        let mut by_name: FxHashMap<String, Vec<u32>> = FxHashMap::default();
+        let mut cold: Vec<(&str, (u32, u32))> = Vec::new();
+        let mut by_name: FxHashMap<&str, SmallVec<[u32; 2]>> = FxHashMap::default();
         for ((start, names), end) in entries.into_iter().zip(ends) {
             let number = index.all.len() as u32;
             index.by_start.insert(start, number);
@@ -155,20 +162,25 @@ impl FunctionIndex {
                 if sharing.get(name).is_some_and(|all| all.len() > known.len()) {
                     doubt = Some(Doubt::Name);
                 }
-                by_name.entry((*name).to_owned()).or_default().push(number);
+                by_name.entry(name).or_default().push(number);
             }
             declared.sort_unstable();
             declared.dedup();
             let part = names.iter().find_map(|name| cold_parent(name));
             if let Some(parent) = part {
-                cold.push((parent.to_owned(), (start, end)));
+                cold.push((parent, (start, end)));
             }
+            let prototypes = match doubt {
+                Some(_) => Vec::new(),
+                None => declared.clone(),
+            };
             index.all.push(Function {
                 ranges: vec![(start, end)],
-                prototypes: match doubt {
-                    Some(_) => Vec::new(),
-                    None => declared.clone(),
+                untold: match prototypes[..] {
+                    [prototype] if !clone => untold(btf, prototype),
+                    _ => UNTOLD,
                 },
+                prototypes,
                 declared,
                 doubt,
                 name: names.first().copied().unwrap_or_default().to_owned(),
@@ -178,7 +190,7 @@ impl FunctionIndex {
         }
         for (parent, range) in cold {
             // Statics share names: the part belongs to the one that branches there, and following both is harmless.
-            let parents = by_name.get(&parent).map_or(&[][..], Vec::as_slice);
+            let parents = by_name.get(parent).map_or(&[][..], SmallVec::as_slice);
             for number in parents {
                 index.all[*number as usize].ranges.push(range);
             }
@@ -200,6 +212,7 @@ impl FunctionIndex {
         }
         function.doubt = Some(why);
         function.prototypes.clear();
+        function.untold = UNTOLD;
         true
     }
 
@@ -292,6 +305,18 @@ pub fn registers(btf: &Btf, prototype: u32) -> [Option<u32>; 6] {
         next += takes;
     }
     out
+}
+
+/// The argument registers of which a prototype does not say what they point to: bit 0 is rdi.
+fn untold(btf: &Btf, prototype: u32) -> u8 {
+    let is_untold = |ty: u32| match btf.at(ty) {
+        Type::Pointer(_) => pointee(btf, ty).is_none(),
+        Type::Scalar(_) => btf.size(ty) == 8,
+        _ => false,
+    };
+    let all = registers(btf, prototype).into_iter().enumerate();
+    all.filter(|(_, ty)| ty.is_some_and(is_untold))
+        .fold(0, |bits, (number, _)| bits | 1 << number)
 }
 
 /// How many argument registers a prototype fills at most; with `...`, all.

@@ -3,11 +3,12 @@
 use super::btf::{Btf, Type, VOID};
 use super::functions::{FunctionIndex, Places};
 use super::layout::{Layout, Ptr};
-use super::resolve::{Known, Resolver};
+use super::resolve::{Known, Pointers, Resolver};
 use super::shapes::Shapes;
 use crate::image::Image;
 use penumbra_bundle::LinkVa;
 use rustc_hash::{FxHashMap, FxHashSet};
+use smallvec::smallvec;
 
 /// Structures of one name in several votes: more than so many are no evidence.
 const MAX_VOTES: usize = 8;
@@ -406,7 +407,7 @@ impl Globals {
                 if size == 0 || va >= end || *at != start {
                     continue;
                 }
-                return Known::Pointers(vec![Ptr {
+                return Known::Pointers(smallvec![Ptr {
                     ty: only,
                     delta: (delta % size) as i32,
                 }]);
@@ -423,7 +424,7 @@ impl Globals {
     /// What the word at `va` holds.
     pub fn word(&self, resolver: &Resolver<'_>, va: u64) -> Known {
         if let Known::Pointers(all) = self.object(resolver.btf, va) {
-            let mut found = Vec::new();
+            let mut found = Pointers::new();
             for ptr in all {
                 let field = resolver.layout.field(ptr);
                 if field.anything {
@@ -438,7 +439,7 @@ impl Globals {
                 return Known::Pointers(found);
             }
         }
-        let mut found: Vec<Ptr> = self.words.get(&va).cloned().unwrap_or_default();
+        let mut found = Pointers::from_slice(self.used_as(va));
         if let Some(to) = self.initial.get(&va) {
             match self.prototypes.get(to) {
                 Some(prototypes) => {
@@ -475,7 +476,7 @@ impl Globals {
         if to - from > MAX_TABLE {
             return Known::Anything;
         }
-        let mut found = Vec::new();
+        let mut found = Pointers::new();
         for at in &self.initial_starts[from..to] {
             let Some(prototypes) = self.prototypes.get(&self.initial[at]) else {
                 continue;

@@ -64,7 +64,7 @@ impl Hooks {
                 continue;
             }
             match flow.values.op(value) {
-                Op::Phi(index) => open.extend(&flow.values.phis[index as usize]),
+                Op::Phi(index) => open.extend(flow.values.operands(index)),
                 Op::Const(0) => {}
                 Op::Load(base, 0, 8) => match flow.values.op(base) {
                     Op::Const(at) if (self.heads.0..self.heads.1).contains(&at) => {

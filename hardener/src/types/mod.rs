@@ -6,7 +6,7 @@
 //! | `btf.rs`, `prototypes.rs`, `layout.rs` | types; prototypes as classes; what stands where in a structure |
 //! | `functions.rs`, `blocks.rs`, `flow.rs`, `step.rs`, `values.rs` | functions; what their registers hold, as terms over what they were given |
 //! | `globals.rs`, `shapes.rs`, `facts.rs`, `hooks.rs` | what data is, by its initial values and by what functions do with it |
-//! | `resolve.rs` | the types of values |
+//! | `votes.rs`, `resolve.rs` | the types of values |
 //! | `puts.rs` | where functions' addresses are put, for those of which BTF may have another one's prototype |
 //! | `analysis.rs`, `sites.rs` | all of it together: each branch and the entries that it may reach |
 //!
@@ -30,6 +30,7 @@ mod shapes;
 pub mod sites;
 mod step;
 mod values;
+mod votes;
 
 pub use analysis::analyse;
 pub use btf::Btf;

@@ -7,11 +7,13 @@ use super::functions::{Function, arity, pointee, registers};
 use super::globals::starts_with;
 use super::layout::Ptr;
 use super::prototypes::{ProtoId, Prototypes};
-use super::resolve::{Known, Resolver, Votes, stack_objects};
+use super::resolve::{Known, Pointers, Resolver};
 use super::shapes::Shapes;
 use super::values::{Op, Value};
+use super::votes::Votes;
 use crate::image::Image;
 use rustc_hash::{FxHashMap, FxHashSet};
+use smallvec::smallvec;
 
 /// Prototypes of one function: with more of them nothing is gained.
 const MAX_FITTING: usize = 256;
@@ -114,7 +116,7 @@ impl Follower<'_> {
                 puts.add(to, self.stored(function, flow, known, store, to));
             }
         }
-        let objects = stack_objects(flow, votes);
+        let objects = votes.stack_objects(flow);
         for (at, value) in &flow.kept {
             for to in self.functions(flow, *value) {
                 puts.add(to, self.kept(&objects, *at));
@@ -194,7 +196,7 @@ impl Follower<'_> {
             Op::PerCpu => {
                 let at = u64::try_from(store.offset).ok()?;
                 let place = self.resolver.globals.per_cpu_address(at)?;
-                self.member(&Known::Pointers(vec![place]), 0)
+                self.member(&Known::Pointers(smallvec![place]), 0)
             }
             _ => {
                 let base = &known[store.base.0 as usize];
@@ -209,7 +211,7 @@ impl Follower<'_> {
     /// What a thing is that a function fills and then returns, or puts where a pointer to it is declared.
     fn made(&self, function: &Function, flow: &Flow, known: &[Known], base: Value) -> Known {
         let btf = self.resolver.btf;
-        let mut found = Vec::new();
+        let mut found = Pointers::new();
         for store in &flow.stores {
             let (of, offset) = flow.values.split(store.value);
             let Known::Pointers(places) = &known[store.base.0 as usize] else {
@@ -288,7 +290,7 @@ impl Follower<'_> {
         for (start, ptr) in objects {
             let delta = at - start + ptr.delta;
             if delta >= 0 && delta + 8 <= self.resolver.btf.size(ptr.ty) as i32 {
-                let place = Known::Pointers(vec![Ptr { ty: ptr.ty, delta }]);
+                let place = Known::Pointers(smallvec![Ptr { ty: ptr.ty, delta }]);
                 found.extend(self.member(&place, 0).unwrap_or_default());
             }
         }

@@ -5,8 +5,13 @@ use super::flow::Flow;
 use super::functions::{Function, FunctionIndex, pointee, registers};
 use super::globals::Globals;
 use super::layout::{Layout, Ptr};
-use super::values::{Op, UNKNOWN, Value};
+use super::values::{Op, Value};
+use super::votes::Votes;
 use rustc_hash::FxHashMap;
+use smallvec::{SmallVec, smallvec};
+
+/// One or two of them, mostly.
+pub type Pointers = SmallVec<[Ptr; 2]>;
 
 /// What is known about a value.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -14,7 +19,7 @@ pub enum Known {
     /// No way gives it one yet: NULL, or a loop without a start.
     Nothing,
     /// It points to one of these.
-    Pointers(Vec<Ptr>),
+    Pointers(Pointers),
     /// It may be anything.
     Anything,
 }
@@ -25,9 +30,6 @@ const MAX_POINTERS: usize = 64;
 const MAX_ROUNDS: usize = 12;
 /// Error pointers are no addresses (include/linux/err.h, `MAX_ERRNO`); neither is the first page.
 const NO_ADDRESS: std::ops::RangeInclusive<i64> = -4096..=4095;
-
-/// What a function's own uses say about its values: passed on or stored where a type is declared.
-pub type Votes = FxHashMap<Value, Vec<Ptr>>;
 
 /// Resolves the values of one function.
 pub struct Resolver<'a> {
@@ -40,7 +42,7 @@ pub struct Resolver<'a> {
     /// What is known about data.
     pub globals: &'a Globals,
     /// By argument register: what all callers give a function whose declaration says too little.
-    pub given: &'a FxHashMap<(u32, u8), Vec<Ptr>>,
+    pub given: &'a FxHashMap<(u32, u8), Pointers>,
 }
 
 /// What is either.
@@ -50,7 +52,10 @@ pub fn unite(into: &mut Known, other: &Known) {
         (_, Known::Anything) => *into = Known::Anything,
         (Known::Nothing, Known::Pointers(_)) => *into = other.clone(),
         (Known::Pointers(all), Known::Pointers(more)) => {
-            all.extend(more);
+            if all.len() == 1 && all == more {
+                return;
+            }
+            all.extend_from_slice(more);
             all.sort_unstable();
             all.dedup();
             if all.len() > MAX_POINTERS {
@@ -60,7 +65,7 @@ pub fn unite(into: &mut Known, other: &Known) {
     }
 }
 
-fn pointers(mut all: Vec<Ptr>) -> Known {
+fn pointers(mut all: Pointers) -> Known {
     all.sort_unstable();
     all.dedup();
     match all.len() {
@@ -70,24 +75,12 @@ fn pointers(mut all: Vec<Ptr>) -> Known {
     }
 }
 
-/// Things on a function's stack whose addresses it passes on as pointers to them, by offset from RSP at entry.
-pub fn stack_objects(flow: &Flow, votes: &Votes) -> Vec<(i32, Ptr)> {
-    let mut objects: Vec<(i32, Ptr)> = Vec::new();
-    for (value, ptrs) in votes {
-        if let Op::Stack(at) = flow.values.op(*value) {
-            objects.extend(ptrs.iter().map(|ptr| (at, *ptr)));
-        }
-    }
-    objects.sort_unstable();
-    objects
-}
-
 /// The values that one is made from.
 fn operands(flow: &Flow, value: Value) -> impl Iterator<Item = Value> {
     let (own, phi) = match flow.values.op(value) {
         Op::Load(one, ..) | Op::Add(one, _) | Op::IndirectResult(one) => ([Some(one), None], None),
         Op::Sum(one, other) => ([Some(one), Some(other)], None),
-        Op::Phi(index) => ([None, None], Some(&flow.values.phis[index as usize])),
+        Op::Phi(index) => ([None, None], Some(flow.values.operands(index))),
         Op::Unknown | Op::Arg(_) | Op::Const(_) | Op::Stack(_) | Op::PerCpu | Op::Result(_) => {
             ([None, None], None)
         }
@@ -96,67 +89,52 @@ fn operands(flow: &Flow, value: Value) -> impl Iterator<Item = Value> {
     own.chain(phi.into_iter().flatten().copied())
 }
 
-impl Resolver<'_> {
-    /// What a function's calls say about the values that it passes.
-    pub fn votes(&self, flow: &Flow) -> Votes {
-        let mut votes = Votes::default();
-        let mut vote = |value: Value, to: u32| {
-            if value == UNKNOWN {
-                return;
-            }
-            let (base, offset) = flow.values.split(value);
-            let Ok(delta) = i32::try_from(-offset) else {
-                return;
-            };
-            let all = votes.entry(base).or_default();
-            let ptr = Ptr { ty: to, delta };
-            if !all.contains(&ptr) {
-                all.push(ptr);
-            }
-        };
-        for call in &flow.calls {
-            let Some(callee) = self.functions.at(call.to) else {
-                continue;
-            };
-            // Statics of one name: which it is is not known.
-            let [prototype] = callee.prototypes[..] else {
-                continue;
-            };
-            for (value, parameter) in call.arguments.iter().zip(registers(self.btf, prototype)) {
-                if let Some(to) = parameter.and_then(|ty| pointee(self.btf, ty)) {
-                    vote(*value, to);
-                }
-            }
+/// The `wanted` values and all that they are made from, ascending.
+fn needed(flow: &Flow, wanted: Vec<Value>) -> Vec<Value> {
+    let mut is_needed = vec![false; flow.values.count()];
+    let mut open = wanted;
+    while let Some(value) = open.pop() {
+        if !std::mem::replace(&mut is_needed[value.0 as usize], true) {
+            open.extend(operands(flow, value));
         }
-        votes
     }
+    let all = (0..).map(Value).zip(is_needed);
+    all.filter_map(|(value, needed)| needed.then_some(value))
+        .collect()
+}
 
-    /// What each value of a function is.
-    pub fn all(&self, flow: &Flow, function: &Function, votes: &Votes) -> Vec<Known> {
+impl Resolver<'_> {
+    /// What the `wanted` values of a function are. Of those that they are not made from nothing is found.
+    pub fn find(
+        &self,
+        flow: &Flow,
+        function: &Function,
+        votes: &Votes,
+        wanted: Vec<Value>,
+    ) -> Vec<Known> {
         let mut known = vec![Known::Nothing; flow.values.count()];
-        let slots = stack_objects(flow, votes);
-        let rounds = match flow.values.phis.is_empty() {
-            true => 1,
-            false => MAX_ROUNDS,
+        let needed = needed(flow, wanted);
+        let slots = votes.stack_objects(flow);
+        let rounds = match flow.values.phis() {
+            0 => 1,
+            _ => MAX_ROUNDS,
         };
         // When each value was last looked at, and when it last became another: one whose operands have not stays as it is.
         let (mut looked, mut became) = (vec![0u32; known.len()], vec![0u32; known.len()]);
         let mut now_is = 0;
         for round in 0..rounds {
             let mut changed = false;
-            for index in 0..known.len() {
-                let value = Value(index as u32);
+            for value in &needed {
+                let index = value.0 as usize;
                 let newer = |one: Value| became[one.0 as usize] >= looked[index];
-                if round > 0 && !operands(flow, value).any(newer) {
+                if round > 0 && !operands(flow, *value).any(newer) {
                     continue;
                 }
                 now_is += 1;
                 looked[index] = now_is;
-                let mut now = self.own(flow, function, &slots, value, &known);
-                if now == Known::Anything
-                    && let Some(votes) = votes.get(&value)
-                {
-                    now = pointers(votes.clone());
+                let mut now = self.own(flow, function, &slots, *value, &known);
+                if now == Known::Anything {
+                    now = pointers(votes.about(*value));
                 }
                 if round + 1 == rounds && rounds > 1 && now != known[index] {
                     // It does not settle.
@@ -230,7 +208,7 @@ impl Resolver<'_> {
                         })
                     });
                     moved
-                        .collect::<Option<Vec<_>>>()
+                        .collect::<Option<Pointers>>()
                         .map_or(Known::Anything, pointers)
                 }
                 other => other.clone(),
@@ -240,7 +218,7 @@ impl Resolver<'_> {
                     Op::Const(at) => self
                         .globals
                         .per_cpu_address(at)
-                        .map_or_else(|| self.constant(at), |ptr| Known::Pointers(vec![ptr])),
+                        .map_or_else(|| self.constant(at), |ptr| Known::Pointers(smallvec![ptr])),
                     _ => of(&one).clone(),
                 };
                 match (side(a), side(b)) {
@@ -254,7 +232,7 @@ impl Resolver<'_> {
             }
             Op::Phi(index) => {
                 let mut all = Known::Nothing;
-                for operand in &flow.values.phis[index as usize] {
+                for operand in flow.values.operands(index) {
                     unite(&mut all, of(operand));
                 }
                 all
@@ -278,33 +256,16 @@ impl Resolver<'_> {
         for (start, ptr) in slots.iter().rev() {
             let delta = at - start + ptr.delta;
             if delta >= 0 && delta + 8 <= self.btf.size(ptr.ty) as i32 {
-                let base = Known::Pointers(vec![Ptr { ty: ptr.ty, delta }]);
+                let base = Known::Pointers(smallvec![Ptr { ty: ptr.ty, delta }]);
                 return self.member(&base, 0);
             }
         }
         Known::Anything
     }
 
-    /// Whether the declaration of an argument does not say what it points to.
-    pub fn says_too_little(&self, function: &Function, number: u8) -> bool {
-        let [prototype] = function.prototypes[..] else {
-            return true;
-        };
-        if function.clone {
-            return true;
-        }
-        match registers(self.btf, prototype)[usize::from(number)] {
-            Some(ty) => {
-                matches!(self.btf.at(ty), Type::Pointer(_)) && pointee(self.btf, ty).is_none()
-                    || self.btf.size(ty) == 8 && matches!(self.btf.at(ty), Type::Scalar(_))
-            }
-            None => false,
-        }
-    }
-
     fn argument(&self, function: &Function, number: u8) -> Known {
         if !function.clone {
-            let mut all = Vec::new();
+            let mut all = Pointers::new();
             for prototype in &function.prototypes {
                 let register = registers(self.btf, *prototype)[usize::from(number)];
                 match register.and_then(|ty| pointee(self.btf, ty)) {
@@ -326,7 +287,7 @@ impl Resolver<'_> {
     }
 
     fn returned(&self, prototypes: &[u32]) -> Known {
-        let mut all = Vec::new();
+        let mut all = Pointers::new();
         for prototype in prototypes {
             let Some((returns, ..)) = self.btf.prototype(*prototype) else {
                 return Known::Anything;
@@ -358,7 +319,7 @@ impl Resolver<'_> {
             Known::Pointers(all) => all,
             other => return other.clone(),
         };
-        let mut found = Vec::new();
+        let mut found = Pointers::new();
         for ptr in all {
             let Some(delta) = ptr.delta.checked_add(offset) else {
                 return Known::Anything;

@@ -31,12 +31,16 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
 
     fn write(&mut self, state: &mut State, register: Register, value: Value) {
         if register.is_gpr() {
-            let number = register.full_register().number();
-            state.registers[number] = value;
-            if let Some(argument) = ARGUMENTS.iter().position(|at| *at == number) {
-                state.defined |= 1 << argument;
-                state.set |= 1 << argument;
-            }
+            self.set(state, register.full_register().number(), value);
+        }
+    }
+
+    /// Sets the register of this number.
+    fn set(&mut self, state: &mut State, number: usize, value: Value) {
+        state.registers[number] = value;
+        if let Some(argument) = ARGUMENTS.iter().position(|at| *at == number) {
+            state.defined |= 1 << argument;
+            state.set |= 1 << argument;
         }
     }
 
@@ -126,12 +130,10 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
         let bytes = instruction.memory_size().size();
         if let Op::Stack(at) = self.flow.values.op(address) {
             // What is overwritten in part is lost.
-            for other in at - 7..at + bytes.max(1) as i32 {
-                if other != at {
-                    state.set_slot(other, None);
-                }
+            state.forget(at - 7..at + bytes.max(1) as i32);
+            if bytes == 8 {
+                state.set_slot(at, value);
             }
-            state.set_slot(at, Some(value).filter(|_| bytes == 8));
             self.keep(at, value);
             return;
         }
@@ -171,7 +173,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             };
             if reach > 0 {
                 let to = from.saturating_add(reach);
-                state.slots.retain(|slot| !(from..to).contains(&slot.0));
+                state.forget(from..to);
             }
         }
     }
@@ -308,7 +310,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 state.registers[RSP] = rsp;
                 match self.flow.values.op(rsp) {
                     Op::Stack(at) => {
-                        state.set_slot(at, Some(value));
+                        state.set_slot(at, value);
                         self.keep(at, value);
                     }
                     _ => self.lose(value),
@@ -380,7 +382,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                     true => {
                         let phi = self.flow.values.phi();
                         if let Op::Phi(index) = self.flow.values.op(phi) {
-                            self.flow.values.phis[index as usize] = vec![old, new];
+                            self.flow.values.fill(index, &[old, new]);
                         }
                         phi
                     }
@@ -409,43 +411,35 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             let address = self.address(state, instruction);
             if let Op::Stack(at) = self.flow.values.op(address) {
                 let bytes = instruction.memory_size().size().max(8) as i32;
-                for other in at - 7..at + bytes {
-                    state.set_slot(other, None);
-                }
+                state.forget(at - 7..at + bytes);
             }
         }
-        let info = self.info.info(instruction);
-        let written: Vec<Register> = info
-            .used_registers()
-            .iter()
-            .filter(|used| {
-                matches!(
-                    used.access(),
-                    OpAccess::Write
-                        | OpAccess::CondWrite
-                        | OpAccess::ReadWrite
-                        | OpAccess::ReadCondWrite
-                )
-            })
-            .map(|used| used.register())
-            .collect();
-        let read: Vec<Register> = self
-            .info
-            .info(instruction)
-            .used_registers()
-            .iter()
-            .filter(|used| !matches!(used.access(), OpAccess::Write | OpAccess::CondWrite))
-            .map(|used| used.register())
-            .collect();
-        for register in read {
-            if register.is_gpr() {
-                self.lose(state.registers[register.full_register().number()]);
+        let mut read = 0u16;
+        let mut written = 0u16;
+        for used in self.info.info(instruction).used_registers() {
+            let register = used.register();
+            if !register.is_gpr() {
+                continue;
+            }
+            let bit = 1 << register.full_register().number();
+            if !matches!(used.access(), OpAccess::Write | OpAccess::CondWrite) {
+                read |= bit;
+            }
+            if matches!(
+                used.access(),
+                OpAccess::Write
+                    | OpAccess::CondWrite
+                    | OpAccess::ReadWrite
+                    | OpAccess::ReadCondWrite
+            ) {
+                written |= bit;
             }
         }
-        for register in written {
-            if register.is_gpr() && register.full_register() != Register::RSP {
-                self.write(state, register, UNKNOWN);
-            }
+        for number in (0..16).filter(|number| read >> number & 1 == 1) {
+            self.lose(state.registers[number]);
+        }
+        for number in (0..16).filter(|number| written >> number & 1 == 1 && *number != RSP) {
+            self.set(state, number, UNKNOWN);
         }
     }
 }

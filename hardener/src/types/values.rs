@@ -41,16 +41,27 @@ pub enum Op {
 pub struct Values {
     ops: Vec<Op>,
     known: FxHashMap<Op, Value>,
-    /// What each phi may be.
-    pub phis: Vec<Vec<Value>>,
+    /// What each phi may be, as a range of `operands`.
+    phis: Vec<(u32, u32)>,
+    operands: Vec<Value>,
 }
 
 impl Values {
-    /// None but [`UNKNOWN`].
-    pub fn new() -> Values {
-        let mut values = Values::default();
-        values.intern(Op::Unknown);
-        values
+    /// Starts again, in the memory that is there.
+    pub fn clear(&mut self) {
+        self.ops.clear();
+        self.known.clear();
+        self.phis.clear();
+        self.operands.clear();
+        self.intern(Op::Unknown);
+    }
+
+    /// Forgets what only those need who add values.
+    pub fn finish(&mut self) {
+        self.known = FxHashMap::default();
+        self.ops.shrink_to_fit();
+        self.phis.shrink_to_fit();
+        self.operands.shrink_to_fit();
     }
 
     /// How `value` comes about.
@@ -71,7 +82,7 @@ impl Values {
             match self.op(value) {
                 Op::Const(at) => found.push(at),
                 Op::Phi(index) if seen.insert(value) => {
-                    open.extend(&self.phis[index as usize]);
+                    open.extend(self.operands(index));
                 }
                 _ => {}
             }
@@ -197,8 +208,27 @@ impl Values {
 
     /// A new phi, to be filled.
     pub fn phi(&mut self) -> Value {
-        let index = self.phis.len() as u32;
-        self.phis.push(Vec::new());
-        self.intern(Op::Phi(index))
+        let value = Value(self.ops.len() as u32);
+        self.ops.push(Op::Phi(self.phis.len() as u32));
+        self.phis.push((0, 0));
+        value
+    }
+
+    /// Says what the phi of this index may be.
+    pub fn fill(&mut self, index: u32, operands: &[Value]) {
+        let start = self.operands.len() as u32;
+        self.operands.extend_from_slice(operands);
+        self.phis[index as usize] = (start, self.operands.len() as u32);
+    }
+
+    /// What the phi of this index may be.
+    pub fn operands(&self, index: u32) -> &[Value] {
+        let (start, end) = self.phis[index as usize];
+        &self.operands[start as usize..end as usize]
+    }
+
+    /// How many phis there are.
+    pub fn phis(&self) -> usize {
+        self.phis.len()
     }
 }
