@@ -6,10 +6,11 @@
 //! $-64,%rsp`) and an array of variable size move RSP by nothing, at least.
 
 use super::liveness::also;
-use super::{Functions, Return, Span};
+use super::{Bitmap, Functions, Return, Span};
 use crate::image::Tables;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use penumbra_bundle::{LinkVa, TextOff};
+use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 
 /// Deeper than any frame: the guard page below the stack has this many bytes.
@@ -17,6 +18,9 @@ const DEEPEST: i32 = 4096;
 /// No function has more; one that does is given up.
 const MAX_STATES: usize = 1 << 17;
 const INT3: u8 = 0xcc;
+
+/// Functions that one thread walks at a time.
+const CHUNK: usize = 1024;
 
 /// The bytes below the return address that were surely in use at each of `returns`, by number; none where no way there is known.
 pub fn depths(
@@ -26,19 +30,30 @@ pub fn depths(
     functions: &Functions,
     returns: &[Return],
 ) -> Vec<Option<u32>> {
-    let numbers = returns.iter().map(|slot| slot.at).zip(0..);
-    let mut walk = Walk {
-        code: &bytes[..span.code.len() as usize],
+    let code = &bytes[..span.code.len() as usize];
+    let all: Vec<TextOff> = (0..functions.count())
+        .map(|number| functions.start(number))
+        .collect();
+    let mut starts = Bitmap::new(code.len());
+    all.iter().for_each(|at| starts.set(at.0 as usize));
+    let ways = Ways {
+        code,
         span,
-        functions,
+        starts,
         also: also(span, tables).into_iter().collect(),
-        numbers: numbers.collect(),
-        depths: vec![None; returns.len()],
+        numbers: returns.iter().map(|slot| slot.at).zip(0..).collect(),
     };
-    for number in 0..functions.count() {
-        walk.function(functions.start(number));
+    let found = all.par_chunks(CHUNK).map(|starts| {
+        let mut walk = Walk::new(&ways);
+        starts.iter().for_each(|start| walk.function(*start));
+        walk.found
+    });
+    let mut depths: Vec<Option<u32>> = vec![None; returns.len()];
+    for (number, deepest) in found.collect::<Vec<_>>().into_iter().flatten() {
+        let depth = depths[number].get_or_insert(u32::MAX);
+        *depth = (*depth).min(deepest as u32);
     }
-    walk.depths
+    depths
 }
 
 /// Where a way has got to.
@@ -51,16 +66,41 @@ struct State {
     frame: Option<i32>,
 }
 
-struct Walk<'a> {
+/// Where ways go.
+struct Ways<'a> {
     code: &'a [u8],
     span: Span,
-    functions: &'a Functions,
+    /// Where functions start.
+    starts: Bitmap,
     also: FxHashMap<TextOff, Vec<TextOff>>,
+    /// The returns' numbers.
     numbers: FxHashMap<TextOff, usize>,
-    depths: Vec<Option<u32>>,
 }
 
-impl Walk<'_> {
+/// Walks functions, one after another.
+struct Walk<'a> {
+    ways: &'a Ways<'a>,
+    decoder: Decoder<'a>,
+    /// How deep the shallowest way to each place has been, of one function.
+    reached: FxHashMap<State, i32>,
+    open: Vec<State>,
+    next: Vec<State>,
+    /// Returns by number, and how deep a way there has been.
+    found: Vec<(usize, i32)>,
+}
+
+impl<'a> Walk<'a> {
+    fn new(ways: &'a Ways<'a>) -> Walk<'a> {
+        Walk {
+            ways,
+            decoder: Decoder::new(64, ways.code, DecoderOptions::NONE),
+            reached: FxHashMap::default(),
+            open: Vec::new(),
+            next: Vec::new(),
+            found: Vec::new(),
+        }
+    }
+
     /// Follows all ways from `start`, a shallower one again where a deeper one has been.
     fn function(&mut self, start: TextOff) {
         let entry = State {
@@ -68,58 +108,58 @@ impl Walk<'_> {
             depth: 0,
             frame: None,
         };
-        let mut reached = FxHashMap::from_iter([(entry, 0)]);
-        let mut open = vec![entry];
-        let mut next = Vec::new();
-        let mut found = Vec::new();
-        while let Some(state) = open.pop() {
-            if reached.len() > MAX_STATES {
+        self.reached.clear();
+        self.reached.insert(entry, 0);
+        self.open.clear();
+        self.open.push(entry);
+        let before = self.found.len();
+        while let Some(state) = self.open.pop() {
+            if self.reached.len() > MAX_STATES {
+                self.found.truncate(before);
                 return;
             }
-            let deepest = reached[&state];
+            let deepest = self.reached[&state];
             if state.depth == 0
-                && let Some(number) = self.numbers.get(&state.at)
+                && let Some(number) = self.ways.numbers.get(&state.at)
             {
-                found.push((*number, deepest));
+                self.found.push((*number, deepest));
                 continue;
             }
-            self.step(state, &mut next);
-            for next in next.drain(..) {
+            self.step(state);
+            for next in self.next.drain(..) {
                 let deepest = deepest.max(next.depth);
-                let known = reached.entry(next).or_insert(i32::MAX);
+                let known = self.reached.entry(next).or_insert(i32::MAX);
                 if deepest < *known && (0..=DEEPEST).contains(&next.depth) {
                     *known = deepest;
-                    open.push(next);
+                    self.open.push(next);
                 }
             }
-        }
-        for (number, deepest) in found {
-            let depth = self.depths[number].get_or_insert(u32::MAX);
-            *depth = (*depth).min(deepest as u32);
         }
     }
 
     /// Adds where an instruction leads.
-    fn step(&self, state: State, next: &mut Vec<State>) {
-        let at = state.at;
-        let Some(code) = self.code.get(at.0 as usize..) else {
-            return;
-        };
-        if code.first() == Some(&INT3) {
+    fn step(&mut self, state: State) {
+        let (at, ways) = (state.at, self.ways);
+        let place = at.0 as usize;
+        if ways.code.get(place).is_none_or(|byte| *byte == INT3)
+            || self.decoder.set_position(place).is_err()
+        {
             return;
         }
-        let ip = self.span.va(at).0;
-        let instruction = Decoder::with_ip(64, code, ip, DecoderOptions::NONE).decode();
-        let silent = self.also.get(&at).into_iter().flatten();
+        self.decoder.set_ip(ways.span.va(at).0);
+        let instruction = self.decoder.decode();
+        let next = &mut self.next;
+        let silent = ways.also.get(&at).into_iter().flatten();
         next.extend(silent.map(|to| State { at: *to, ..state }));
         let behind = TextOff(at.0 + instruction.len() as u32);
+        let is_start = |at: TextOff| ways.starts.get(at.0 as usize);
         let branch = instruction.op0_kind() == OpKind::NearBranch64;
         let to = branch.then(|| LinkVa(instruction.near_branch_target()));
-        let to = to.and_then(|to| self.span.offset(to));
+        let to = to.and_then(|to| ways.span.offset(to));
         match instruction.flow_control() {
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
                 // With nothing on the stack, what starts a function is one.
-                let goes = to.filter(|to| state.depth != 0 || !self.functions.is_start(*to));
+                let goes = to.filter(|to| state.depth != 0 || !is_start(*to));
                 next.extend(goes.map(|at| State { at, ..state }));
                 if instruction.flow_control() == FlowControl::ConditionalBranch {
                     next.push(State {
@@ -135,7 +175,7 @@ impl Walk<'_> {
             | FlowControl::Call
             | FlowControl::IndirectCall
                 // Behind a call that does not come back stands another function.
-                if !self.functions.is_start(behind) =>
+                if !is_start(behind) =>
             {
                 next.extend(moved(state, behind, &instruction));
             }

@@ -11,7 +11,9 @@ use iced_x86::{
     OpKind, Register, RflagsBits,
 };
 use penumbra_bundle::{LinkVa, TextOff};
-use std::collections::{BTreeMap, HashMap};
+use rustc_hash::FxHashMap;
+use std::collections::{BTreeMap, btree_map};
+use std::iter::Peekable;
 
 const INT3: u8 = 0xcc;
 
@@ -72,8 +74,9 @@ impl Liveness {
         let code = &text.bytes[..span.code.len() as usize];
         let thunks = thunks(image);
         let ends = |va: LinkVa| text.regions.is_x86_thunk(va) || text.regions.is_return_thunk(va);
-        let mut also = also(span, tables);
+        let mut also = also(span, tables).into_iter().peekable();
         let replaced = replaced(image, tables, span, wanted);
+        let mut replaced = replaced.into_iter().peekable();
         let mut patched = Bitmap::new(code.len());
         for entry in &tables.alternatives {
             let site = (0..u64::from(entry.site_len)).map(|at| LinkVa(entry.site.0 + at));
@@ -99,8 +102,8 @@ impl Liveness {
                 writes = 0;
             }
             let at = TextOff(at as u32);
-            reads |= replaced.get(&at).copied().unwrap_or_default();
-            let mut goes = also.remove(&at).unwrap_or_default();
+            reads |= here(&mut replaced, at).unwrap_or_default();
+            let mut goes = here(&mut also, at).unwrap_or_default();
             let direct = (instruction.op0_kind() == OpKind::NearBranch64)
                 .then(|| LinkVa(instruction.near_branch_target()));
             if let Some(register) = direct.and_then(|to| thunks.get(&to)) {
@@ -178,25 +181,80 @@ impl Liveness {
     }
 }
 
-/// Goes through the text backwards until nothing changes.
+/// What a table, gone through in the order of the text, has for `at`.
+fn here<T>(table: &mut Peekable<btree_map::IntoIter<TextOff, T>>, at: TextOff) -> Option<T> {
+    while table.next_if(|(place, _)| *place < at).is_some() {}
+    table
+        .next_if(|(place, _)| *place == at)
+        .map(|(_, found)| found)
+}
+
+/// Goes through the text backwards, and again before whatever has changed.
 fn solve(steps: &[Step], edges: &[(u32, u32)]) -> Vec<Set> {
+    let ahead = Aside::of(steps.len(), edges.iter().copied());
+    let back = Aside::of(steps.len(), edges.iter().map(|(from, to)| (*to, *from)));
     let mut live = vec![0; steps.len()];
-    loop {
-        let mut changed = false;
-        let mut edges = edges.iter().rev().peekable();
-        for (number, step) in steps.iter().enumerate().rev() {
-            let next = live.get(number + 1).copied().unwrap_or(0);
-            let mut behind = if step.falls { next } else { 0 };
-            while let Some((_, to)) = edges.next_if(|(from, _)| *from as usize == number) {
-                behind |= live[*to as usize];
-            }
-            let before = step.reads | behind & !step.writes;
-            changed |= before != live[number];
-            live[number] = before;
+    let mut open: Vec<u32> = (0..steps.len() as u32).collect();
+    while let Some(number) = open.pop() {
+        let step = &steps[number as usize];
+        let mut behind = match step.falls {
+            true => live.get(number as usize + 1).copied().unwrap_or(0),
+            false => 0,
+        };
+        for to in ahead.at(number) {
+            behind |= live[*to as usize];
         }
-        if !changed {
-            return live;
+        let before = step.reads | behind & !step.writes;
+        if before == live[number as usize] {
+            continue;
         }
+        live[number as usize] = before;
+        open.extend_from_slice(back.at(number));
+        open.extend(
+            number
+                .checked_sub(1)
+                .filter(|before| steps[*before as usize].falls),
+        );
+    }
+    live
+}
+
+/// Where each step leads besides to the next one, or whence it is reached so.
+struct Aside {
+    /// By step: where its part of `steps` starts.
+    starts: Vec<u32>,
+    steps: Vec<u32>,
+}
+
+impl Aside {
+    /// Of so many steps, from pairs of a step and one that belongs to it.
+    fn of(count: usize, pairs: impl Iterator<Item = (u32, u32)> + Clone) -> Aside {
+        // First how many each has, then where its part ends, then, as it is filled from the end, where it starts.
+        let mut starts = vec![0u32; count + 1];
+        let mut all = 0;
+        for (step, _) in pairs.clone() {
+            starts[step as usize] += 1;
+        }
+        for start in &mut starts {
+            all += *start;
+            *start = all;
+        }
+        let mut steps = vec![0; all as usize];
+        for (step, other) in pairs {
+            let place = &mut starts[step as usize];
+            *place -= 1;
+            steps[*place as usize] = other;
+        }
+        Aside { starts, steps }
+    }
+
+    /// Those that belong to the step of this number.
+    fn at(&self, number: u32) -> &[u32] {
+        let (from, to) = (
+            self.starts[number as usize],
+            self.starts[number as usize + 1],
+        );
+        &self.steps[from as usize..to as usize]
     }
 }
 
@@ -267,7 +325,7 @@ fn part(register: Register) -> Set {
 }
 
 /// Retpolines by address, and the register that each reads.
-fn thunks(image: &Image) -> HashMap<LinkVa, Set> {
+fn thunks(image: &Image) -> FxHashMap<LinkVa, Set> {
     let named = REGISTERS.iter().enumerate().filter_map(|(number, name)| {
         let va = image.symbol(&format!("__x86_indirect_thunk_{name}"))?;
         Some((va, whole(1 << number)))
