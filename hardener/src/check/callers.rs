@@ -11,7 +11,8 @@ use super::owed::has_fentry;
 use super::sets;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, OpKind};
 use penumbra_bundle::{LinkVa, VaRange};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use rustc_hash::FxHashSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A thunk need not compare with more callees than this: then any return site is legal.
 const MOST_CALLEES: usize = 32;
@@ -157,7 +158,7 @@ impl Parts {
         let redirected = redirected.keys().filter_map(|at| gathered.part(*at));
         let redirected: Vec<u32> = redirected.collect();
         gathered.odd.extend(redirected);
-        let traced: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
+        let traced: FxHashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
         let starts = gathered.starts.iter().zip(0..);
         let starts = starts.filter(|(start, _)| has_fentry(kernel, &traced, **start));
         let traced = starts.map(|(_, part)| part).collect();
@@ -197,7 +198,7 @@ fn branches(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError>
     let trampolines = kernel
         .symbols
         .between("__static_call_text_start", "__static_call_text_end")?;
-    let paravirt: HashSet<LinkVa> = kernel
+    let paravirt: FxHashSet<LinkVa> = kernel
         .tables
         .paravirt
         .iter()
@@ -329,7 +330,7 @@ fn early(kernel: &Kernel, gathered: &Gathered) -> BTreeSet<u32> {
 /// Parts that no compiler made: these may switch stacks.
 fn assembly(kernel: &Kernel, gathered: &Gathered) -> Result<BTreeSet<u32>, KernelError> {
     let btf = Btf::read(&kernel.vmlinux)?;
-    let types: HashSet<&[u8]> = btf.functions().collect();
+    let types: FxHashSet<&[u8]> = btf.functions().collect();
     let trampolines = kernel
         .symbols
         .between("__static_call_text_start", "__static_call_text_end")?;

@@ -11,20 +11,17 @@ use iced_x86::{
 };
 use penumbra_bundle::{LinkVa, VaRange};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// The parts, and those of them that keep their return addresses.
 pub struct Changeable {
-    parts: Parts,
+    parts: Arc<Parts>,
     kept: BTreeSet<u32>,
 }
 
 impl Changeable {
-    /// Looks at every part; `redirected` are the functions whose calls some variant leads elsewhere.
-    pub fn of(
-        kernel: &Kernel,
-        redirected: &BTreeMap<LinkVa, &str>,
-    ) -> Result<Changeable, KernelError> {
-        let parts = Parts::of(kernel, redirected)?;
+    /// Looks at every part.
+    pub fn of(kernel: &Kernel, parts: Arc<Parts>) -> Result<Changeable, KernelError> {
         let legal = sets::return_sites(kernel)?;
         let reader = Reader {
             kernel,

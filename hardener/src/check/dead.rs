@@ -21,7 +21,9 @@ use iced_x86::{
     OpKind, Register, RflagsBits,
 };
 use penumbra_bundle::LinkVa;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use rustc_hash::{FxHashMap, FxHashSet};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// rcx, rsi, rdi, r8, r9, r10 and r11: what a call may change, less rax and rdx, which may hold its value (System V psABI,
 /// figure 3.4).
@@ -36,20 +38,20 @@ const MOST: usize = 20_000;
 /// What stands behind calls, as far as it has been walked.
 pub struct Dead<'a> {
     kernel: &'a Kernel,
-    parts: Parts,
+    parts: Arc<Parts>,
     /// Where the text goes on without a branch: faults and jump labels.
     silent: BTreeMap<LinkVa, Vec<LinkVa>>,
     /// What replacements read, by where they are put.
     replaced: BTreeMap<LinkVa, Bytes>,
     /// Where a replacement may stand.
-    patched: HashSet<LinkVa>,
-    retpolines: HashMap<LinkVa, Bytes>,
-    ends: HashSet<LinkVa>,
+    patched: FxHashSet<LinkVa>,
+    retpolines: FxHashMap<LinkVa, Bytes>,
+    ends: FxHashSet<LinkVa>,
     /// Functions with an `__fentry__` site, and functions with labels that data points to.
-    traced: HashSet<LinkVa>,
-    gotos: HashSet<LinkVa>,
-    walked: HashMap<(LinkVa, Ask), Option<String>>,
-    of_part: HashMap<(u32, Ask), Option<String>>,
+    traced: FxHashSet<LinkVa>,
+    gotos: FxHashSet<LinkVa>,
+    walked: FxHashMap<(LinkVa, Ask), Option<String>>,
+    of_part: FxHashMap<(u32, Ask), Option<String>>,
 }
 
 /// What is asked of the callers.
@@ -81,7 +83,7 @@ impl Ask {
 
 impl<'a> Dead<'a> {
     /// Reads what the tables say; nothing is walked yet.
-    pub fn of(kernel: &'a Kernel, thunks: &KernelThunks) -> Result<Self, KernelError> {
+    pub fn of(kernel: &'a Kernel, thunks: &KernelThunks, parts: Arc<Parts>) -> Self {
         let mut silent: BTreeMap<LinkVa, Vec<LinkVa>> = BTreeMap::new();
         for (at, to) in &kernel.tables.silent_jumps {
             silent.entry(*at).or_default().push(*to);
@@ -108,9 +110,9 @@ impl<'a> Dead<'a> {
         let patched = sites.flat_map(|site| (site.start.0..site.end.0).map(LinkVa));
         let ends = kernel.symbols.find("__x86_return_thunk");
         let retpolines = thunks.indirect.iter();
-        Ok(Dead {
+        Dead {
             kernel,
-            parts: Parts::of(kernel, &thunks.watched)?,
+            parts,
             silent,
             replaced,
             patched: patched.collect(),
@@ -120,9 +122,9 @@ impl<'a> Dead<'a> {
             ends: ends.into_iter().collect(),
             traced: kernel.tables.fentry.iter().copied().collect(),
             gotos: computed_gotos(kernel),
-            walked: HashMap::new(),
-            of_part: HashMap::new(),
-        })
+            walked: FxHashMap::default(),
+            of_part: FxHashMap::default(),
+        }
     }
 
     /// Why the return at `at` may not lose what is asked about; none when all of it is dead.
@@ -193,7 +195,7 @@ impl<'a> Dead<'a> {
                 hex(back)
             ));
         }
-        let mut seen: HashMap<LinkVa, Bytes> = HashMap::new();
+        let mut seen: FxHashMap<LinkVa, Bytes> = FxHashMap::default();
         let mut open = vec![(back, ask.bytes())];
         while let Some((at, unwritten)) = open.pop() {
             let known = seen.entry(at).or_default();
@@ -382,7 +384,11 @@ impl<'s, 'k> Cleared<'s, 'k> {
     /// Asks about the return at `at`; what is needed to answer is read when it is first asked.
     fn lives(&mut self, at: LinkVa, ask: Ask) -> Option<String> {
         let (kernel, thunks) = (self.subject.kernel, self.subject.thunks);
-        let dead = self.dead.get_or_insert_with(|| Dead::of(kernel, thunks));
+        let subject = self.subject;
+        let dead = self.dead.get_or_insert_with(|| {
+            let parts = subject.parts()?;
+            Ok(Dead::of(kernel, thunks, parts))
+        });
         match dead {
             Ok(dead) => dead.lives(at, ask),
             Err(error) => Some(error.to_string()),

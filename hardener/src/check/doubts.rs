@@ -10,7 +10,8 @@ use super::kernel::{Kernel, KernelError};
 use super::report::Findings;
 use super::sets::Legal;
 use penumbra_bundle::{ForwardSets, LinkVa};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use rustc_hash::FxHashMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Why an entry is doubted: its name, or something that the checker does not look into.
 const NAME: &str = "name";
@@ -71,7 +72,7 @@ pub fn check(
 /// The entries of whose names BTF has fewer prototypes than there are functions.
 fn sharing(kernel: &Kernel, entries: &BTreeSet<LinkVa>) -> Result<BTreeSet<LinkVa>, KernelError> {
     let btf = Btf::read(&kernel.vmlinux)?;
-    let mut prototypes: HashMap<&[u8], usize> = HashMap::new();
+    let mut prototypes: FxHashMap<&[u8], usize> = FxHashMap::default();
     for name in btf.functions() {
         *prototypes.entry(name).or_default() += 1;
     }

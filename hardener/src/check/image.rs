@@ -7,8 +7,9 @@ use super::kernel::symbols::hex;
 use super::report::{Findings, Rule, RuleReport};
 use super::{self_checks, watched};
 use penumbra_bundle::{LinkVa, Site, SiteKind, SlotKind, TextOff, VaRange};
+use rustc_hash::FxHashSet;
 use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// `THREAD_SIZE` without KASAN (arch/x86/include/asm/page_64_types.h): 4 pages.
 const THREAD_SIZE: u32 = 4 << 12;
@@ -175,11 +176,11 @@ fn model(subject: &Subject<'_>, findings: &mut Findings<'_>) {
             kind == SiteKind::Alternative && alternatives.iter().any(|other| other.encloses(&range))
         };
         let said = model.sites.iter().filter(|site| site.kind == kind);
-        let known: HashSet<LinkVa> = found.iter().copied().collect();
+        let known: FxHashSet<LinkVa> = found.iter().copied().collect();
         let said = said.filter(|site| known.contains(&place(&site.at)) || !enclosed(site));
-        let said: HashSet<LinkVa> = said.map(|site| place(&site.at)).collect();
+        let said: FxHashSet<LinkVa> = said.map(|site| place(&site.at)).collect();
         let found = found.into_iter().filter(|at| kernel.in_text(*at));
-        let found: HashSet<LinkVa> = found.collect();
+        let found: FxHashSet<LinkVa> = found.collect();
         let mut differ: Vec<&LinkVa> = said.symmetric_difference(&found).collect();
         differ.sort_unstable();
         findings.proved("poke sites", said.intersection(&found).count() as u64);

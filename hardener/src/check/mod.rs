@@ -54,11 +54,13 @@ pub use kernel::KernelError;
 pub use report::{Outcome, Rule, RuleReport, Violation};
 
 use crate::image::{ImageError, KernelFiles, unpacked};
+use callers::Parts;
 use cave::CaveImage;
 use exec::memo::Memo;
 use penumbra_bundle::{Bundle, Edit, LinkVa, ReadError, Variant};
 use slots::{KernelThunks, Replacement};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fs, io};
 use tables::decoded_tables;
@@ -202,33 +204,42 @@ impl Checker {
             modules: &modules,
             module_faults: &module_faults,
             memo: &self.memo,
+            parts: Mutex::default(),
             kernel: &self.kernel,
             bundle,
             cave: &cave,
             thunks: &KernelThunks::find(&self.kernel, watched::claimed(bundle)).map_err(fail)?,
         };
-        let mut reports = Vec::new();
-        // What the tables are for is what the thunks were proved to do with them.
-        let mut roles = None;
-        for rule in Rule::ALL.into_iter().filter(|rule| wanted.contains(rule)) {
-            reports.push(match rule {
-                Rule::SameBoundaries => slots::boundaries(&subject),
-                Rule::OneSharedCave => cave::check(&subject),
-                Rule::AllowedSlots => slots::allowed(&subject).map_err(fail)?,
-                Rule::ThunkContract => {
-                    let (report, seen) = thunks::check(&subject);
-                    roles = Some(seen);
-                    report
-                }
-                Rule::ExactSets => {
-                    let roles = roles.take().unwrap_or_else(|| thunks::check(&subject).1);
-                    tables::check(&subject, &roles).map_err(fail)?
-                }
-                Rule::TrueToImage => image::check(&subject, &self.file),
-                Rule::Modules => module::check(&subject),
-            });
-        }
-        Ok(reports)
+        let asked = |rule: Rule| wanted.contains(&rule);
+        // What the tables are for is what the thunks were proved to do with them; the others need nothing of each other.
+        let about_thunks = || {
+            let (contract, roles) = match asked(Rule::ThunkContract) || asked(Rule::ExactSets) {
+                true => thunks::check(&subject),
+                false => return (None, None),
+            };
+            let sets = asked(Rule::ExactSets).then(|| tables::check(&subject, &roles));
+            (Some(Ok(contract)), sets)
+        };
+        let others = || {
+            let done = |rule| match rule {
+                Rule::SameBoundaries => Some(Ok(slots::boundaries(&subject))),
+                Rule::OneSharedCave => Some(Ok(cave::check(&subject))),
+                Rule::AllowedSlots => Some(slots::allowed(&subject)),
+                Rule::ThunkContract | Rule::ExactSets => None,
+                Rule::TrueToImage => Some(Ok(image::check(&subject, &self.file))),
+                Rule::Modules => Some(Ok(module::check(&subject))),
+            };
+            Rule::ALL.map(|rule| asked(rule).then(|| done(rule)).flatten())
+        };
+        let ((mut contract, mut sets), others) = rayon::join(about_thunks, others);
+        let rules = Rule::ALL.into_iter().zip(others);
+        let reports = rules.filter(|(rule, _)| asked(*rule));
+        let reports = reports.filter_map(|(rule, other)| match rule {
+            Rule::ThunkContract => contract.take(),
+            Rule::ExactSets => sets.take(),
+            _ => other,
+        });
+        reports.collect::<Result<_, _>>().map_err(fail)
     }
 }
 
@@ -274,9 +285,23 @@ struct Subject<'a> {
     modules: &'a [module::Read<'a>],
     module_faults: &'a [String],
     memo: &'a Memo,
+    /// Where functions return to, once somebody has asked.
+    parts: Mutex<Option<Arc<Parts>>>,
 }
 
 impl<'a> Subject<'a> {
+    /// Where functions return to; derived once for all rules.
+    fn parts(&self) -> Result<Arc<Parts>, KernelError> {
+        // Nothing panics while it holds the lock; what is there is whole.
+        let mut known = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(parts) = &*known {
+            return Ok(parts.clone());
+        }
+        let parts = Arc::new(Parts::of(self.kernel, &self.thunks.watched)?);
+        *known = Some(parts.clone());
+        Ok(parts)
+    }
+
     /// The variants with their edits.
     fn variants(&self) -> impl Iterator<Item = (&'a Variant, &'a [Edit])> {
         let bundle = self.bundle;

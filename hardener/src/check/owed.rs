@@ -4,7 +4,7 @@ use super::exec::machine::Contract;
 use super::kernel::Kernel;
 use super::slots::Original;
 use penumbra_bundle::LinkVa;
-use std::collections::HashSet;
+use rustc_hash::FxHashSet;
 
 /// r10 and r11 as a set of register numbers.
 const R10_R11: u16 = 1 << 10 | 1 << 11;
@@ -39,14 +39,14 @@ pub fn contract(original: Original, free: bool, goto: bool) -> Contract {
 
 /// A function traced by ftrace: compiled with -pg, so without -fipa-ra, so its callers expect r10, r11 and flags to be
 /// lost. With IBT the call follows a 4-byte ENDBR64.
-pub fn has_fentry(kernel: &Kernel, traced: &HashSet<LinkVa>, start: LinkVa) -> bool {
+pub fn has_fentry(kernel: &Kernel, traced: &FxHashSet<LinkVa>, start: LinkVa) -> bool {
     traced.contains(&start)
         || traced.contains(&LinkVa(start.0 + 4))
             && kernel.vmlinux.bytes(start, 4) == Some(&[0xf3, 0x0f, 0x1e, 0xfa])
 }
 
 /// Functions with labels that data points to.
-pub fn computed_gotos(kernel: &Kernel) -> HashSet<LinkVa> {
+pub fn computed_gotos(kernel: &Kernel) -> FxHashSet<LinkVa> {
     let places = kernel.vmlinux.relocs.abs64.iter();
     let places = places.filter(|place| {
         let tables = &kernel.tables.descriptive;

@@ -10,7 +10,9 @@ use super::sets::Legal;
 use super::slots::{Original, Replacement};
 use super::thunks::Roles;
 use penumbra_bundle::{LinkVa, PassSummary};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use rustc_hash::FxHashSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// The pass, its parameter, and what the parameter may be.
 const PASS: &str = "return-cfi";
@@ -22,13 +24,13 @@ const BY_SITE: &str = "return-sites";
 struct Compared<'a> {
     subject: &'a Subject<'a>,
     roles: &'a Roles,
-    parts: Parts,
+    parts: Arc<Parts>,
     sites: &'a Legal,
     /// All return sites, those that make no difference too.
     any: BTreeSet<LinkVa>,
     /// What is legal without and with indirect calls, whatever the function.
     common: [BTreeSet<LinkVa>; 2],
-    after_calls: HashSet<LinkVa>,
+    after_calls: FxHashSet<LinkVa>,
 }
 
 /// Which of the common sets each thunk passes that follows each address, or what is wrong with it and where.
@@ -65,7 +67,7 @@ pub fn check(
         return Ok(());
     }
     let kernel = subject.kernel;
-    let parts = Parts::of(kernel, &subject.thunks.watched)?;
+    let parts = subject.parts()?;
     let without = callers::without_call(kernel, &sites.required);
     let with = without.union(&parts.indirect).copied().collect();
     let compared = Compared {
@@ -188,7 +190,7 @@ impl Compared<'_> {
     }
 
     fn slots(&self, kinds: &Kinds, findings: &mut Findings<'_>) {
-        let mut known: HashSet<(LinkVa, u32)> = HashSet::new();
+        let mut known: FxHashSet<(LinkVa, u32)> = FxHashSet::default();
         let (mut functions, mut legal, mut accidents) = (0, 0, 0);
         for (variant, edit) in self.subject.edits() {
             let at = self.subject.place(edit);

@@ -5,7 +5,8 @@ use super::kernel::tables::Alternative;
 use super::kernel::{Kernel, KernelError};
 use iced_x86::{Decoder, DecoderOptions};
 use penumbra_bundle::LinkVa;
-use std::collections::{BTreeSet, HashSet};
+use rustc_hash::FxHashSet;
+use std::collections::BTreeSet;
 
 /// Return addresses that no call precedes: code that pushes them itself.
 ///
@@ -94,7 +95,7 @@ fn calls_in_replacement(kernel: &Kernel, alternative: &Alternative) -> Vec<(Link
 /// relocation anywhere but in tables that only describe code, a RIP-relative operand, an export, a relative pointer. A kernel
 /// built with IBT names further ones, which it finds by their names (BPF's destructors): ENDBR64 at a symbol, not sealed.
 pub fn entries(kernel: &Kernel) -> Result<Legal, KernelError> {
-    let mut known: HashSet<LinkVa> = kernel.symbols.iter().map(|symbol| symbol.at).collect();
+    let mut known: FxHashSet<LinkVa> = kernel.symbols.iter().map(|symbol| symbol.at).collect();
     known.extend(&kernel.tables.fentry);
     // Reached by direct branches, by the CPU or from stubs only; no checked branch goes there.
     let mut never = kernel.thunk_text()?;
@@ -107,7 +108,7 @@ pub fn entries(kernel: &Kernel) -> Result<Legal, KernelError> {
     let mut legal = Legal::default();
     let mut landings = Vec::new();
     if let Some(sealed) = &kernel.tables.sealed {
-        let sealed: HashSet<&LinkVa> = sealed.iter().collect();
+        let sealed: FxHashSet<&LinkVa> = sealed.iter().collect();
         let symbols = kernel.symbols.iter().map(|symbol| symbol.at);
         let open = symbols.filter(|at| kernel.vmlinux.bytes(*at, 4) == Some(&ENDBR64));
         landings.extend(open.filter(|at| !sealed.contains(at)));

@@ -11,7 +11,8 @@ use super::self_checks::{self, Gives, SelfCheck};
 use super::watched;
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
 use penumbra_bundle::{Edit, LinkVa, Mitigation, SlotKind, VaRange};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use rustc_hash::{FxHashMap, FxHashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use yaxpeax_arch::LengthedInstruction;
 use yaxpeax_x86::amd64::InstDecoder;
 
@@ -65,7 +66,7 @@ pub struct KernelThunks {
     /// `__x86_return_thunk`.
     pub ret: LinkVa,
     /// `__x86_indirect_thunk_*`, and the number of the register.
-    pub indirect: HashMap<LinkVa, u8>,
+    pub indirect: FxHashMap<LinkVa, u8>,
     /// `panic`.
     pub panic: LinkVa,
     /// Where `free_module` calls `module_arch_cleanup`, and that. None when it does not do so once.
@@ -312,8 +313,8 @@ pub fn allowed(subject: &Subject<'_>) -> Result<RuleReport, KernelError> {
     let kernel = subject.kernel;
     let mut findings = Findings::new(Rule::AllowedSlots, kernel);
     let forbidden = forbidden(kernel)?;
-    let returns: HashSet<LinkVa> = kernel.tables.return_sites.iter().copied().collect();
-    let retpolines: HashSet<LinkVa> = kernel.tables.retpoline_sites.iter().copied().collect();
+    let returns: FxHashSet<LinkVa> = kernel.tables.return_sites.iter().copied().collect();
+    let retpolines: FxHashSet<LinkVa> = kernel.tables.retpoline_sites.iter().copied().collect();
     let (mut r, mut i, mut c, mut d) = (0, 0, 0, 0);
     for (variant, edit) in subject.edits() {
         let at = subject.place(edit);
@@ -387,7 +388,7 @@ fn unchecked(
             continue;
         };
         let scope = pass.parameters.get(SCOPE).map(String::as_str);
-        let edited: HashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
+        let edited: FxHashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
         let sites = kernel.tables.return_sites.iter();
         for at in sites.filter(|at| kernel.in_text(**at) && !edited.contains(at)) {
             if !touched(forbidden, *at, LinkVa(at.0 + 5)).is_empty() {
@@ -398,7 +399,7 @@ fn unchecked(
                 Some(BY_FRAME) => exposed.get_or_insert_with(|| Exposed::of(kernel)).is(*at),
                 Some(BY_CHANGE) => {
                     if changeable.is_none() {
-                        changeable = Some(Changeable::of(kernel, &subject.thunks.watched)?);
+                        changeable = Some(Changeable::of(kernel, subject.parts()?)?);
                     }
                     changeable.as_ref().is_none_or(|known| known.is(*at))
                 }

@@ -15,7 +15,8 @@ use super::report::Findings;
 use super::slots::{Original, Replacement, replacement};
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, OpKind, Register};
 use penumbra_bundle::LinkVa;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use rustc_hash::{FxHashMap, FxHashSet};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The pass.
 const PASS: &str = "stack-clear";
@@ -51,9 +52,9 @@ pub fn check(subject: &Subject<'_>, findings: &mut Findings<'_>) {
     };
     let kernel = subject.kernel;
     let named = |pass: &penumbra_bundle::PassSummary| pass.name == PASS;
-    let traced: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
+    let traced: FxHashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
     let traced_here = |start: LinkVa| has_fentry(kernel, &traced, start);
-    let mut known: HashMap<LinkVa, Result<Does, String>> = HashMap::new();
+    let mut known: FxHashMap<LinkVa, Result<Does, String>> = FxHashMap::default();
     let mut depths = None;
     let (mut clearing, mut marked, mut unmarked) = (0, 0, 0);
     for (variant, edits) in subject.variants() {
@@ -63,7 +64,7 @@ pub fn check(subject: &Subject<'_>, findings: &mut Findings<'_>) {
             Some(_) => last_before_user(kernel).unwrap_or_default(),
             None => BTreeSet::new(),
         };
-        let last: HashSet<LinkVa> = left.iter().copied().collect();
+        let last: FxHashSet<LinkVa> = left.iter().copied().collect();
         for edit in edits {
             let at = subject.place(edit);
             let Some(Replacement::Jump(to)) = replacement(&edit.bytes, at) else {

@@ -18,7 +18,8 @@ use super::wrong::explain;
 use super::{Subject, decoded_tables, module, stack};
 use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, Mnemonic};
 use penumbra_bundle::{LinkVa, RelocKind};
-use std::collections::{BTreeMap, BTreeSet, HashSet, btree_map};
+use rustc_hash::FxHashSet;
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 
 /// KASLR moves the kernel by multiples of 2 MiB inside its 1 GiB mapping (`CONFIG_PHYSICAL_ALIGN`). Each thunk is proved
 /// where it was linked and at this slide; relocations are linear, and rule 4 also proves that none is missing or too many.
@@ -76,7 +77,7 @@ fn groups<'a>(
     findings: &mut Findings<'_>,
 ) -> BTreeMap<(LinkVa, Contract), Group<'a>> {
     let kernel = subject.kernel;
-    let traced: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
+    let traced: FxHashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
     let gotos = computed_gotos(kernel);
     let mut slots = Vec::new();
     let mut cleared = Cleared::of(subject);
@@ -429,7 +430,7 @@ fn prove_at(
         })
         .collect();
     let entries = image.symbols.iter().map(|(at, _)| *at);
-    let entries: HashSet<LinkVa> = entries.filter(|at| image.thunks.contains(*at)).collect();
+    let entries: FxHashSet<LinkVa> = entries.filter(|at| image.thunks.contains(*at)).collect();
     let exit = |at: u64| {
         let at = down(at);
         if cave.return_tails.binary_search(&at).is_ok() {
@@ -453,7 +454,7 @@ fn prove_at(
     };
     // Those that hand over bring those to which they do.
     let mut keys = keys.to_vec();
-    let mut known: HashSet<Key> = keys.iter().copied().collect();
+    let mut known: FxHashSet<Key> = keys.iter().copied().collect();
     let mut runs = Vec::new();
     while let Some((thunk, contract)) = keys.get(runs.len()).copied() {
         let run = Machine::run(&code, &exit, contract, up(thunk));

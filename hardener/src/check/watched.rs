@@ -20,7 +20,8 @@ use super::slots::{Original, Replacement};
 use super::violations::Reported;
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Register};
 use penumbra_bundle::{Bundle, LinkVa, Offending, VaRange, ViolationAction};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use rustc_hash::FxHashSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The passes.
 pub const DEBLOAT: &str = "debloat";
@@ -111,7 +112,7 @@ pub fn all_stopped(
         if into.is_empty() {
             continue;
         }
-        let edited: HashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
+        let edited: FxHashSet<LinkVa> = edits.iter().map(|edit| subject.place(edit)).collect();
         for branch in into.iter().filter(|branch| !edited.contains(&branch.at)) {
             let slot = matches!(
                 subject.thunks.original(kernel, branch.at),
@@ -370,7 +371,7 @@ pub fn claims(subject: &Subject<'_>, findings: &mut Findings<'_>) {
         let what = "is outside the profile and probed".to_owned();
         findings.broken(None, Some(both), what);
     }
-    let traced: HashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
+    let traced: FxHashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
     let mut proved = 0;
     for at in subject.thunks.watched.keys() {
         if kernel.in_text(*at) && has_fentry(kernel, &traced, *at) {

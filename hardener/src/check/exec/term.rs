@@ -1,7 +1,7 @@
 //! Values as terms over what a thunk finds at its entry.
 
 use super::interval::Set;
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 /// A term in an [`Arena`]; equal terms have equal numbers.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -56,7 +56,7 @@ pub enum Bin {
 #[derive(Default)]
 pub struct Arena {
     ops: Vec<Op>,
-    known: HashMap<Op, Term>,
+    known: FxHashMap<Op, Term>,
     unknowns: u32,
 }
 

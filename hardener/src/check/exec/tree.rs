@@ -3,7 +3,8 @@
 use super::interval::Set;
 use super::machine::Code;
 use super::term::{Arena, Op, Term, apply_all, sign_extend};
-use std::collections::{BTreeSet, HashMap};
+use rustc_hash::FxHashMap;
+use std::collections::BTreeSet;
 
 /// More subjects than any table speaks about.
 const MAX_SUBJECTS: u64 = 1 << 28;
@@ -60,9 +61,9 @@ pub struct Tree {
     pub nodes: Vec<Node>,
     pub(super) root: NodeId,
     /// Conditions that hold when the call before the subject names this address, modulo 2^32.
-    pub(super) names: HashMap<Term, u32>,
+    pub(super) names: FxHashMap<Term, u32>,
     /// Conditions that hold for one subject only.
-    pub(super) exact: HashMap<Term, u64>,
+    pub(super) exact: FxHashMap<Term, u64>,
     /// Whether anything stands before the subject that it looks at.
     looks_before: bool,
 }
@@ -116,11 +117,11 @@ impl Tree {
             ops: Vec::new(),
             nodes: Vec::new(),
             root,
-            names: HashMap::new(),
-            exact: HashMap::new(),
+            names: FxHashMap::default(),
+            exact: FxHashMap::default(),
             looks_before: false,
         };
-        let mut map = HashMap::new();
+        let mut map = FxHashMap::default();
         for node in &mut nodes {
             match node {
                 Node::Branch { cond, .. } => {
@@ -137,7 +138,7 @@ impl Tree {
         tree
     }
 
-    fn adopt(&mut self, arena: &Arena, map: &mut HashMap<Term, Term>, term: Term) -> Term {
+    fn adopt(&mut self, arena: &Arena, map: &mut FxHashMap<Term, Term>, term: Term) -> Term {
         if let Some(known) = map.get(&term) {
             return *known;
         }
@@ -349,18 +350,12 @@ impl Tree {
     ) -> Result<(), Wrong> {
         // Lanes part at branches and go on as smaller groups.
         let mut groups: Vec<(NodeId, Vec<u64>)> = vec![(self.root, subjects)];
-        while let Some((at, lanes)) = groups.pop() {
+        while let Some((at, mut lanes)) = groups.pop() {
             match &self.nodes[at.0] {
                 Node::Branch { cond, yes, no } => {
                     let truths = self.values(code, *cond, &lanes);
-                    let (mut taken, mut not) = (Vec::new(), Vec::new());
-                    for (lane, truth) in lanes.into_iter().zip(truths) {
-                        match truth {
-                            0 => not.push(lane),
-                            _ => taken.push(lane),
-                        }
-                    }
-                    let arms = [(*yes, taken), (*no, not)];
+                    let taken = part(&mut lanes, truths);
+                    let arms = [(*yes, taken), (*no, lanes)];
                     groups.extend(arms.into_iter().filter(|(_, lanes)| !lanes.is_empty()));
                 }
                 Node::Touch { load, next, .. } => {
@@ -450,6 +445,23 @@ impl Tree {
             }
         }
     }
+}
+
+/// Leaves the lanes whose truth is 0, in their order, and gives the others in theirs. Both lists are of one length; the memory is
+/// theirs.
+fn part(lanes: &mut Vec<u64>, mut truths: Vec<u64>) -> Vec<u64> {
+    let (mut taken, mut left) = (0, 0);
+    // Which way each lane goes is as good as random, so nothing branches on it.
+    for index in 0..lanes.len() {
+        let (lane, truth) = (lanes[index], truths[index]);
+        truths[taken] = lane;
+        lanes[left] = lane;
+        taken += usize::from(truth != 0);
+        left += usize::from(truth == 0);
+    }
+    truths.truncate(taken);
+    lanes.truncate(left);
+    truths
 }
 
 /// How subjects end.

@@ -2,7 +2,7 @@
 
 use super::KernelError;
 use super::elf::Vmlinux;
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 const MAGIC: u16 = 0xeb9f;
 const KIND_INTEGER: u32 = 1;
@@ -33,7 +33,7 @@ pub struct Btf<'a> {
     /// Where each type's record stands, by id; id 0 is void.
     types: Vec<usize>,
     /// Structures and unions by name.
-    named: HashMap<&'a [u8], usize>,
+    named: FxHashMap<&'a [u8], usize>,
 }
 
 impl<'a> Btf<'a> {
@@ -55,7 +55,7 @@ impl<'a> Btf<'a> {
             data,
             strings: header + word(data, 16)? as usize,
             types: vec![usize::MAX],
-            named: HashMap::new(),
+            named: FxHashMap::default(),
         };
         let mut at = start;
         while at < end {
@@ -97,8 +97,8 @@ impl<'a> Btf<'a> {
 
     /// How many argument registers each function reads at least, by name; of several with one name the fewest. What is
     /// passed as a structure may be in memory, and does not count.
-    pub fn least_arities(&self) -> HashMap<&'a [u8], u8> {
-        let mut least = HashMap::new();
+    pub fn least_arities(&self) -> FxHashMap<&'a [u8], u8> {
+        let mut least = FxHashMap::default();
         for at in self.types.iter().filter(|at| **at != usize::MAX) {
             let Some((name, arity)) = self.least_arity(*at) else {
                 continue;

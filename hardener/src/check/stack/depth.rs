@@ -9,7 +9,7 @@ use penumbra_bundle::LinkVa;
 use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::BinaryHeap;
 
 /// No frame goes deeper.
 const DEEPEST: i64 = 4096;
@@ -23,7 +23,7 @@ const CHUNK: usize = 512;
 type Place = (LinkVa, i64, Option<i64>);
 
 /// By return site, what is surely in use below the return address, in bytes.
-pub fn surely_used(kernel: &Kernel) -> HashMap<LinkVa, u32> {
+pub fn surely_used(kernel: &Kernel) -> FxHashMap<LinkVa, u32> {
     let mut starts: FxHashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();
     // Behind ENDBR64 a site starts nothing that its symbol does not.
     let code = kernel.symbols.iter();
@@ -40,17 +40,25 @@ pub fn surely_used(kernel: &Kernel) -> HashMap<LinkVa, u32> {
     let all: Vec<LinkVa> = starts.iter().copied().collect();
     let walk = Walk {
         kernel,
+        code: kernel.bytes(kernel.text).unwrap_or_default(),
         starts: &starts,
         silent,
         returns,
     };
     let found = all.par_chunks(CHUNK).map(|starts| {
-        let mut factory = InstructionInfoFactory::new();
-        let all = starts.iter();
-        let found = all.flat_map(|start| walk.from(*start, &mut factory));
-        found.collect::<Vec<(LinkVa, u32)>>()
+        let mut room = Room {
+            decoder: Decoder::new(64, walk.code, DecoderOptions::NONE),
+            factory: InstructionInfoFactory::new(),
+            seen: FxHashSet::default(),
+            open: BinaryHeap::new(),
+        };
+        let mut found = Vec::new();
+        for start in starts {
+            walk.from(*start, &mut room, &mut found);
+        }
+        found
     });
-    let mut least: HashMap<LinkVa, u32> = HashMap::new();
+    let mut least: FxHashMap<LinkVa, u32> = FxHashMap::default();
     for (at, depth) in found.collect::<Vec<_>>().into_iter().flatten() {
         let known = least.entry(at).or_insert(depth);
         *known = (*known).min(depth);
@@ -58,53 +66,76 @@ pub fn surely_used(kernel: &Kernel) -> HashMap<LinkVa, u32> {
     least
 }
 
+/// What one thread needs to walk, function after function.
+struct Room<'a> {
+    decoder: Decoder<'a>,
+    factory: InstructionInfoFactory,
+    seen: FxHashSet<Place>,
+    open: BinaryHeap<Reverse<(i64, Place)>>,
+}
+
 struct Walk<'a> {
     kernel: &'a Kernel,
+    /// The text.
+    code: &'a [u8],
     starts: &'a FxHashSet<LinkVa>,
     silent: FxHashMap<LinkVa, Vec<LinkVa>>,
     returns: FxHashSet<LinkVa>,
 }
 
 impl Walk<'_> {
-    /// The returns that are reached from `start`. Ways are followed in the order of how deep they have been, so the first that
+    /// Adds the returns that are reached from `start`. Ways are followed in the order of how deep they have been, so the first that
     /// comes to a place is the one that counts there.
-    fn from(&self, start: LinkVa, factory: &mut InstructionInfoFactory) -> Vec<(LinkVa, u32)> {
-        let mut found = Vec::new();
-        let mut seen: FxHashSet<Place> = FxHashSet::default();
-        let mut open = BinaryHeap::from([Reverse((0, (start, 0, None)))]);
+    fn from(&self, start: LinkVa, room: &mut Room<'_>, found: &mut Vec<(LinkVa, u32)>) {
+        let Room {
+            decoder,
+            factory,
+            seen,
+            open,
+        } = room;
+        let before = found.len();
+        seen.clear();
+        open.clear();
+        open.push(Reverse((0, (start, 0, None))));
         while let Some(Reverse((deepest, place))) = open.pop() {
             let (at, depth, frame) = place;
             if !seen.insert(place) {
                 continue;
             }
             if seen.len() > MOST {
-                return Vec::new();
+                found.truncate(before);
+                return;
             }
             if depth == 0 && self.returns.contains(&at) {
                 found.push((at, deepest as u32));
                 continue;
             }
-            let room = self.kernel.text.end.0.saturating_sub(at.0).min(15);
-            let bytes = self.kernel.vmlinux.bytes(at, room as usize);
-            let Some(bytes) = bytes.filter(|bytes| bytes.first().is_some_and(|byte| *byte != 0xcc))
-            else {
+            let place = at.0.wrapping_sub(self.kernel.text.start.0) as usize;
+            if self.code.get(place).is_none_or(|byte| *byte == 0xcc)
+                || decoder.set_position(place).is_err()
+            {
                 continue;
+            }
+            decoder.set_ip(at.0);
+            let instruction = decoder.decode();
+            let mut go = |(to, depth, frame): Place| {
+                if (0..=DEEPEST).contains(&depth) {
+                    open.push(Reverse((deepest.max(depth), (to, depth, frame))));
+                }
             };
-            let instruction = Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE).decode();
-            let mut goes: Vec<Place> = Vec::new();
             let silent = self.silent.get(&at).into_iter().flatten();
-            goes.extend(silent.map(|to| (*to, depth, frame)));
+            silent.for_each(|to| go((*to, depth, frame)));
             let flow = instruction.flow_control();
             let behind = LinkVa(instruction.next_ip());
             if instruction.op0_kind() == OpKind::NearBranch64 && flow != FlowControl::Call {
                 let to = LinkVa(instruction.near_branch_target());
                 // A tail call, with nothing of its own left on the stack.
                 if self.kernel.in_text(to) && !(depth == 0 && self.starts.contains(&to)) {
-                    goes.push((to, depth, frame));
+                    go((to, depth, frame));
                 }
             }
             match flow {
-                FlowControl::ConditionalBranch => goes.push((behind, depth, frame)),
+                FlowControl::ConditionalBranch => go((behind, depth, frame)),
                 FlowControl::Next
                 | FlowControl::Exception
                 | FlowControl::Interrupt
@@ -113,15 +144,13 @@ impl Walk<'_> {
                     if !self.starts.contains(&behind) =>
                 {
                     let moved = moved(&instruction, factory, depth, frame);
-                    goes.extend(moved.map(|(depth, frame)| (behind, depth, frame)));
+                    if let Some((depth, frame)) = moved {
+                        go((behind, depth, frame));
+                    }
                 }
                 _ => {}
             }
-            let goes = goes.into_iter();
-            let goes = goes.filter(|(_, depth, _)| (0..=DEEPEST).contains(depth));
-            open.extend(goes.map(|next| Reverse((deepest.max(next.1), next))));
         }
-        found
     }
 }
 
