@@ -17,10 +17,10 @@ use super::owed::{computed_gotos, has_fentry};
 use super::report::Findings;
 use super::slots::KernelThunks;
 use iced_x86::{
-    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpKind, Register, RflagsBits,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpAccess, OpKind, Register, RflagsBits,
 };
-use penumbra_bundle::LinkVa;
+use penumbra_bundle::{LinkVa, VaRange};
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -34,6 +34,8 @@ pub const SAVING: &str = "_saving";
 pub const SUFFIX: &str = "_zeroing";
 /// No stretch from one call to the next has more instructions.
 const MOST: usize = 20_000;
+/// More bytes than a test outside the text takes.
+const TEST: usize = 24;
 
 /// What stands behind calls, as far as it has been walked.
 pub struct Dead<'a> {
@@ -45,6 +47,8 @@ pub struct Dead<'a> {
     replaced: BTreeMap<LinkVa, Bytes>,
     /// Where a replacement may stand.
     patched: FxHashSet<LinkVa>,
+    /// Where jumps may go that are replaced by jumps, or by nothing.
+    switches: FxHashMap<LinkVa, Vec<LinkVa>>,
     retpolines: FxHashMap<LinkVa, Bytes>,
     ends: FxHashSet<LinkVa>,
     /// Functions with an `__fentry__` site, and functions with labels that data points to.
@@ -116,6 +120,7 @@ impl<'a> Dead<'a> {
             silent,
             replaced,
             patched: patched.collect(),
+            switches: switches(kernel),
             retpolines: retpolines
                 .map(|(at, number)| (*at, 0xff << (8 * u32::from(*number))))
                 .collect(),
@@ -202,6 +207,11 @@ impl<'a> Dead<'a> {
             if *known & unwritten == unwritten {
                 continue;
             }
+            // Tracers lose all of it (`save_mcount_regs` in arch/x86/kernel/ftrace_64.S), and who has just been called waits for
+            // none of it.
+            if ask == Ask::Scratch && self.traced.contains(&at) {
+                continue;
+            }
             if !self.kernel.in_text(at) {
                 return Some(format!(
                     "{} registers, and the text is left behind the call before {}",
@@ -230,6 +240,10 @@ impl<'a> Dead<'a> {
             let to = branch.then(|| LinkVa(instruction.near_branch_target()));
             let (mut reads, mut writes) = operands(&instruction);
             let flow = instruction.flow_control();
+            if let Some(goes) = self.switches.get(&at) {
+                open.extend(goes.iter().map(|to| (*to, unwritten)));
+                continue;
+            }
             if self.patched.contains(&at) {
                 writes = 0;
                 if !goes_on_behind(&instruction) {
@@ -337,6 +351,59 @@ impl<'a> Dead<'a> {
             _ => false,
         }
     }
+}
+
+/// Jumps that may be replaced (`static_cpu_has`): where the one in the file goes, or the test outside the text to which it does;
+/// where each replacement goes; and behind them, where a replacement is nothing.
+fn switches(kernel: &Kernel) -> FxHashMap<LinkVa, Vec<LinkVa>> {
+    let mut sites: FxHashMap<LinkVa, Option<(LinkVa, Vec<LinkVa>)>> = FxHashMap::default();
+    for one in &kernel.tables.alternatives {
+        let (start, end) = (one.site.start, one.site.end);
+        let known = sites.entry(start).or_insert_with(|| {
+            let own = jump(kernel, start, end)?;
+            let goes = match kernel.in_text(own) {
+                true => vec![own],
+                false => test(kernel, own)?,
+            };
+            Some((end, [vec![end], goes].concat()))
+        });
+        let replacement = one.replacement;
+        let goes = match replacement.len() {
+            0 => Some(None),
+            _ => jump(kernel, replacement.start, replacement.end).map(Some),
+        };
+        let goes = goes.filter(|to| to.is_none_or(|to| kernel.in_text(to)));
+        match (known.as_mut(), goes) {
+            (Some((until, all)), Some(goes)) if *until == end => all.extend(goes),
+            _ => *known = None,
+        }
+    }
+    let sites = sites.into_iter();
+    sites
+        .filter_map(|(at, known)| Some((at, known?.1)))
+        .collect()
+}
+
+/// Where the jump goes that is all that stands between two addresses.
+fn jump(kernel: &Kernel, start: LinkVa, end: LinkVa) -> Option<LinkVa> {
+    let code = kernel.bytes(VaRange { start, end })?;
+    let instruction = Decoder::with_ip(64, code, start.0, DecoderOptions::NONE).decode();
+    let whole = instruction.is_jmp_short_or_near() && instruction.next_ip() == end.0;
+    whole.then(|| LinkVa(instruction.near_branch_target()))
+}
+
+/// Where a test of memory goes on that stands outside the text: `test $imm, memory; jcc; jmp`.
+fn test(kernel: &Kernel, at: LinkVa) -> Option<Vec<LinkVa>> {
+    let code = kernel.vmlinux.bytes(at, TEST)?;
+    let mut decoder = Decoder::with_ip(64, code, at.0, DecoderOptions::NONE);
+    let [test, either, or] = [decoder.decode(), decoder.decode(), decoder.decode()];
+    let reads = test.code() == Code::Test_rm8_imm8
+        && test.op0_kind() == OpKind::Memory
+        && test.memory_base() == Register::RIP;
+    let branches = either.is_jcc_short_or_near() && or.is_jmp_short_or_near();
+    let goes = [either, or].map(|branch| LinkVa(branch.near_branch_target()));
+    let inside = goes.iter().all(|to| kernel.in_text(*to));
+    (reads && branches && inside).then(|| goes.to_vec())
 }
 
 /// The pass.

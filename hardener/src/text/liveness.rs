@@ -11,11 +11,13 @@ use iced_x86::{
     OpKind, Register, RflagsBits,
 };
 use penumbra_bundle::{LinkVa, TextOff};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::{BTreeMap, btree_map};
 use std::iter::Peekable;
 
 const INT3: u8 = 0xcc;
+/// More bytes than a test and its jumps take (see [`out_of_line`]).
+const OUT_OF_LINE: usize = 24;
 
 /// A set of registers' parts. Of register n, as x86 numbers them, bit n is the lowest byte, bit 16 + n the next, bit 32 + n the
 /// rest: a byte may be set and read (SETcc, MOVZX) while the rest is nobody's.
@@ -77,6 +79,7 @@ impl Liveness {
         let mut also = also(span, tables).into_iter().peekable();
         let replaced = replaced(image, tables, span, wanted);
         let mut replaced = replaced.into_iter().peekable();
+        let traced: FxHashSet<LinkVa> = tables.fentry.iter().copied().collect();
         let mut patched = Bitmap::new(code.len());
         for entry in &tables.alternatives {
             let site = (0..u64::from(entry.site_len)).map(|at| LinkVa(entry.site.0 + at));
@@ -102,7 +105,12 @@ impl Liveness {
                 writes = 0;
             }
             let at = TextOff(at as u32);
-            reads |= here(&mut replaced, at).unwrap_or_default();
+            let replaced = here(&mut replaced, at);
+            // One jump, which is a NOP where the kernel takes it away (`static_cpu_has`).
+            let switched = replaced.as_ref().and_then(|one| one.switch(&instruction));
+            if switched.is_none() {
+                reads |= replaced.as_ref().map_or(0, |one| one.reads);
+            }
             let mut goes = here(&mut also, at).unwrap_or_default();
             let direct = (instruction.op0_kind() == OpKind::NearBranch64)
                 .then(|| LinkVa(instruction.near_branch_target()));
@@ -139,6 +147,11 @@ impl Liveness {
                     reads |= wanted;
                 }
                 falls |= called;
+                // What a tracer puts there leaves none of them alone (`save_mcount_regs` in arch/x86/kernel/ftrace_64.S), and
+                // who has just been called waits for nothing in them.
+                if traced.contains(&span.va(at)) {
+                    (reads, writes) = (0, wanted);
+                }
             }
             let jump = matches!(
                 flow,
@@ -148,10 +161,16 @@ impl Liveness {
                 match span.offset(to) {
                     Some(to) => goes.push(to),
                     // A test that the kernel replaces (`static_cpu_has`), or nobody knows what.
-                    None => reads |= wanted,
+                    None => match out_of_line(image, span, to) {
+                        Some(to) => goes.extend(to),
+                        None => reads |= wanted,
+                    },
                 }
             }
-            if patched.get(at.0 as usize) && !comes_next(flow) {
+            if let Some(to) = switched {
+                goes.extend(to);
+                falls = true;
+            } else if patched.get(at.0 as usize) && !comes_next(flow) {
                 reads |= wanted;
             }
             let number = steps.len() as u32;
@@ -348,25 +367,54 @@ pub(super) fn also(span: Span, tables: &Tables) -> BTreeMap<TextOff, Vec<TextOff
     also
 }
 
-/// What the replacements read that the kernel may put over the text, by the site's start.
-fn replaced(image: &Image, tables: &Tables, span: Span, wanted: Set) -> BTreeMap<TextOff, Set> {
+/// What the kernel may put over the text at one site.
+#[derive(Default)]
+struct Replaced {
+    /// What it reads.
+    reads: Set,
+    /// How long the site is.
+    len: usize,
+    /// Where it goes when it is a jump each time, or nothing.
+    jumps: Vec<TextOff>,
+    /// Whether it is something else.
+    other: bool,
+}
+
+impl Replaced {
+    /// Where the replacements of a jump go on besides behind it, when they are jumps or nothing.
+    fn switch(&self, instruction: &Instruction) -> Option<&[TextOff]> {
+        let jump = instruction.is_jmp_short_or_near() && instruction.len() == self.len;
+        (jump && !self.other).then_some(&self.jumps)
+    }
+}
+
+/// What the kernel may put over the text, by the site's start.
+fn replaced(
+    image: &Image,
+    tables: &Tables,
+    span: Span,
+    wanted: Set,
+) -> BTreeMap<TextOff, Replaced> {
     let mut factory = InstructionInfoFactory::new();
-    let mut read: BTreeMap<TextOff, Set> = BTreeMap::new();
+    let mut sites: BTreeMap<TextOff, Replaced> = BTreeMap::new();
     for entry in &tables.alternatives {
         let Some(at) = span.offset(entry.site) else {
             continue;
         };
-        let code = image.at(entry.replacement, usize::from(entry.replacement_len));
+        let len = usize::from(entry.replacement_len);
+        let code = image.at(entry.replacement, len);
         let decoder = Decoder::with_ip(
             64,
             code.unwrap_or_default(),
             entry.replacement.0,
             DecoderOptions::NONE,
         );
+        let site = sites.entry(at).or_default();
+        site.len = site.len.max(usize::from(entry.site_len));
         let mut written = 0;
         for instruction in decoder {
             let (reads, writes) = accesses(&mut factory, &instruction, wanted);
-            *read.entry(at).or_default() |= match comes_next(instruction.flow_control()) {
+            site.reads |= match comes_next(instruction.flow_control()) {
                 true => reads & !written,
                 false => wanted,
             };
@@ -374,7 +422,35 @@ fn replaced(image: &Image, tables: &Tables, span: Span, wanted: Set) -> BTreeMap
             if instruction.flow_control() == FlowControl::Next {
                 written |= writes;
             }
+            let jump = instruction.is_jmp_short_or_near() && instruction.len() == len;
+            let to = jump.then(|| LinkVa(instruction.near_branch_target()));
+            match to.and_then(|to| span.offset(to)) {
+                Some(to) => site.jumps.push(to),
+                None => site.other = true,
+            }
         }
     }
-    read
+    sites
+}
+
+/// Where a test outside the text goes on, which does nothing but read memory and jump (`static_cpu_has`).
+fn out_of_line(image: &Image, span: Span, at: LinkVa) -> Option<Vec<TextOff>> {
+    let code = image.at(at, OUT_OF_LINE)?;
+    let mut found = Vec::new();
+    for instruction in Decoder::with_ip(64, code, at.0, DecoderOptions::NONE) {
+        let to = LinkVa(instruction.near_branch_target());
+        match instruction.flow_control() {
+            FlowControl::Next
+                if instruction.mnemonic() == Mnemonic::Test
+                    && instruction.is_ip_rel_memory_operand()
+                    && instruction.op1_kind() == OpKind::Immediate8 => {}
+            FlowControl::ConditionalBranch => found.push(span.offset(to)?),
+            FlowControl::UnconditionalBranch if instruction.is_jmp_short_or_near() => {
+                found.push(span.offset(to)?);
+                return Some(found);
+            }
+            _ => return None,
+        }
+    }
+    None
 }

@@ -117,22 +117,24 @@ fn check(
         (std::cmp::Reverse(calls), *number)
     });
     let sites = called.iter().map(|number| &graph.direct[*number as usize]);
-    // One more comparison than with callees costs what finding out the callee does.
-    let few = sites.clone().map(Vec::len).sum::<usize>() <= called.len() + 1;
+    let callees = called
+        .iter()
+        .map(|number| text.functions.start(*number as usize));
+    let opcode = callees.clone().any(|at| named.get(at.0 as usize));
+    // One more comparison than with callees costs what finding out the callee does; two more what looking at the opcode does, when
+    // any of the sites is as likely as the next.
+    let more = if opcode { 3 } else { 1 };
+    let few = sites.clone().map(Vec::len).sum::<usize>() <= called.len() + more;
     let sites = (few && !called.is_empty()).then(|| {
         let mut sites: Vec<TextOff> = sites.flatten().copied().collect();
         sites.sort_unstable();
         sites
     });
-    let called = called.into_iter();
-    let called: Vec<TextOff> = called
-        .map(|number| text.functions.start(number as usize))
-        .collect();
     Check::Callers {
         indirect: callers.indirect,
-        opcode: called.iter().any(|at| named.get(at.0 as usize)),
+        opcode,
         sites,
-        called,
+        called: callees.collect(),
     }
 }
 

@@ -71,12 +71,14 @@ impl ClassTable {
     }
 }
 
-/// The tables that thunks of classes read.
+/// The tables that thunks of classes read, and how large these may be.
 pub struct Tables<'a> {
     /// That of large classes.
     pub large: Option<&'a ClassTable>,
     /// That of all entries with the number of argument registers that they read.
     pub arities: Option<Hashed>,
+    /// Whether room counts more than speed.
+    pub compact: bool,
 }
 
 /// The thunk for a slot of class `class`; none when the class is that of all entries, which have a table.
@@ -158,7 +160,12 @@ pub fn emit(
         let Some((large, number)) = known else {
             let entries = &forward.classes[class as usize].entries;
             section.packed(&name, violation, |thunk| {
-                one(thunk, slot, entries, text, *retpoline, *stop)
+                let exits = Exits {
+                    retpoline: *retpoline,
+                    stop: *stop,
+                    compact: tables.compact,
+                };
+                one(thunk, slot, entries, text, exits)
             });
             continue;
         };
@@ -218,7 +225,12 @@ fn untold(
                 ..**slot
             };
             let at = section.thunk(&name, violation, |thunk| {
-                one(thunk, &saving, &entries, text, *retpoline, *stop)
+                let exits = Exits {
+                    retpoline: *retpoline,
+                    stop: *stop,
+                    compact: true,
+                };
+                one(thunk, &saving, &entries, text, exits)
             });
             made.insert(slot.register, at);
         }
@@ -354,13 +366,14 @@ fn look_up(
     a.jmp(retpoline.0)
 }
 
+/// Compares the target itself with the addresses of entries; only one that is none of them is moved to where it can be asked
+/// whether it lies in the text.
 fn one(
     thunk: &mut Thunk,
     slot: &Indirect,
     entries: &[TextOff],
     text: VaRange,
-    retpoline: LinkVa,
-    stop: LinkVa,
+    exits: Exits,
 ) -> Result<(), IcedError> {
     let Scratch {
         register: scratch,
@@ -368,6 +381,7 @@ fn one(
         save,
         ..
     } = scratch(slot.register, slot.scratch_free);
+    let keeps = save || !slot.scratch_free;
     let a = &mut thunk.asm;
     let (mut ok, mut outside) = (a.create_label(), a.create_label());
     let mut bad = a.create_label();
@@ -377,14 +391,28 @@ fn one(
     if !slot.scratch_free {
         a.pushfq()?;
     }
+    let found = match keeps || exits.compact {
+        true => Found::Here(ok),
+        false => Found::There(exits.retpoline),
+    };
+    let among = Among {
+        target,
+        text,
+        found,
+        outside,
+    };
+    among.compare(thunk, entries, true)?;
+    let a = &mut thunk.asm;
+    a.set_label(&mut outside)?;
     a.mov(scratch, target)?;
     a.sub(scratch, imm32(text.start))?;
     thunk.absolute();
     let a = &mut thunk.asm;
-    among(a, scratch, entries, ok, outside, true)?;
-    a.set_label(&mut outside)?;
     a.cmp(scratch, text.len() as i32)?;
-    a.jb(bad)?;
+    match keeps {
+        true => a.jb(bad)?,
+        false => a.jb(exits.stop.0)?,
+    }
     let restore = |a: &mut CodeAssembler| {
         if !slot.scratch_free {
             a.popfq()?;
@@ -394,39 +422,71 @@ fn one(
         }
         Ok::<(), IcedError>(())
     };
-    a.set_label(&mut ok)?;
+    if matches!(found, Found::Here(_)) {
+        a.set_label(&mut ok)?;
+    }
     restore(a)?;
-    a.jmp(retpoline.0)?;
-    a.set_label(&mut bad)?;
-    restore(a)?;
-    a.jmp(stop.0)
+    a.jmp(exits.retpoline.0)?;
+    if keeps {
+        a.set_label(&mut bad)?;
+        restore(a)?;
+        a.jmp(exits.stop.0)?;
+    }
+    Ok(())
 }
 
-/// Goes to `ok` when `offset` is one of `entries`, which are sorted; else to `outside`, which stands behind the `last` piece.
-fn among(
-    a: &mut CodeAssembler,
-    offset: AsmRegister64,
-    entries: &[TextOff],
-    ok: CodeLabel,
+/// Where a thunk goes.
+#[derive(Clone, Copy)]
+struct Exits {
+    retpoline: LinkVa,
+    stop: LinkVa,
+    /// Whether room counts: the jump to the retpoline stands once.
+    compact: bool,
+}
+
+/// Where a target goes that is found.
+#[derive(Clone, Copy)]
+enum Found {
+    Here(CodeLabel),
+    There(LinkVa),
+}
+
+/// Comparisons of a target with entries.
+struct Among {
+    target: AsmRegister64,
+    text: VaRange,
+    found: Found,
     outside: CodeLabel,
-    last: bool,
-) -> Result<(), IcedError> {
-    if entries.len() <= FEW {
-        for entry in entries {
-            a.cmp(offset, entry.0 as i32)?;
-            a.je(ok)?;
+}
+
+impl Among {
+    /// Finds the target when it is one of `entries`, which are sorted; else goes to `outside`, which stands behind the `last` piece.
+    fn compare(&self, thunk: &mut Thunk, entries: &[TextOff], last: bool) -> Result<(), IcedError> {
+        if entries.len() <= FEW {
+            for entry in entries {
+                self.with(thunk, *entry)?;
+            }
+            if !last {
+                thunk.asm.jmp(self.outside)?;
+            }
+            return Ok(());
         }
-        if !last {
-            a.jmp(outside)?;
-        }
-        return Ok(());
+        let (below, rest) = entries.split_at(entries.len() / 2);
+        let mut above = thunk.asm.create_label();
+        self.with(thunk, rest[0])?;
+        thunk.asm.ja(above)?;
+        self.compare(thunk, below, false)?;
+        thunk.asm.set_label(&mut above)?;
+        self.compare(thunk, &rest[1..], last)
     }
-    let (below, rest) = entries.split_at(entries.len() / 2);
-    let mut above = a.create_label();
-    a.cmp(offset, rest[0].0 as i32)?;
-    a.je(ok)?;
-    a.ja(above)?;
-    among(a, offset, below, ok, outside, false)?;
-    a.set_label(&mut above)?;
-    among(a, offset, &rest[1..], ok, outside, last)
+
+    fn with(&self, thunk: &mut Thunk, entry: TextOff) -> Result<(), IcedError> {
+        let entry = LinkVa(self.text.start.0 + u64::from(entry.0));
+        thunk.asm.cmp(self.target, imm32(entry))?;
+        thunk.absolute();
+        match self.found {
+            Found::Here(label) => thunk.asm.je(label),
+            Found::There(at) => thunk.asm.je(at.0),
+        }
+    }
 }

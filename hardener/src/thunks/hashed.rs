@@ -170,8 +170,8 @@ impl HashedTable {
     ) -> HashedTable {
         let room = members.len() * 100 / FILL_PERCENT;
         let mut sizes = (LEAST_BITS..).flat_map(|bits| {
-            // Twice a power of two, two and a half times, three times.
-            [[1, 0, 0], [1, 1, 0], [1, 1, 1]].map(|more| more.map(|more| bits + more))
+            // Twice a power of two, two and a half times, three times; the last with as much as can be where thunks look first.
+            [[1, 0, 0], [1, 1, 0], [2, 0, 0], [1, 1, 1]].map(|more| more.map(|more| bits + more))
         });
         let (bits, words) = sizes
             .by_ref()

@@ -246,6 +246,7 @@ fn build_with(
         let tables = forward_class::Tables {
             large: classes.as_ref(),
             arities: arities.as_ref().map(HashedTable::hashed),
+            compact: layout.shared,
         };
         forward_class::emit(
             &mut code, forward, &tables, text.range, kernel, slots, &on_call,

@@ -1,7 +1,9 @@
 //! `return-cfi` by function: proved on a real kernel, and each way to weaken or to break it is caught.
 
-use crate::scene::{Scene, branch, emitted, real, report, says, target};
-use hardener::check::{Rule, RuleReport};
+use crate::scene::{Scene, branch, emitted, real, report, says, target, vmlinuz};
+use hardener::check::{Checker, Rule, RuleReport};
+use hardener::image::unpacked;
+use iced_x86::{Decoder, DecoderOptions, FlowControl};
 use penumbra_bundle::{Bundle, LinkVa, SlotKind};
 use std::sync::OnceLock;
 
@@ -212,4 +214,56 @@ fn a_return_behind_which_registers_may_live_has_to_save_them() {
     assert!(says(&report, None, "changed"), "{report:?}");
     let first = format!("the first is {:#x}", at.0);
     assert!(says(&report, None, &first), "{report:?}");
+}
+
+#[test]
+fn a_register_that_is_read_behind_a_replaced_test_is_not_lost() {
+    // A function of `inline` functions: a call of one that is not traced, and behind it `static_cpu_has`, a jump that is replaced.
+    let scene = Scene::of(by_function());
+    let start = scene.symbol("free_pgd_range");
+    let whole = unpacked(std::fs::read(vmlinuz()).unwrap()).unwrap();
+    let headers = goblin::elf::Elf::parse(&whole).unwrap().program_headers;
+    let offset = |at: u64| {
+        let mut segments = headers.iter();
+        let segment = segments.find(|one| one.vm_range().contains(&(at as usize)));
+        let segment = segment.expect("a segment");
+        (segment.p_offset + at - segment.p_vaddr) as usize
+    };
+    let decoded = |at: u64, len: usize| {
+        let code = &whole[offset(at)..][..len];
+        Decoder::with_ip(64, code, at, DecoderOptions::NONE)
+    };
+    let end = scene.bundle.manifest.text.end.0;
+    let leaves = |to: u64| to >= end;
+    let jump = decoded(start.0, 4096).into_iter().find(|one| {
+        one.flow_control() == FlowControl::UnconditionalBranch && leaves(one.near_branch_target())
+    });
+    let jump = jump.expect("a test outside the text");
+    let test = decoded(jump.near_branch_target(), 24).into_iter();
+    let branches = test.filter(|one| one.flow_control() != FlowControl::Next);
+    let mut ways: Vec<u64> = branches
+        .take(2)
+        .map(|one| one.near_branch_target())
+        .collect();
+    ways.push(jump.next_ip());
+    ways.sort_unstable();
+    ways.dedup();
+    assert!(ways.len() >= 2, "{ways:x?}");
+    for way in ways {
+        let mut image = whole.clone();
+        // mov %r11,%rax
+        image[offset(way)..][..3].copy_from_slice(&[0x4c, 0x89, 0xd8]);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vmlinux");
+        std::fs::write(&path, image).unwrap();
+        let checker = Checker::open(&path).unwrap();
+        let reports = checker
+            .prove(by_function(), &[Rule::ThunkContract])
+            .unwrap();
+        assert!(
+            says(&reports[0], None, "changed"),
+            "{way:#x}: {:?}",
+            reports[0]
+        );
+    }
 }

@@ -122,20 +122,21 @@ fn a_mark_that_is_moved_is_caught() {
 #[test]
 fn a_thunk_that_clears_too_little_or_too_much_is_caught() {
     type Fault = fn(&Instruction, &[u8]) -> Option<Vec<u8>>;
-    let faults: [(&str, &str, Fault); 6] = [
+    let faults: [(&str, &str, Fault); 8] = [
         // Of the words below RSP, one is left out.
         ("a store left out", "fails at", |instruction, bytes| {
-            let store = instruction.op0_kind() == OpKind::Memory;
+            let store = instruction.op0_kind() == OpKind::Memory
+                && instruction.memory_base() == Register::R10;
             store.then(|| vec![0x90; bytes.len()])
         }),
         (
             "a store elsewhere",
             "uses what is not below RSP",
             |instruction, bytes| {
-                // Half of the 128 bytes.
-                let goes_down = instruction.mnemonic() == Mnemonic::Sub;
-                let half = || [&bytes[..3], &[0x40], &bytes[4..]].concat();
-                goes_down.then(half)
+                // Above what is kept.
+                let starts = instruction.mnemonic() == Mnemonic::Lea;
+                let above = || [&bytes[..bytes.len() - 4], &[0; 4]].concat();
+                starts.then(above)
             },
         ),
         ("a word not looked at", "fails at", |instruction, bytes| {
@@ -157,22 +158,35 @@ fn a_thunk_that_clears_too_little_or_too_much_is_caught() {
             |instruction, bytes| {
                 let ends = instruction.mnemonic() == Mnemonic::Test;
                 // The mask: all but the last word.
-                let mut bytes = bytes.to_vec();
-                if ends {
-                    bytes[3..5].copy_from_slice(&[0xf8, 0x3f]);
-                }
-                ends.then_some(bytes)
+                let opcode = bytes.len() - 4;
+                ends.then(|| [&bytes[..opcode], &[0xf8, 0x3f, 0, 0]].concat())
             },
         ),
         (
             "another register",
             "no such thunk needs",
+            |instruction, _| {
+                let makes_zero = instruction.mnemonic() == Mnemonic::Xorps;
+                // xmm1.
+                makes_zero.then(|| vec![0x0f, 0x57, 0xc9])
+            },
+        ),
+        (
+            "a register that stays zero",
+            "goes on with xmm0 changed",
             |instruction, bytes| {
-                let copies = instruction.mnemonic() == Mnemonic::Xor
-                    && instruction.op0_register() == Register::R11D;
-                copies
-                    .then(|| vec![0x45, 0x31, 0xc9])
-                    .filter(|new| new.len() == bytes.len())
+                let takes_back = instruction.mnemonic() == Mnemonic::Movups
+                    && instruction.op1_kind() == OpKind::Memory;
+                takes_back.then(|| vec![0x90; bytes.len()])
+            },
+        ),
+        (
+            "a register that is not kept",
+            "keeps something other than xmm0",
+            |instruction, bytes| {
+                let keeps = instruction.op0_kind() == OpKind::Memory
+                    && instruction.memory_base() == Register::RSP;
+                keeps.then(|| vec![0x90; bytes.len()])
             },
         ),
     ];

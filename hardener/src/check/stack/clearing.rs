@@ -15,8 +15,12 @@ const STACK: i64 = 0x4000;
 /// Less than so many bytes from its end, a thunk may give up: `STACK_END_MAGIC` stands there, and whoever comes as far has all
 /// but left the stack.
 const END: i64 = 1024;
-/// r10, r11 and the flags: nothing else is pushed.
-const PUSHED: usize = 3;
+/// r10, r11, the flags and xmm0: nothing else is saved.
+const PUSHED: usize = 5;
+/// xmm0, among the registers.
+const VECTOR: usize = 2;
+/// Its words.
+const WORDS: usize = 2;
 /// With less room than this below RSP, the next call or interrupt leaves the stack.
 const LEAST: i64 = 64;
 /// The longest thunk.
@@ -41,7 +45,7 @@ impl Code {
     }
 }
 
-/// What a register or a word that was pushed holds.
+/// What a register or a word that was pushed holds; what xmm0 held lies in two words.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Value {
     /// An address in the stack, from its start.
@@ -52,6 +56,8 @@ enum Value {
     Words(u64),
     /// What this register, by number, held at the thunk's entry.
     Entry(usize),
+    /// Nobody knows what.
+    Unknown,
     /// These flags.
     Flags(Flag),
 }
@@ -70,8 +76,8 @@ enum Flag {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct State {
     ip: LinkVa,
-    /// r10 and r11.
-    registers: [Value; 2],
+    /// r10, r11 and xmm0.
+    registers: [Value; 3],
     flags: Flag,
     /// What was pushed, and how much of it is there still.
     pushed: [Value; PUSHED],
@@ -99,8 +105,8 @@ enum Word {
     Below(u32),
 }
 
-/// Proves that the thunk at `entry` clears what was written below RSP, touches nothing else, and goes on to `next`; whether it
-/// keeps r10, r11 and the flags.
+/// Proves that the thunk at `entry` clears what was written below RSP, touches nothing else, and goes on to `next` with xmm0 as it
+/// was; whether it keeps r10, r11 and the flags too.
 pub fn prove(code: &Code, entry: LinkVa, next: LinkVa) -> Result<bool, Fault> {
     let places: Vec<i64> = (LEAST..STACK).step_by(8).collect();
     let places = places.par_iter();
@@ -116,7 +122,7 @@ pub fn prove(code: &Code, entry: LinkVa, next: LinkVa) -> Result<bool, Fault> {
 fn at_place(code: &Code, entry: LinkVa, next: LinkVa, rsp: i64) -> Result<bool, Fault> {
     let start = State {
         ip: entry,
-        registers: [Value::Entry(0), Value::Entry(1)],
+        registers: [0, 1, VECTOR].map(Value::Entry),
         flags: Flag::Entry,
         pushed: [Value::Zero; PUSHED],
         depth: 0,
@@ -142,6 +148,10 @@ fn at_place(code: &Code, entry: LinkVa, next: LinkVa, rsp: i64) -> Result<bool, 
                 if state.depth > 0 || state.dirty > 0 {
                     let what = "goes on with what it pushed on the stack".to_owned();
                     return Err((state.ip, what));
+                }
+                if state.registers[VECTOR] != start.registers[VECTOR] {
+                    // Nobody has seen to it that the process's own is loaded again.
+                    return Err((state.ip, "goes on with xmm0 changed".to_owned()));
                 }
                 keeps &= state.registers == start.registers && state.flags == start.flags;
                 break;
@@ -208,11 +218,20 @@ impl State {
         }
     }
 
-    /// An address that is read or written: a word of the stack below RSP.
-    fn word(&self, instruction: &Instruction, rsp: i64) -> Result<Word, &'static str> {
-        let now = rsp - 8 * self.depth as i64;
+    /// RSP, from the stack's start.
+    fn now(&self, rsp: i64) -> i64 {
+        rsp - 8 * self.depth as i64
+    }
+
+    /// An address that is read or written: of so many bytes of the stack.
+    fn address(
+        &self,
+        instruction: &Instruction,
+        rsp: i64,
+        size: usize,
+    ) -> Result<i64, &'static str> {
         let base = match instruction.memory_base() {
-            Register::RSP => Some(Value::Stack(now)),
+            Register::RSP => Some(Value::Stack(self.now(rsp))),
             other => self.register(other).map(|number| self.registers[number]),
         };
         let Some(Value::Stack(base)) = base else {
@@ -220,12 +239,21 @@ impl State {
         };
         let plain = instruction.memory_index() == Register::None
             && instruction.segment_prefix() == Register::None
-            && instruction.memory_size().size() == 8;
+            && instruction.memory_size().size() == size;
         let at = base + instruction.memory_displacement64() as i64;
-        if !plain || at % 8 != 0 {
-            return Err("uses something other than a word of the stack");
+        match plain && at % 8 == 0 {
+            true => Ok(at),
+            false => Err("uses something other than a word of the stack"),
         }
-        if at >= now {
+    }
+
+    /// The word of the stack that is read or written: one below RSP.
+    fn word(&self, instruction: &Instruction, rsp: i64) -> Result<Word, &'static str> {
+        self.word_at(self.address(instruction, rsp, 8)?, rsp)
+    }
+
+    fn word_at(&self, at: i64, rsp: i64) -> Result<Word, &'static str> {
+        if at >= self.now(rsp) {
             return Err("uses what is not below RSP");
         }
         // The word at the end tells whether the stack was too small.
@@ -242,10 +270,19 @@ impl State {
         }
     }
 
+    /// Writes zero to a word.
+    fn clear(&mut self, at: i64, rsp: i64) -> Result<(), &'static str> {
+        match self.word_at(at, rsp)? {
+            Word::Pushed(number) => self.dirty &= !(1 << number),
+            Word::Zero => {}
+            Word::Below(word) => self.learn(1 << word, false),
+        }
+        Ok(())
+    }
+
     /// Before anything else, so that what is pushed lies above all that is cleared.
     fn push(&mut self, value: Value, rsp: i64) -> Result<(), &'static str> {
-        let now = rsp - 8 * self.depth as i64;
-        if self.depth == PUSHED || self.zero != now || self.below != 0 {
+        if self.depth == PUSHED || self.zero != self.now(rsp) || self.below != 0 {
             return Err("pushes more, or later, than such a thunk needs");
         }
         self.pushed[self.depth] = value;
@@ -261,6 +298,64 @@ impl State {
             .checked_sub(1)
             .ok_or("pops what it did not push")?;
         Ok(self.pushed[self.depth])
+    }
+
+    /// RSP goes down, or up, over words that a vector register is kept in.
+    fn move_rsp(&mut self, instruction: &Instruction, rsp: i64) -> Result<(), &'static str> {
+        let room = instruction.try_immediate(1).ok();
+        if instruction.op0_register() != Register::RSP || room != Some(8 * WORDS as u64) {
+            return Err("moves RSP by something other than a vector register's size");
+        }
+        for _ in 0..WORDS {
+            match instruction.mnemonic() {
+                Mnemonic::Sub => self.push(Value::Unknown, rsp)?,
+                _ => {
+                    self.pop()?;
+                }
+            }
+        }
+        self.flags = Flag::Unknown;
+        Ok(())
+    }
+
+    /// An instruction with xmm0: it is kept at RSP, or taken back from there, or is zero and clears two words.
+    fn vector(&mut self, instruction: &Instruction, rsp: i64) -> Result<(), &'static str> {
+        const OTHER: &str = "is an instruction that no such thunk needs";
+        let is_vector = |operand| instruction.op_register(operand) == Register::XMM0;
+        let kinds = (instruction.op0_kind(), instruction.op1_kind());
+        match (instruction.mnemonic(), kinds) {
+            (Mnemonic::Xorps, (OpKind::Register, OpKind::Register))
+                if is_vector(0) && is_vector(1) =>
+            {
+                self.registers[VECTOR] = Value::Zero;
+                return Ok(());
+            }
+            (Mnemonic::Movups, (OpKind::Memory, OpKind::Register)) if is_vector(1) => {}
+            (Mnemonic::Movups, (OpKind::Register, OpKind::Memory)) if is_vector(0) => {}
+            _ => return Err(OTHER),
+        }
+        let at = self.address(instruction, rsp, 8 * WORDS)?;
+        let stores = kinds.0 == OpKind::Memory;
+        if stores && self.registers[VECTOR] == Value::Zero {
+            (0..WORDS as i64)
+                .rev()
+                .try_for_each(|word| self.clear(at + 8 * word, rsp))
+        } else if at != self.now(rsp) || self.depth < WORDS {
+            Err("keeps xmm0 elsewhere than at RSP")
+        } else {
+            let kept = &mut self.pushed[self.depth - WORDS..self.depth];
+            let own = Value::Entry(VECTOR);
+            match stores {
+                true if self.registers[VECTOR] == own
+                    && kept.iter().all(|word| *word == Value::Unknown) =>
+                {
+                    kept.fill(own);
+                }
+                false if kept.iter().all(|word| *word == own) => self.registers[VECTOR] = own,
+                _ => return Err("keeps something other than xmm0"),
+            }
+            Ok(())
+        }
     }
 
     fn register(&self, register: Register) -> Option<usize> {
@@ -295,6 +390,10 @@ impl State {
                 self.flags = flags;
                 return Ok(());
             }
+            Mnemonic::Movups | Mnemonic::Xorps => return self.vector(instruction, rsp),
+            Mnemonic::Sub | Mnemonic::Add if to == Register::RSP => {
+                return self.move_rsp(instruction, rsp);
+            }
             _ => {}
         }
         if instruction.op0_kind() == OpKind::Memory {
@@ -308,11 +407,11 @@ impl State {
             if mnemonic != Mnemonic::Mov || !zero {
                 return Err("writes something other than zero");
             }
-            match self.word(instruction, rsp)? {
-                Word::Pushed(number) => self.dirty &= !(1 << number),
-                Word::Zero => {}
-                Word::Below(word) => self.learn(1 << word, false),
-            }
+            let at = self.address(instruction, rsp, 8)?;
+            return self.clear(at, rsp);
+        }
+        if mnemonic == Mnemonic::Test && to.full_register() == Register::RSP {
+            self.flags = ends(self.now(rsp), instruction)?;
             return Ok(());
         }
         let number = self.register(to.full_register()).ok_or(OTHER)?;
@@ -330,7 +429,7 @@ impl State {
         let (result, flag) = match (mnemonic, value, read) {
             (Mnemonic::Mov, _, Some(words)) if wide => (Value::Words(words), self.flags),
             (Mnemonic::Mov, _, None) if from == Register::RSP => {
-                (Value::Stack(rsp - 8 * self.depth as i64), self.flags)
+                (Value::Stack(self.now(rsp)), self.flags)
             }
             (Mnemonic::Or, Value::Words(words), Some(more)) if wide => {
                 let words = words | more;
@@ -343,23 +442,29 @@ impl State {
                 (Value::Stack(at - immediate.ok_or(OTHER)?), Flag::Unknown)
             }
             (Mnemonic::Lea, _, None) if wide && instruction.memory_index() == Register::None => {
-                let base = self.register(instruction.memory_base()).ok_or(OTHER)?;
-                let Value::Stack(at) = self.registers[base] else {
+                let base = match instruction.memory_base() {
+                    Register::RSP => Value::Stack(self.now(rsp)),
+                    other => self.registers[self.register(other).ok_or(OTHER)?],
+                };
+                let Value::Stack(at) = base else {
                     return Err(OTHER);
                 };
                 let at = at + instruction.memory_displacement64() as i64;
                 (Value::Stack(at), self.flags)
             }
-            // The bits below the stack's size are those of the place in it.
-            (Mnemonic::Test, Value::Stack(at), None) => {
-                let mask = immediate.filter(|mask| (0..STACK).contains(mask) && at >= 0);
-                let mask = mask.ok_or("asks more of an address than its place in the stack")?;
-                (value, Flag::Known(at & mask == 0))
-            }
+            (Mnemonic::Test, Value::Stack(at), None) => (value, ends(at, instruction)?),
             _ => return Err(OTHER),
         };
         self.registers[number] = result;
         self.flags = flag;
         Ok(())
     }
+}
+
+/// What a test of an address in the stack says: the bits below the stack's size are those of the place in it.
+fn ends(at: i64, instruction: &Instruction) -> Result<Flag, &'static str> {
+    let immediate = instruction.try_immediate(1).ok().map(|value| value as i64);
+    let mask = immediate.filter(|mask| (0..STACK).contains(mask) && at >= 0);
+    let mask = mask.ok_or("asks more of an address than its place in the stack")?;
+    Ok(Flag::Known(at & mask == 0))
 }
