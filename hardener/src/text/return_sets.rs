@@ -14,6 +14,8 @@ use std::collections::{BTreeMap, HashMap};
 pub const MAX_COMPARED: usize = 32;
 /// The first byte of `call rel32`.
 const CALL: u8 = 0xe8;
+/// The first byte of `jmp rel32`.
+const JMP: u8 = 0xe9;
 
 /// How a thunk tells a legal return address.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -31,9 +33,8 @@ pub enum Check {
         sites: Option<Vec<TextOff>>,
         /// Whether an indirect call will do.
         indirect: bool,
-        /// Whether the call's first byte has to be looked at: elsewhere in the text the four bytes before some address name
-        /// one of these functions too, a jump's mostly.
-        opcode: bool,
+        /// What has to be known of the call's first byte.
+        opcode: Opcode,
     },
 }
 
@@ -43,7 +44,18 @@ pub struct Called {
     /// Its entry.
     pub at: TextOff,
     /// As in [`Check::Callers`].
-    pub opcode: bool,
+    pub opcode: Opcode,
+}
+
+/// What has to be known of the byte before the four that name a function.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Opcode {
+    /// Nothing: no other address has the function's name before it.
+    Any,
+    /// That it is less than a jump's: jumps alone name the function where no call does.
+    NoJump,
+    /// That it is a call's.
+    Call,
 }
 
 /// What the returns of one kernel may go back to.
@@ -98,16 +110,10 @@ impl ReturnSets {
     }
 }
 
-fn check(
-    graph: &CallGraph,
-    text: &Text,
-    named: &Bitmap,
-    number: usize,
-    callers: &Callers,
-) -> Check {
+fn check(graph: &CallGraph, text: &Text, named: &Named, number: usize, callers: &Callers) -> Check {
     if callers.unknown || callers.called.len() > MAX_COMPARED {
         let at = text.functions.start(number);
-        let opcode = named.get(at.0 as usize);
+        let opcode = named.opcode(at);
         let own = (!graph.direct[number].is_empty()).then_some(Called { at, opcode });
         return Check::AnySite { own };
     }
@@ -120,10 +126,15 @@ fn check(
     let callees = called
         .iter()
         .map(|number| text.functions.start(*number as usize));
-    let opcode = callees.clone().any(|at| named.get(at.0 as usize));
-    // One more comparison than with callees costs what finding out the callee does; two more what looking at the opcode does, when
-    // any of the sites is as likely as the next.
-    let more = if opcode { 3 } else { 1 };
+    let opcode = callees.clone().map(|at| named.opcode(at)).max();
+    let opcode = opcode.unwrap_or(Opcode::Any);
+    // One more comparison than with callees costs what finding out the callee does; more than that, what looking at the opcode does,
+    // when any of the sites is as likely as the next.
+    let more = match opcode {
+        Opcode::Any => 1,
+        Opcode::NoJump => 2,
+        Opcode::Call => 3,
+    };
     let few = sites.clone().map(Vec::len).sum::<usize>() <= called.len() + more;
     let sites = (few && !called.is_empty()).then(|| {
         let mut sites: Vec<TextOff> = sites.flatten().copied().collect();
@@ -138,15 +149,43 @@ fn check(
     }
 }
 
-/// Offsets that the four bytes before some address name as a call would, without a call's first byte before them.
-fn named_elsewhere(text: &Text) -> Bitmap {
+/// What the four bytes before addresses name as a call would, without a call's first byte before them.
+struct Named {
+    /// Offsets that are named.
+    any: Bitmap,
+    /// Those of them that a look for something less than a jump would take for called: behind less than that, or one byte further on
+    /// behind no less.
+    less: Bitmap,
+}
+
+impl Named {
+    fn opcode(&self, at: TextOff) -> Opcode {
+        let at = at.0 as usize;
+        match (self.any.get(at), self.less.get(at)) {
+            (_, true) => Opcode::Call,
+            (true, false) => Opcode::NoJump,
+            (false, false) => Opcode::Any,
+        }
+    }
+}
+
+fn named_elsewhere(text: &Text) -> Named {
     let code = &text.bytes[..text.span.code.len() as usize];
-    let mut named = Bitmap::new(code.len());
+    let mut named = Named {
+        any: Bitmap::new(code.len()),
+        less: Bitmap::new(code.len()),
+    };
     for (at, bytes) in code.windows(5).enumerate() {
         let displacement = i32::from_le_bytes([bytes[1], bytes[2], bytes[3], bytes[4]]);
-        let to = (at as u32 + 5).wrapping_add_signed(displacement);
-        if bytes[0] != CALL && (to as usize) < code.len() {
-            named.set(to as usize);
+        let to = (at as u32 + 5).wrapping_add_signed(displacement) as usize;
+        if bytes[0] == CALL || to >= code.len() {
+            continue;
+        }
+        named.any.set(to);
+        if bytes[0] < JMP {
+            named.less.set(to);
+        } else if to > 0 {
+            named.less.set(to - 1);
         }
     }
     named

@@ -1,7 +1,7 @@
 //! `return_cfi_N`: the return address must follow a call of one of a function's callers' targets.
 //!
 //! Every function has a short thunk, which compares the return address, or what the call before it names, with a few constants:
-//! three instructions more than a plain return in the best case, five in the usual one. What it does not know it hands over,
+//! three instructions more than a plain return in the best case, five or six in the usual one. What it does not know it hands over,
 //! with the stack as it found it, to one of a few shared thunks: these let through what lies outside the text (modules, BPF,
 //! trampolines), what pushes return addresses itself, the returns of indirect calls where the function has such callers, and any
 //! return site whose call a kprobe replaces by INT3 (arch/x86/kernel/kprobes/core.c; an optimised kprobe covers no call,
@@ -12,7 +12,7 @@ use super::return_cfi::Mode;
 use super::{Hashed, Targets, Violation};
 use crate::passes::Analyses;
 use crate::text::Slots;
-use crate::text::return_sets::{Check, ReturnSets};
+use crate::text::return_sets::{Check, Opcode, ReturnSets};
 use iced_x86::code_asm::*;
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 use penumbra_bundle::{LinkVa, Offending, TextOff};
@@ -22,6 +22,8 @@ const DIRECT: &str = "return_cfi_direct";
 const INDIRECT: &str = "return_cfi_indirect";
 /// `call rel32`.
 const CALL: i32 = 0xe8;
+/// `jmp rel32`, the next.
+const JMP: i32 = 0xe9;
 /// INT3, which a kprobe puts over a call's first byte.
 const INT3: i32 = 0xcc;
 
@@ -210,7 +212,7 @@ pub fn emit(
                 })
             });
             section.packed(&name, violation, |thunk| {
-                pass_callee(thunk, *only, mode)?;
+                pass_callee(thunk, named(*only, opcode), mode)?;
                 thunk.asm.jmp(rest.0)
             });
         } else {
@@ -245,7 +247,7 @@ fn compare_sites(
 fn compare_callees(
     thunk: &mut Thunk,
     called: &[LinkVa],
-    opcode: bool,
+    opcode: Opcode,
     saves: Saves,
     tail: LinkVa,
     miss: LinkVa,
@@ -255,11 +257,11 @@ fn compare_callees(
     let mut other = thunk.asm.create_label();
     name_callee(thunk, opcode, other)?;
     for callee in called {
-        thunk.asm.cmp(r11d, imm32(*callee))?;
+        thunk.asm.cmp(r11d, imm32(named(*callee, opcode)))?;
         thunk.absolute();
         thunk.asm.je(tail.0)?;
     }
-    if opcode {
+    if opcode == Opcode::Call {
         thunk.asm.set_label(&mut other)?;
     }
     saves.restore(thunk)?;
@@ -279,7 +281,7 @@ fn pass_callee(thunk: &mut Thunk, callee: LinkVa, mode: Mode) -> Result<(), Iced
 /// Compares what the call before the return address names with the function in r10.
 fn compare_shared(
     thunk: &mut Thunk,
-    opcode: bool,
+    opcode: Opcode,
     mode: Mode,
     tail: LinkVa,
     miss: LinkVa,
@@ -293,23 +295,37 @@ fn compare_shared(
     name_callee(thunk, opcode, other)?;
     thunk.asm.cmp(r11d, r10d)?;
     thunk.asm.je(tail.0)?;
-    if opcode {
+    if opcode == Opcode::Call {
         thunk.asm.set_label(&mut other)?;
     }
     mode.restore(thunk)?;
     thunk.asm.jmp(miss.0)
 }
 
-/// From the return address in r11, the callee that the call before it names, in r11d; to `other` when it is no direct call, if
-/// that is asked.
-fn name_callee(thunk: &mut Thunk, opcode: bool, other: CodeLabel) -> Result<(), IcedError> {
+/// From the return address in r11, what [`named`] is of the callee that the call before it names, in r11d; to `other` when it is no
+/// direct call, if that is asked.
+fn name_callee(thunk: &mut Thunk, opcode: Opcode, other: CodeLabel) -> Result<(), IcedError> {
     let a = &mut thunk.asm;
-    if opcode {
-        a.cmp(byte_ptr(r11 - 5), CALL)?;
-        a.jne(other)?;
-    }
     // The displacement is the callee less the return address; modulo 2^32, as the processor adds it too (SDM volume 2, CALL).
-    a.add(r11d, dword_ptr(r11 - 4))
+    let displacement = dword_ptr(r11 - 4);
+    match opcode {
+        Opcode::Any => a.add(r11d, displacement),
+        Opcode::NoJump => {
+            // CF: it is less than a jump's.
+            a.cmp(byte_ptr(r11 - 5), JMP)?;
+            a.adc(r11d, displacement)
+        }
+        Opcode::Call => {
+            a.cmp(byte_ptr(r11 - 5), CALL)?;
+            a.jne(other)?;
+            a.add(r11d, displacement)
+        }
+    }
+}
+
+/// What [`name_callee`] makes of a call of `callee`.
+fn named(callee: LinkVa, opcode: Opcode) -> LinkVa {
+    LinkVa(callee.0 + u64::from(opcode == Opcode::NoJump))
 }
 
 /// Puts the return address into r11.

@@ -194,6 +194,25 @@ fn a_return_address_that_is_compared_with_another_site_is_caught() {
     );
 }
 
+/// `mov (%rsp),%r11`, `cmpb $0xe9,-5(%r11)`: a thunk that asks whether a call or a jump names the function.
+const ASKS_FOR_JUMP: [u8; 9] = [0x4c, 0x8b, 0x1c, 0x24, 0x41, 0x80, 0x7b, 0xfb, 0xe9];
+
+#[test]
+fn a_jump_that_is_taken_for_a_call_is_caught_and_a_call_for_a_jump() {
+    for (limit, wanted) in [
+        (0xea, "is passed, though no call"),
+        (0xe8, "is killed, though a call"),
+    ] {
+        let mut scene = Scene::of(by_function());
+        let thunks = scene.return_thunks().into_iter();
+        let mut asks = thunks.filter(|thunk| scene.cave(*thunk, 9) == ASKS_FOR_JUMP);
+        let thunk = asks.next().expect("some function is jumped to");
+        *scene.cave(thunk, 9).last_mut().unwrap() = limit;
+        let report = sets(&scene.bundle);
+        assert!(says(&report, None, wanted), "{limit:#x}: {report:?}");
+    }
+}
+
 #[test]
 fn a_return_behind_which_registers_may_live_has_to_save_them() {
     let (checker, _) = real();

@@ -118,9 +118,9 @@ impl Tree {
         self.evaluate_each(code, tables, &subjects, seen)
     }
 
-    /// The addresses with which it compares what a call names, modulo 2^32.
+    /// The addresses with which it compares what a call names, modulo 2^32, and others that are like these to it.
     pub fn names(&self) -> impl Iterator<Item = u32> {
-        self.names.values().copied()
+        self.names.values().flat_map(|name| name.each())
     }
 
     /// Where all subjects end before which none of [`Tree::names`] is named and that are none of those compared with, when that
@@ -196,7 +196,7 @@ impl Tree {
         subjects.retain(|subject| {
             ended.passed.binary_search(subject).is_err() && !handed.contains(subject)
         });
-        let mut names: Vec<u32> = self.names().collect();
+        let mut names: Vec<u32> = self.names.values().map(|name| name.called()).collect();
         names.sort_unstable();
         Ok(Decides::Some {
             passed: ended.passed,

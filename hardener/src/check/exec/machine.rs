@@ -372,6 +372,17 @@ impl<'a> Machine<'a> {
                     self.write(state, instruction, bits, result)?;
                 }
             }
+            M::Adc => {
+                let left = self.read(state, instruction, 0, &mut loads)?;
+                let right = self.read(state, instruction, 1, &mut loads)?;
+                let carry = state.flags[0];
+                let sum = self.arena.bin(Bin::Add, left, right);
+                let sum = self.arena.bin(Bin::Add, sum, carry);
+                let result = self.arena.truncate(sum, bits);
+                state.flags = std::array::from_fn(|_| self.arena.unknown());
+                self.set_result(state, result, bits);
+                self.write(state, instruction, bits, result)?;
+            }
             M::Shl | M::Sal | M::Shr | M::Sar | M::Shlx | M::Shrx | M::Sarx => {
                 let flagless = matches!(instruction.mnemonic(), M::Shlx | M::Shrx | M::Sarx);
                 let first = u32::from(flagless);

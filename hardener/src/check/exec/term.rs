@@ -60,6 +60,31 @@ pub struct Arena {
     unknowns: u32,
 }
 
+/// A sum modulo 2^32.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sum {
+    /// How often the subject is in it.
+    pub subject: u32,
+    /// How often the four bytes before the subject.
+    pub named: u32,
+    /// Whether one is added where the byte before these four is below a limit, and this limit.
+    pub carry: Option<u64>,
+    /// What else is added.
+    pub constant: u32,
+}
+
+impl Sum {
+    /// The difference; none when something would be taken away by what a byte is.
+    pub fn less(&self, other: &Sum) -> Option<Sum> {
+        other.carry.is_none().then(|| Sum {
+            subject: self.subject.wrapping_sub(other.subject),
+            named: self.named.wrapping_sub(other.named),
+            carry: self.carry,
+            constant: self.constant.wrapping_sub(other.constant),
+        })
+    }
+}
+
 impl Arena {
     /// What `term` is.
     pub fn op(&self, term: Term) -> Op {
@@ -252,30 +277,47 @@ impl Arena {
         }
     }
 
-    /// `term` modulo 2^32 as a sum: how often the subject is in it, how often the four bytes before the subject, and a
-    /// constant. None when it is no such sum.
-    pub fn sum(&self, term: Term) -> Option<(u32, u32, u32)> {
+    /// `term` modulo 2^32 as a sum. None when it is no such sum.
+    pub fn sum(&self, term: Term) -> Option<Sum> {
+        let of = |subject, named, constant| Sum {
+            subject,
+            named,
+            carry: None,
+            constant,
+        };
         match self.op(term) {
-            Op::Const(value) => Some((0, 0, value as u32)),
-            Op::Subject => Some((1, 0, 0)),
-            Op::Load(4, address) if self.before_subject(address) == Some(4) => Some((0, 1, 0)),
+            Op::Const(value) => Some(of(0, 0, value as u32)),
+            Op::Subject => Some(of(1, 0, 0)),
+            Op::Load(4, address) if self.before_subject(address) == Some(4) => Some(of(0, 1, 0)),
+            // A byte is less than a constant, or not.
+            Op::Bin(Bin::Below, byte, limit) => match (self.op(byte), self.value(limit)?) {
+                (Op::Load(1, address), limit) if self.before_subject(address) == Some(5) => {
+                    Some(Sum {
+                        carry: Some(limit),
+                        ..of(0, 0, 0)
+                    })
+                }
+                _ => None,
+            },
             // Neither touches the low half.
             Op::Bin(Bin::And, inner, mask) if self.value(mask) == Some(0xffff_ffff) => {
                 self.sum(inner)
             }
             Op::SignExtend(32, inner) => self.sum(inner),
-            Op::Bin(op @ (Bin::Add | Bin::Sub), left, right) => {
+            Op::Bin(Bin::Add, left, right) => {
                 let (left, right) = (self.sum(left)?, self.sum(right)?);
-                let apply = |a: u32, b: u32| match op {
-                    Bin::Add => a.wrapping_add(b),
-                    _ => a.wrapping_sub(b),
-                };
-                Some((
-                    apply(left.0, right.0),
-                    apply(left.1, right.1),
-                    apply(left.2, right.2),
-                ))
+                // Once is enough.
+                if left.carry.is_some() && right.carry.is_some() {
+                    return None;
+                }
+                Some(Sum {
+                    subject: left.subject.wrapping_add(right.subject),
+                    named: left.named.wrapping_add(right.named),
+                    carry: left.carry.or(right.carry),
+                    constant: left.constant.wrapping_add(right.constant),
+                })
             }
+            Op::Bin(Bin::Sub, left, right) => self.sum(left)?.less(&self.sum(right)?),
             _ => None,
         }
     }

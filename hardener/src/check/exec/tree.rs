@@ -60,13 +60,43 @@ pub struct Tree {
     /// Its nodes.
     pub nodes: Vec<Node>,
     pub(super) root: NodeId,
-    /// Conditions that hold when the call before the subject names this address, modulo 2^32.
-    pub(super) names: FxHashMap<Term, u32>,
+    /// Conditions that hold only when what stands before the subject names an address.
+    pub(super) names: FxHashMap<Term, Name>,
     /// Conditions that hold for one subject only.
     pub(super) exact: FxHashMap<Term, u64>,
     /// Whether anything stands before the subject that it looks at.
     looks_before: bool,
 }
+
+/// What has to be named for a condition to hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Name {
+    /// The address, modulo 2^32, or the next.
+    pub least: u32,
+    /// Which of the two: the first where the byte before the four that name it is below this, the next where it is not.
+    pub limit: u64,
+}
+
+impl Name {
+    /// The one that a call's opcode goes with.
+    pub fn called(self) -> u32 {
+        match CALL < self.limit {
+            true => self.least,
+            false => self.least.wrapping_add(1),
+        }
+    }
+
+    /// Both, where there are two.
+    pub fn each(self) -> impl Iterator<Item = u32> {
+        let next = (self.limit != NO_BYTE).then(|| self.least.wrapping_add(1));
+        std::iter::once(self.least).chain(next)
+    }
+}
+
+/// `call rel32`.
+const CALL: u64 = 0xe8;
+/// More than any byte.
+const NO_BYTE: u64 = 0x100;
 
 /// What comparisons alone decide.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -475,8 +505,8 @@ pub struct Ended {
     pub leaves_to: BTreeSet<u64>,
 }
 
-/// The address that the call before the subject must name for `cond` to hold, modulo 2^32: call and subject are added up.
-fn named(arena: &Arena, cond: Term) -> Option<u32> {
+/// What the call before the subject must name for `cond` to hold: call and subject are added up.
+fn named(arena: &Arena, cond: Term) -> Option<Name> {
     let Op::Bin(super::term::Bin::Eq, left, right) = arena.op(cond) else {
         return None;
     };
@@ -485,16 +515,27 @@ fn named(arena: &Arena, cond: Term) -> Option<u32> {
         return None;
     }
     let (left, right) = (arena.sum(left)?, arena.sum(right)?);
-    let difference = (
-        left.0.wrapping_sub(right.0),
-        left.1.wrapping_sub(right.1),
-        left.2.wrapping_sub(right.2),
-    );
-    match difference {
-        (1, 1, constant) => Some(constant.wrapping_neg()),
-        (u32::MAX, u32::MAX, constant) => Some(constant),
-        _ => None,
-    }
+    let (sum, other) = match right.carry {
+        None => (left, right),
+        Some(_) => (right, left),
+    };
+    let difference = sum.less(&other)?;
+    let name = match (difference.subject, difference.named, difference.carry) {
+        (1, 1, _) => difference.constant.wrapping_neg(),
+        (u32::MAX, u32::MAX, None) => difference.constant,
+        _ => return None,
+    };
+    Some(match difference.carry {
+        None => Name {
+            least: name,
+            limit: NO_BYTE,
+        },
+        // What is added for the byte is not named.
+        Some(limit) => Name {
+            least: name.wrapping_sub(1),
+            limit,
+        },
+    })
 }
 
 /// The one subject for which `cond` holds, when it compares the whole of it with a constant.
