@@ -292,7 +292,7 @@ struct Subject<'a> {
 impl<'a> Subject<'a> {
     /// Where functions return to; derived once for all rules.
     fn parts(&self) -> Result<Arc<Parts>, KernelError> {
-        // Nothing panics while it holds the lock; what is there is whole.
+        // Nothing panics while it holds the lock, or waits for other threads; what is there is whole.
         let mut known = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(parts) = &*known {
             return Ok(parts.clone());

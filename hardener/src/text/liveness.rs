@@ -208,73 +208,54 @@ fn here<T>(table: &mut Peekable<btree_map::IntoIter<TextOff, T>>, at: TextOff) -
         .map(|(_, found)| found)
 }
 
-/// Goes through the text backwards, and again before whatever has changed.
+/// Goes through the text backwards once, then again before whatever has changed. Edges ascend.
 fn solve(steps: &[Step], edges: &[(u32, u32)]) -> Vec<Set> {
-    let ahead = Aside::of(steps.len(), edges.iter().copied());
-    let back = Aside::of(steps.len(), edges.iter().map(|(from, to)| (*to, *from)));
+    let mut back: Vec<(u32, u32)> = edges.iter().map(|(from, to)| (*to, *from)).collect();
+    back.sort_unstable();
     let mut live = vec![0; steps.len()];
-    let mut open: Vec<u32> = (0..steps.len() as u32).collect();
-    while let Some(number) = open.pop() {
-        let step = &steps[number as usize];
-        let mut behind = match step.falls {
-            true => live.get(number as usize + 1).copied().unwrap_or(0),
-            false => 0,
-        };
-        for to in ahead.at(number) {
-            behind |= live[*to as usize];
+    // Steps that were looked at before one that they lead to.
+    let mut again = Vec::new();
+    let mut ahead = edges.iter().rev().peekable();
+    let mut whence = back.iter().rev().peekable();
+    for number in (0..steps.len() as u32).rev() {
+        let aside = std::iter::from_fn(|| ahead.next_if(|(from, _)| *from == number));
+        let before = before(steps, &live, number, aside);
+        live[number as usize] = before;
+        while let Some((_, from)) = whence.next_if(|(to, _)| *to == number) {
+            again.extend(Some(*from).filter(|from| *from >= number && before != 0));
         }
-        let before = step.reads | behind & !step.writes;
+    }
+    let of = |pairs: &[(u32, u32)], number: u32| {
+        let start = pairs.partition_point(|(step, _)| *step < number);
+        let count = pairs[start..].partition_point(|(step, _)| *step == number);
+        start..start + count
+    };
+    while let Some(number) = again.pop() {
+        let aside = edges[of(edges, number)].iter();
+        let before = before(steps, &live, number, aside);
         if before == live[number as usize] {
             continue;
         }
         live[number as usize] = before;
-        open.extend_from_slice(back.at(number));
-        open.extend(
-            number
-                .checked_sub(1)
-                .filter(|before| steps[*before as usize].falls),
-        );
+        again.extend(back[of(&back, number)].iter().map(|(_, from)| *from));
+        let last = number.checked_sub(1);
+        again.extend(last.filter(|last| steps[*last as usize].falls));
     }
     live
 }
 
-/// Where each step leads besides to the next one, or whence it is reached so.
-struct Aside {
-    /// By step: where its part of `steps` starts.
-    starts: Vec<u32>,
-    steps: Vec<u32>,
-}
-
-impl Aside {
-    /// Of so many steps, from pairs of a step and one that belongs to it.
-    fn of(count: usize, pairs: impl Iterator<Item = (u32, u32)> + Clone) -> Aside {
-        // First how many each has, then where its part ends, then, as it is filled from the end, where it starts.
-        let mut starts = vec![0u32; count + 1];
-        let mut all = 0;
-        for (step, _) in pairs.clone() {
-            starts[step as usize] += 1;
-        }
-        for start in &mut starts {
-            all += *start;
-            *start = all;
-        }
-        let mut steps = vec![0; all as usize];
-        for (step, other) in pairs {
-            let place = &mut starts[step as usize];
-            *place -= 1;
-            steps[*place as usize] = other;
-        }
-        Aside { starts, steps }
-    }
-
-    /// Those that belong to the step of this number.
-    fn at(&self, number: u32) -> &[u32] {
-        let (from, to) = (
-            self.starts[number as usize],
-            self.starts[number as usize + 1],
-        );
-        &self.steps[from as usize..to as usize]
-    }
+/// What is live before a step that also leads where `aside` says, by what is live elsewhere.
+fn before<'a>(
+    steps: &[Step],
+    live: &[Set],
+    number: u32,
+    aside: impl Iterator<Item = &'a (u32, u32)>,
+) -> Set {
+    let step = &steps[number as usize];
+    let next = live.get(number as usize + 1).copied().unwrap_or(0);
+    let behind = if step.falls { next } else { 0 };
+    let behind = aside.fold(behind, |behind, (_, to)| behind | live[*to as usize]);
+    step.reads | behind & !step.writes
 }
 
 /// What an instruction reads and what it overwrites whole.
