@@ -24,6 +24,7 @@ PROGRAMS = {
     "bench": ["bench.c"],
     "kexec": ["kexec.c"],
     "leave": ["leave.c"],
+    "registers": ["registers.c"],
     "load": [f"load/{name}.c" for name in ("load", "files", "sockets", "processes", "memory", "threads",
                                            "modules")],
 }

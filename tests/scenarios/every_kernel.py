@@ -7,12 +7,15 @@ A scenario is one kernel: one boot, two processors, all presets one after the ot
 import time
 from contextlib import contextmanager
 
-from lab import TARGET, chain, filled, kernel, packages, stress
+from lab import TARGET, chain, filled, kernel, packages, programs, stress
 from lab.victim import Worker
 
 from . import expect, scenario
 
 PRESETS = ["fast", "balanced", "hardened", "paranoid"]  # `hardener recipe list` has them
+
+# Seconds for which threads look whether the kernel gives their vector registers back.
+REGISTERS = 3
 
 # What `emit` says of a policy that a kernel has no room for.
 LESS = "this kernel cannot have all that the recipe lists first; "
@@ -54,6 +57,9 @@ def works(guest, bundle, variant, groups):
     pages = guest.put(bundle, variant)
     expect(pages > 1000, pages)
     worker.lives()
+    # What clears the stack borrows a vector register.
+    rc, out = guest.run(f"registers {REGISTERS}")
+    expect(rc == 0 and "kept" in out, out)
     did = sum(stress.run(guest, group) for group in groups)
     worker.lives()
     guest.run(f"kill {worker.pid}")
@@ -65,7 +71,8 @@ def works(guest, bundle, variant, groups):
 def every_preset(which, folder, less=None, presets=PRESETS, groups=tuple(stress.GROUPS)):
     """One boot of `which`: all presets, both variants of each."""
     bundles = emitted(which, folder, presets, less or {})
-    with filled.Guest(f"every-{which.release}", which, extra=stress.files(), libraries=packages.STRESS,
+    extra = [("usr/bin/registers", programs.program("registers"), 0o755), *stress.files()]
+    with filled.Guest(f"every-{which.release}", which, extra=extra, libraries=packages.STRESS,
                       memory=1024) as guest:
         for bundle in bundles.values():
             for variant in ("hardened", "fast"):

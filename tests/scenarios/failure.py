@@ -147,7 +147,7 @@ def killed_while_watching(w):
 def refusals_of_xen_are_said_and_undone(w):
     """No memory for the copies, no room for a view, a page that cannot be mapped, a range that cannot
     be hidden: exit 2, the reason, and nothing left."""
-    for fault, words in (("populate 12", "MiB"), ("create_view 22", "another view"), ("Remap 28", "Remap"),
+    for fault, words in (("populate 12", "MiB"), ("create_view 22", "create_view"), ("Remap 28", "Remap"),
                          ("Protect 12", "Protect"), ("Hide 16", "Hide"), ("Enable 5", "Enable")):
         _, out = w.lab_installer(f"{APPLY} --once", f"fail {fault}", expect_rc=2)
         expect(words in out, out)

@@ -118,8 +118,9 @@ fn on_domain(
         journal.save(&state)?;
         // Bound before it is said; what fails here is tried again by the watching.
         let foreign = console.foreign();
-        if let Ok(pass) = watcher.pass(xen, &state, &checked.policy, foreign, journal.dir()) {
-            console.passed(&mut state, &pass, &Events::default());
+        match watcher.pass(xen, &state, &checked.policy, foreign, journal.dir()) {
+            Ok(pass) => console.passed(&mut state, &pass, &Events::default()),
+            Err(error) => console.trouble(&format!("{error}; trying again")),
         }
     }
     let views: Vec<String> = state

@@ -28,7 +28,7 @@ _STATUS = 0x8d5
 _COMPARED = _STATUS | 1 << 10
 
 # Vectors (SDM volume 3, 6.15).
-PAGE_FAULT = 14
+DEBUG, PAGE_FAULT = 1, 14
 
 # Instructions in thunks one after another: more is a loop.  What clears the stack is one, and may go on to
 # its end.
@@ -319,6 +319,10 @@ class Machine:
 
     def _interrupt(self, _uc, vector, _data):
         if self.over:
+            return
+        if vector == DEBUG and not self.entered:
+            # A random word was popped into the flags and has every instruction trapped, a thunk's first one too.
+            self._end("single step", self.now.trace[-1], registers=self.state.registers)
             return
         at = self.uc.reg_read(x86_const.UC_X86_REG_RIP)
         address = self.uc.reg_read(x86_const.UC_X86_REG_CR2) if vector == PAGE_FAULT else 0
