@@ -53,7 +53,7 @@ class Storm:
         """From now on QEMU translates each instruction alone, so that a flip may land before any."""
         self.lab.machine.monitor("one-insn-per-tb on")
         said = self.lab.machine.monitor("info jit")
-        if "one-insn-per-tb on" not in " ".join(said.split()):
+        if "one-insn-per-tb: on" not in " ".join(said.split()):
             raise LabError(f"QEMU does not translate single instructions: {said[:300]}")
         self.slow = self.report["one_instruction_per_block"] = True
 
