@@ -14,7 +14,7 @@ use rustc_hash::FxHashSet;
 /// What GCC appends to the names of the functions that it makes of others (gcc/cgraphclones.cc); no assembly is called so.
 const CLONES: [&str; 4] = [".cold", ".constprop.", ".isra.", ".part."];
 /// More bytes than the test and its jumps take (see [`out_of_line`]).
-const OUT_OF_LINE: usize = 24;
+pub(super) const OUT_OF_LINE: usize = 24;
 
 /// Code that is gone by the time that a check runs.
 const INITIALISING: [&str; 2] = [".init.text", ".exit.text"];

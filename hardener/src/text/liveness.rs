@@ -2,7 +2,7 @@
 //! the whole text, one instruction at a time. Where the ABI speaks, calls and returns end it (see `zeroing`); where a compiler
 //! may have looked at what a callee leaves alone (`-fipa-ra`), it goes on behind calls (see `scratch`).
 
-use super::callgraph::CallGraph;
+use super::callgraph::{CallGraph, OUT_OF_LINE};
 use super::{Bitmap, Span, Text};
 use crate::image::{Image, Tables};
 use crate::text::REGISTERS;
@@ -16,8 +16,6 @@ use std::collections::{BTreeMap, btree_map};
 use std::iter::Peekable;
 
 const INT3: u8 = 0xcc;
-/// More bytes than a test and its jumps take (see [`out_of_line`]).
-const OUT_OF_LINE: usize = 24;
 
 /// A set of registers' parts. Of register n, as x86 numbers them, bit n is the lowest byte, bit 16 + n the next, bit 32 + n the
 /// rest: a byte may be set and read (SETcc, MOVZX) while the rest is nobody's.
