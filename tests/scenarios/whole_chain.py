@@ -41,6 +41,7 @@ def demo_report_is_complete(result):
     expect(outcomes == {("pointer", "fast"): "ran", ("return", "fast"): "ran",
                         ("pointer", "hardened"): "caught", ("return", "hardened"): "caught"}, outcomes)
     expect(report["storm"]["flips"] >= 1000, report["storm"])
-    expect(report["text"]["sha256_before"] == report["text"]["sha256_after"], report["text"])
+    text = report["text"]
+    expect(text["sha256_before"] == text["sha256_after"] or text["switched_by_the_guest"], text)
     expect(report["switches"]["xen_view_switches"] > 0, report["switches"])
     expect(all(s["seconds"] >= 0 for s in report["stages"]) and len(report["stages"]) >= 9, report["stages"])
