@@ -19,11 +19,11 @@ class Archive:
         self.entries = {}
 
     def folder(self, path, mode=0o755):
-        """A folder and its parents."""
+        """A folder and its parents; the root is always there."""
         path = path.strip("/")
-        parent = os.path.dirname(path)
-        if parent:
-            self.folder(parent)
+        if not path:
+            return
+        self.folder(os.path.dirname(path))
         self.entries.setdefault(path, (stat.S_IFDIR | mode, b"", 0))
 
     def file(self, path, content, mode=0o644):
@@ -33,19 +33,19 @@ class Archive:
         elif isinstance(content, str):
             content = content.encode()
         path = path.strip("/")
-        self.folder(os.path.dirname(path)) if os.path.dirname(path) else None
+        self.folder(os.path.dirname(path))
         self.entries[path] = (stat.S_IFREG | mode, content, 0)
 
     def link(self, path, to):
         """A symbolic link."""
         path = path.strip("/")
-        self.folder(os.path.dirname(path)) if os.path.dirname(path) else None
+        self.folder(os.path.dirname(path))
         self.entries[path] = (stat.S_IFLNK | 0o777, to.encode(), 0)
 
     def device(self, path, major, minor):
         """A character device."""
         path = path.strip("/")
-        self.folder(os.path.dirname(path)) if os.path.dirname(path) else None
+        self.folder(os.path.dirname(path))
         self.entries[path] = (stat.S_IFCHR | 0o600, b"", (major, minor))
 
     def write(self, target):

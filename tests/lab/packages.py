@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -268,6 +269,20 @@ def resolve(metapackage, pattern, suite=None):
     """See `resolved`, under the packages' lock."""
     with locked("packages"):
         return resolved(metapackage, pattern, suite)
+
+
+def python_environment(name, requirements):
+    """The folder of a virtual environment with `requirements`, each pinned, under target/lab."""
+    place = TARGET / f"{name}-venv"
+    stamp = place / "installed"
+    with locked(name):
+        if not stamp.exists() or stamp.read_text().split() != requirements:
+            say("installing " + " ".join(requirements))
+            venv.create(place, with_pip=True, clear=True)
+            _run([place / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+                  "--only-binary", ":all:", *requirements])
+            stamp.write_text("\n".join(requirements))
+    return place
 
 
 def version(package):

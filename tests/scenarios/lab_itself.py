@@ -9,7 +9,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab import LabError, chain, packages, programs, qemu, slots
+from lab import ROOT, LabError, chain, packages, programs, qemu, slots
 from lab.agent import Agent, LineLost
 from lab.cpio import Archive
 
@@ -181,3 +181,29 @@ def faults_of_the_emulator_are_told_from_others(folder):
     dump = "RIP:    e008:[<ffff82d0402043fb>]\n(XEN) RFLAGS: 0 CONTEXT: hvm guest (d1v0)\n"
     expect(fault("Triple fault\n" + dump), "Xen's state is not recognised")
     expect(fault("Triple fault\n" + dump.replace("e008", "0010")) is None, "the guest's own state")
+
+
+@scenario
+def scripts_name_what_there_is(folder):
+    """pylint finds no error in any Python file here, and finds one in a script that calls what is not there."""
+    place = packages.python_environment("pylint", ["pylint==4.1.4"])
+    # These come from environments of their own (lab/differential, signer/tests/interop).
+    argv = [place / "bin" / "python", "-m", "pylint", "--errors-only", "--ignored-modules=" + ",".join(["capstone", "unicorn", "cryptography", "google", "in_toto_attestation",
+                                         "securesystemslib"]),
+            f"--init-hook=import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})"]
+
+    def errors(files):
+        done = subprocess.run([*argv, *files], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        expect(done.returncode < 32 and not done.stderr, done.stderr)
+        return [line for line in done.stdout.splitlines() if ": E" in line or ": F" in line]
+
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    scripts = [name for name in listed if name.endswith(".py")]
+    for name in listed:
+        with open(ROOT / name, "rb") as file:
+            if file.readline().startswith(b"#!/usr/bin/env python3") and name not in scripts:
+                scripts.append(name)
+    expect("tests/run" in scripts and "tests/lab/chain.py" in scripts, scripts)
+    expect(not (found := errors(scripts)), *found)
+    (folder / "bad.py").write_text("from lab import chain\nchain.Installer(None).not_there()\n")
+    expect("no-member" in "".join(errors([folder / "bad.py"])), "an unknown method")

@@ -171,8 +171,8 @@ def killed_while_applying(w):
     """The installer is killed at five moments of an apply: the guest is never left paused, and
     `remove` brings its text back every time."""
     for tenths in (2, 6, 12, 22, 45):
-        rc, out = w.lab.dom0.run(f"installer {_apply()} > /run/kill.log 2>&1 & "
-                                 f"usleep {tenths * 100000}; kill -KILL $!; wait $!; cat /run/kill.log")
+        _, out = w.lab.dom0.run(f"installer {_apply()} > /run/kill.log 2>&1 & "
+                                f"usleep {tenths * 100000}; kill -KILL $!; wait $!; cat /run/kill.log")
         _runs(w)
         w.installer.run(f"remove {G}")
         w.before = w.installer.own_text(w.before, f"killed after {tenths}00 ms: {out}")
@@ -229,7 +229,7 @@ def exec_changes_the_view(w):
                 "while [ ! -e /tmp/exec.go ]; do usleep 50000; done; "
                 "exec /usr/bin/guestbook work 0') > /tmp/exec.log 2>&1 &")
     try:
-        rc, out = w.guest.run("while [ ! -s /tmp/exec.pid ]; do usleep 50000; done; cat /tmp/exec.pid")
+        _, out = w.guest.run("while [ ! -s /tmp/exec.pid ]; do usleep 50000; done; cat /tmp/exec.pid")
         pid = int(out)
         w.installer.wait_view(pid, "fast")
         w.guest.run("touch /tmp/exec.go")

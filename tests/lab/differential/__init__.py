@@ -22,10 +22,8 @@ same work.
 
 import importlib
 import site
-import subprocess
-import venv
 
-from .. import TARGET, packages
+from .. import packages
 
 # Everything is pinned: another version is another oracle.
 REQUIREMENTS = ["unicorn==2.1.4", "capstone==5.0.9"]
@@ -33,19 +31,7 @@ REQUIREMENTS = ["unicorn==2.1.4", "capstone==5.0.9"]
 
 def install():
     """Makes `unicorn` and `capstone` importable."""
-    place = TARGET / "unicorn-venv"
-    stamp = place / "installed"
-    with packages.locked("unicorn"):
-        if not stamp.exists() or stamp.read_text().split() != REQUIREMENTS:
-            packages.say("installing " + " ".join(REQUIREMENTS))
-            venv.create(place, with_pip=True, clear=True)
-            done = subprocess.run(
-                [place / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-                 "--only-binary", ":all:", *REQUIREMENTS], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-            if done.returncode:
-                raise packages.LabError(f"{' '.join(REQUIREMENTS)} could not be installed by pip: "
-                                        + done.stderr[-2000:])
-            stamp.write_text("\n".join(REQUIREMENTS))
+    place = packages.python_environment("unicorn", REQUIREMENTS)
     [packages_folder] = place.glob("lib/python3*/site-packages")
     site.addsitedir(str(packages_folder))
     importlib.invalidate_caches()
