@@ -314,7 +314,7 @@ fn bundle(
         passes::probed_functions(recipe),
     );
     // Prototypes, stack and callers need nothing of each other.
-    let ((forward, stack), ((outside, probed), return_sets, (exposed, changeable, zeroing))) =
+    let ((forward, stack), (graph, (outside, probed), return_sets, (exposed, changeable, zeroing))) =
         rayon::join(
             || {
                 rayon::join(
@@ -359,7 +359,7 @@ fn bundle(
                         (exposed, changeable, zeroing)
                     },
                 );
-                ((outside, probed), return_sets, others)
+                (graph, (outside, probed), return_sets, others)
             },
         );
     let mut forward = forward.transpose()?;
@@ -372,12 +372,23 @@ fn bundle(
             forward.retain(|at| !outside.watched.contains(at));
         }
     }
+    let by_class = |sets: &ReturnSets, graph: &CallGraph, forward: &types::Forward| {
+        let most = thunks::most_return_classes(text.range);
+        sets.by_class(image, &text, graph, forward, most)
+    };
+    let classed = return_sets
+        .as_ref()
+        .zip(graph.as_ref())
+        .zip(forward.as_ref());
+    let classed = classed.map(|((sets, graph), forward)| by_class(sets, graph, forward));
     let profile = passes::promote_profile(recipe);
     let promotion = profile.map(|profile| Promotion::find(image, &text, &profile));
     let for_choice = |choice: &Recipe| Analyses {
         forward: forward.as_ref().filter(|_| passes::is_typed(choice)),
-        return_sets: return_sets
+        return_sets: classed
             .as_ref()
+            .filter(|_| passes::is_typed(choice))
+            .or(return_sets.as_ref())
             .filter(|_| passes::is_per_function(choice)),
         exposed: exposed.as_ref().filter(|_| passes::is_by_frame(choice)),
         changeable: changeable.as_ref().filter(|_| passes::is_by_change(choice)),
@@ -426,6 +437,8 @@ fn bundle(
     let modules = modules.finish(&cave, recipe_used).map_err(Failure::Pass)?;
     let mut manifest = manifest(image, &text, &cave, variants, layout, data)?;
     manifest.forward = forward.map(|_| file_ref("forward.postcard"));
+    let backward = analyses.return_sets.and_then(|sets| sets.claims(&text));
+    manifest.backward = backward.as_ref().map(|_| file_ref("backward.postcard"));
     let ends = recipe.on_violation(passes::DEBLOAT) == ViolationAction::Kill;
     let lacks_oops = ends && outside.as_ref().is_some_and(|outside| !outside.has_oops);
     let watching = outside.is_some() || probed.is_some();
@@ -441,6 +454,7 @@ fn bundle(
         cave: cave.elf,
         edits,
         forward: forward.map(|forward| forward.claims()),
+        backward,
         watched: watching.then(|| Watched {
             outside: outside.map_or(Vec::new(), |outside| outside.watched.functions),
             probed: probed.map_or(Vec::new(), |probed| probed.watched.functions),
@@ -544,6 +558,7 @@ fn manifest(
         },
         variants,
         forward: None,
+        backward: None,
         watched: None,
         modules: None,
         layout,

@@ -186,14 +186,14 @@ class Lab:
 
     @classmethod
     def boot(cls, xen, extra=(), guest_extra=(), vcpus=2, guest_append="", name="lab",
-             altp2m=True, kaslr=False, on_reboot="preserve", timeout=300, guest_kernel=None):
+             altp2m=True, kaslr=False, on_reboot="preserve", timeout=300, guest_kernel=None, qemu=()):
         """Boots `xen` with dom0.
 
         `extra` and `guest_extra` are (path, content, mode) for the file systems of dom0
         and the guest; `guest_append` goes to the guest kernel's command line; an
         unpatched Xen refuses guests with `altp2m` on this processor.  With `kaslr` GRUB
         starts the kernel (see grub.py), else Xen does, and it runs where it was linked.
-        The guest's kernel is `guest_kernel`, else the cloud kernel.
+        The guest's kernel is `guest_kernel`, else the cloud kernel.  `qemu` are more options of QEMU.
         """
         guest_kernel, dom0_kernel = guest_kernel or kernel.cloud(), kernel.amd64()
         work = TARGET / "run" / name
@@ -216,7 +216,7 @@ class Lab:
         append = (f"console=com1 com1=115200,8n1 altp2m=1 loglvl=info guest_loglvl=info noreboot "
                   f"dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M dom0_max_vcpus=1 dom0_vcpus_pin")
         # A physical CPU for each of the guest's, and the first for dom0 (see guest_config).
-        machine = Machine(["-cpu", QEMU_CPU, "-kernel", xen, "-append", append, "-initrd", modules],
+        machine = Machine([*qemu, "-cpu", QEMU_CPU, "-kernel", xen, "-append", append, "-initrd", modules],
                           work / "console.log", memory=MEMORY, cpus=vcpus + 1)
         lab = cls(machine)
         try:

@@ -15,6 +15,9 @@ pub struct ForwardSets {
     /// Entries of which BTF may have another function's prototype, by address. Those that are not told every branch by
     /// prototype lets through, besides its class.
     pub doubts: Vec<ForwardDoubt>,
+    /// Calls and jumps by a pointer that the kernel makes direct ones (paravirt and static calls), by address. Nothing checks them;
+    /// what they reach returns behind them.
+    pub patched: Vec<ForwardSite>,
 }
 
 /// An entry of which BTF may have another function's prototype.
@@ -55,9 +58,13 @@ impl ForwardSets {
         let classes = self.classes.iter().all(|class| {
             class.entries.is_sorted_by(|a, b| a < b) && class.entries.last().is_none_or(inside)
         });
-        let sites = self.sites.is_sorted_by(|a, b| a.at < b.at)
-            && self.sites.last().is_none_or(|site| inside(&site.at));
-        let mut indices = self.sites.iter().map(|site| site.class as usize);
+        let sorted = |sites: &[ForwardSite]| {
+            sites.is_sorted_by(|a, b| a.at < b.at)
+                && sites.last().is_none_or(|site| inside(&site.at))
+        };
+        let sites = sorted(&self.sites) && sorted(&self.patched);
+        let all = self.sites.iter().chain(&self.patched);
+        let mut indices = all.map(|site| site.class as usize);
         let doubts = self.doubts.is_sorted_by(|a, b| a.at < b.at)
             && self.doubts.last().is_none_or(|doubt| inside(&doubt.at));
         classes && sites && doubts && indices.all(|class| class < self.classes.len())

@@ -2,8 +2,8 @@
 
 use crate::manifest::SCHEMA;
 use crate::{
-    Edits, FileRef, ForwardSets, LinkVa, Manifest, Module, Offending, Reloc, RelocKind,
-    RunTimeModel, SlotKind, Symbols, TextOff, VaRange, Watched,
+    BackwardSets, Edits, FileRef, ForwardSets, LinkVa, Manifest, Module, Offending, Reloc,
+    RelocKind, RunTimeModel, SlotKind, Symbols, TextOff, VaRange, Watched,
 };
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -102,6 +102,8 @@ pub struct Bundle {
     pub edits: Vec<Edits>,
     /// `forward.postcard`, when the manifest names it.
     pub forward: Option<ForwardSets>,
+    /// `backward.postcard`, when the manifest names it.
+    pub backward: Option<BackwardSets>,
     /// `watched.postcard`, when the manifest names it.
     pub watched: Option<Watched>,
     /// `modules.postcard`: modules by name; empty when the bundle has none.
@@ -154,6 +156,10 @@ impl Bundle {
             relocs: decode(&manifest.cave.relocs.name, get(&manifest.cave.relocs.name)?)?,
             edits,
             forward: match &manifest.forward {
+                Some(file) => Some(decode(&file.name, get(&file.name)?)?),
+                None => None,
+            },
+            backward: match &manifest.backward {
                 Some(file) => Some(decode(&file.name, get(&file.name)?)?),
                 None => None,
             },
@@ -240,6 +246,9 @@ impl Bundle {
         if let (Some(file), Some(sets)) = (&mut self.manifest.forward, &self.forward) {
             put(file, encode(sets));
         }
+        if let (Some(file), Some(sets)) = (&mut self.manifest.backward, &self.backward) {
+            put(file, encode(sets));
+        }
         if let (Some(file), Some(watched)) = (&mut self.manifest.watched, &self.watched) {
             put(file, encode(watched));
         }
@@ -306,11 +315,16 @@ impl Bundle {
                 format!("{text_len} bytes, the text range has {}", text.len()),
             );
         }
-        let (forward, watched) = (self.forward.as_ref(), self.watched.as_ref());
+        let (forward, backward) = (self.forward.as_ref(), self.backward.as_ref());
+        let watched = self.watched.as_ref();
         for (file, sound) in [
             (
                 &manifest.forward,
                 forward.is_none_or(|sets| sets.is_sound(text_len)),
+            ),
+            (
+                &manifest.backward,
+                backward.is_none_or(|sets| sets.is_sound(text_len)),
             ),
             (
                 &manifest.watched,
@@ -481,6 +495,7 @@ fn file_refs(manifest: &Manifest) -> impl Iterator<Item = &FileRef> {
     .into_iter()
     .chain(manifest.variants.iter().map(|variant| &variant.edits))
     .chain(&manifest.forward)
+    .chain(&manifest.backward)
     .chain(&manifest.watched)
     .chain(manifest.modules.iter().map(|set| &set.file))
 }

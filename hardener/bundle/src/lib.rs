@@ -12,6 +12,7 @@
 //! | `relocations.postcard` | a list of [`Reloc`]: the absolute addresses in the cave |
 //! | `VARIANT.edits` | [`Edits`]: the slots that a variant replaces |
 //! | `forward.postcard` | [`ForwardSets`], when a variant checks indirect branches by class |
+//! | `backward.postcard` | [`BackwardSets`], when a variant checks returns by class besides |
 //! | `watched.postcard` | [`Watched`], when a variant leads the calls of some functions through thunks |
 //! | `modules.postcard` | a list of [`Module`], when the bundle has modules |
 //! | `statement.dsse.json` | the signer's envelope; not part of what it signs |
@@ -23,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod addr;
+mod backward;
 mod edits;
 mod forward;
 mod hashed_bytes;
@@ -34,6 +36,7 @@ mod module;
 mod watched;
 
 pub use addr::{LinkVa, TextOff, VaRange};
+pub use backward::{BackwardFunction, BackwardSets};
 pub use edits::{Edit, Edits, SlotKind};
 pub use forward::{ForwardClass, ForwardDoubt, ForwardSets, ForwardSite};
 pub use hashed_bytes::HashedBytes;

@@ -30,6 +30,9 @@ pub struct Manifest {
     /// What indirect branches may reach, when they are checked by class: the [`crate::ForwardSets`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forward: Option<FileRef>,
+    /// Behind which indirect calls functions may return, when that is checked by class: the [`crate::BackwardSets`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backward: Option<FileRef>,
     /// Functions whose calls are led through thunks, when a variant does so: the [`crate::Watched`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watched: Option<FileRef>,

@@ -67,6 +67,7 @@ fn small() -> Bundle {
             },
             variants: vec![variant("stock"), variant("hardened")],
             forward: None,
+            backward: None,
             watched: None,
             modules: None,
             layout: BTreeMap::from([("task_struct.mm".to_owned(), 0x8b0)]),
@@ -94,6 +95,7 @@ fn small() -> Bundle {
             })
             .to_vec(),
         forward: None,
+        backward: None,
         watched: None,
         modules: Vec::new(),
         edits: vec![

@@ -96,6 +96,8 @@ pub struct StaticCallSite {
     pub site: LinkVa,
     /// Whether it is a tail call.
     pub tail: bool,
+    /// Its `struct static_call_key`, which holds the pointer.
+    pub key: LinkVa,
 }
 
 /// All tables.
@@ -507,10 +509,12 @@ impl Image {
         let site = self.need_member("static_call_site", "addr", 4)?;
         let key = self.need_member("static_call_site", "key", 4)?;
         for at in table.entries(size)? {
+            // include/linux/static_call_types.h: bit 0 of the key is STATIC_CALL_SITE_TAIL, bit 1 STATIC_CALL_SITE_INIT.
+            let key = table.relative(at + key).0;
             tables.static_calls.push(StaticCallSite {
                 site: self.code(table, at + site)?,
-                // include/linux/static_call_types.h: bit 0 of the key is STATIC_CALL_SITE_TAIL.
-                tail: table.relative(at + key).0 & 1 == 1,
+                tail: key & 1 == 1,
+                key: LinkVa(key & !3),
             });
         }
         Ok(())

@@ -19,6 +19,9 @@ pub(super) const OUT_OF_LINE: usize = 24;
 /// Code that is gone by the time that a check runs.
 const INITIALISING: [&str; 2] = [".init.text", ".exit.text"];
 
+/// The length of `call rel32`.
+const DIRECT_CALL: u32 = 5;
+
 /// The length of ENDBR64.
 const ENDBR64: u32 = 4;
 
@@ -30,8 +33,22 @@ pub struct CallGraph {
     pub jumped_from: Vec<Vec<u32>>,
     /// What else is known of each function.
     pub facts: Vec<Facts>,
+    /// Indirect calls, and calls by pointers that the kernel makes direct ones.
+    pub indirect_calls: Vec<IndirectCall>,
+    /// Indirect jumps out of functions, and those by pointers that the kernel makes direct ones: the functions, and where the
+    /// jumps stand unless a replacement brings them.
+    pub indirect_jumps: Vec<(u32, Option<TextOff>)>,
     /// Where indirect calls return to, and calls of functions from which an indirect jump can be reached. Sorted.
     pub indirect: Vec<TextOff>,
+}
+
+/// A call whose callee only the run knows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct IndirectCall {
+    /// Where it stands, unless a replacement brings it.
+    pub at: Option<TextOff>,
+    /// Where it returns to.
+    pub end: TextOff,
 }
 
 /// What is known of a function.
@@ -56,6 +73,10 @@ pub struct Callers {
     pub called: Vec<u32>,
     /// Whether an indirect call may end up here.
     pub indirect: bool,
+    /// The functions whose addresses are taken that those calls reach: itself and those that jump to it.
+    pub taken: Vec<u32>,
+    /// Whether it is, or gets its frame from, a function that nobody is seen to call.
+    pub unseen: bool,
     /// Whether it cannot be told from where it is reached.
     pub unknown: bool,
 }
@@ -93,6 +114,8 @@ impl CallGraph {
             direct: vec![Vec::new(); count],
             jumped_from: vec![Vec::new(); count],
             facts: vec![Facts::default(); count],
+            indirect_calls: Vec::new(),
+            indirect_jumps: Vec::new(),
             indirect: Vec::new(),
         };
         graph.add_facts(from);
@@ -145,16 +168,17 @@ impl CallGraph {
         for site in &from.tables.paravirt {
             if let Some(at) = span.offset(site.site) {
                 paravirt.set(at.0 as usize);
-                self.indirect.push(TextOff(at.0 + 5));
+                self.patched_call(at);
             }
         }
         for site in from.tables.static_calls.iter().filter(|site| !site.tail) {
-            let at = span.offset(site.site);
-            self.indirect.extend(at.map(|at| TextOff(at.0 + 5)));
+            if let Some(at) = span.offset(site.site) {
+                self.patched_call(at);
+            }
         }
         for call in &from.text.sweep.calls {
             if !paravirt.get(call.at.0 as usize) && !regions.is_x86_thunk(span.va(call.at)) {
-                self.call(from, call.end, call.to);
+                self.call(from, Some(call.at), call.end, call.to);
             }
         }
         // With IBT a function's `__fentry__` site stands behind its ENDBR64, and may count as a start of its own.
@@ -172,7 +196,7 @@ impl CallGraph {
             {
                 source += 1;
             }
-            self.jump(from, source, jump.to);
+            self.jump(from, source, Some(jump.at), jump.to);
         }
         for entry in &from.tables.alternatives {
             let Some(at) = span.offset(entry.site) else {
@@ -183,20 +207,20 @@ impl CallGraph {
                 .at(entry.replacement, usize::from(entry.replacement_len));
             for branch in branches(code.unwrap_or_default(), entry.replacement) {
                 if branch.call {
-                    self.call(from, TextOff(at.0 + u32::from(branch.end)), branch.to);
+                    self.call(from, None, TextOff(at.0 + u32::from(branch.end)), branch.to);
                 } else if let Some(source) = from.functions.number(at) {
-                    self.jump(from, source, branch.to);
+                    self.jump(from, source, None, branch.to);
                 }
             }
         }
         for (at, fixup) in from.tables.faulting.iter().zip(&from.tables.fixups) {
             if let Some(source) = from.number(*at) {
-                self.jump(from, source, Some(*fixup));
+                self.jump(from, source, None, Some(*fixup));
             }
         }
         for label in &from.tables.jump_labels {
             if let Some(source) = from.number(label.code) {
-                self.jump(from, source, Some(label.target));
+                self.jump(from, source, None, Some(label.target));
             }
         }
     }
@@ -223,10 +247,18 @@ impl CallGraph {
         }
     }
 
-    fn call(&mut self, from: &Drawn<'_>, end: TextOff, to: Option<LinkVa>) {
+    /// A call at `at` that is direct once the kernel has patched it.
+    fn patched_call(&mut self, at: TextOff) {
+        self.indirect_calls.push(IndirectCall {
+            at: Some(at),
+            end: TextOff(at.0 + DIRECT_CALL),
+        });
+    }
+
+    fn call(&mut self, from: &Drawn<'_>, at: Option<TextOff>, end: TextOff, to: Option<LinkVa>) {
         let callee = to.filter(|to| !from.regions.is_x86_thunk(*to));
         let Some(to) = callee else {
-            return self.indirect.push(end);
+            return self.indirect_calls.push(IndirectCall { at, end });
         };
         if let Some(callee) = from.number(to) {
             match from.span.offset(to) == Some(from.functions.start(callee)) {
@@ -236,10 +268,9 @@ impl CallGraph {
         }
     }
 
-    fn jump(&mut self, from: &Drawn<'_>, source: usize, to: Option<LinkVa>) {
+    fn jump(&mut self, from: &Drawn<'_>, source: usize, jump: Option<TextOff>, to: Option<LinkVa>) {
         let Some(to) = to else {
-            self.facts[source].jumps_anywhere = true;
-            return;
+            return self.jumps_anywhere(source, jump);
         };
         let Some(at) = from.span.offset(to) else {
             for to in out_of_line(from.image, to) {
@@ -260,9 +291,14 @@ impl CallGraph {
             return;
         }
         if from.regions.is_x86_thunk(to) || from.regions.static_calls.contains(to) {
-            self.facts[source].jumps_anywhere = true;
+            self.jumps_anywhere(source, jump);
         }
         self.pass_on(source, from.functions.number(at));
+    }
+
+    fn jumps_anywhere(&mut self, source: usize, at: Option<TextOff>) {
+        self.facts[source].jumps_anywhere = true;
+        self.indirect_jumps.push((source as u32, at));
     }
 
     fn pass_on(&mut self, source: usize, to: Option<usize>) {
@@ -273,6 +309,8 @@ impl CallGraph {
 
     /// Calls of functions that hand their frame to an indirect jump return to from wherever that goes.
     fn reach_indirect_jumps(&mut self) {
+        let calls = self.indirect_calls.iter().map(|call| call.end);
+        self.indirect.extend(calls);
         let mut seen: Vec<bool> = self
             .facts
             .iter()
@@ -296,6 +334,8 @@ impl CallGraph {
         let mut callers = Callers {
             called: Vec::new(),
             indirect: false,
+            taken: Vec::new(),
+            unseen: false,
             unknown: false,
         };
         let mut seen = FxHashSet::from_iter([number as u32]);
@@ -310,6 +350,8 @@ impl CallGraph {
             // Nobody is seen to call it, so somebody does who is not seen: by its address, or never.
             let nobody = !called && sources.is_empty();
             callers.indirect |= facts.taken || nobody;
+            callers.taken.extend(facts.taken.then_some(at));
+            callers.unseen |= nobody;
             callers.unknown |= facts.called_inside || !facts.compiled;
             open.extend(sources.iter().filter(|source| seen.insert(**source)));
         }

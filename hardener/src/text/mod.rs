@@ -16,6 +16,7 @@ pub mod outside;
 pub mod probed;
 pub mod promotion;
 mod regions;
+pub mod return_classes;
 pub mod return_sets;
 mod returns;
 mod scratch;

@@ -2,7 +2,8 @@
 //!
 //! A direct call names its callee in the four bytes before the return address. So the thunk of a function compares these with
 //! the function's own address, and with those of the functions that jump to it; or, where calls are few, the return address
-//! with theirs. No table is read. Where indirect calls return to is one set for all.
+//! with theirs. No table is read. Where indirect calls return to is one set for all, unless it is known what they may reach: see
+//! `return_classes.rs`.
 
 use super::callgraph::{CallGraph, Callers};
 use super::{Bitmap, Text, scratch};
@@ -31,11 +32,22 @@ pub enum Check {
         called: Vec<TextOff>,
         /// Where their direct calls return to, when it is shorter to compare with that. Sorted.
         sites: Option<Vec<TextOff>>,
-        /// Whether an indirect call will do.
-        indirect: bool,
+        /// Which indirect calls will do.
+        indirect: Behind,
         /// What has to be known of the call's first byte.
         opcode: Opcode,
     },
+}
+
+/// Behind which indirect calls a function may return.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Behind {
+    /// None: no such call reaches it.
+    None,
+    /// Those of [`ReturnSets::indirect`].
+    Any,
+    /// Those, and the class of this number.
+    Class(u32),
 }
 
 /// A function that a call names.
@@ -66,8 +78,10 @@ pub struct ReturnSets {
     pub scratch_free: Vec<bool>,
     /// The checks.
     pub checks: Vec<Check>,
-    /// Where indirect calls return to. Sorted.
+    /// Where indirect calls return to: all of them, or those that are in no class. Sorted.
     pub indirect: Vec<TextOff>,
+    /// Where some functions return to besides, when branches are known by class. Each sorted.
+    pub classes: Option<Vec<Vec<TextOff>>>,
     /// Sizes of the sets and the like, by name.
     pub figures: BTreeMap<String, u64>,
 }
@@ -81,6 +95,7 @@ impl ReturnSets {
             scratch_free: scratch::find(image, tables, text, graph),
             checks: Vec::new(),
             indirect: graph.indirect.clone(),
+            classes: None,
             figures: BTreeMap::new(),
         };
         let mut known: HashMap<Check, u32> = HashMap::new();
@@ -95,7 +110,7 @@ impl ReturnSets {
             let check = number.map_or(Check::AnySite { own: None }, |number| {
                 let callers = graph.callers(number);
                 let check = check(graph, text, &named, number, &callers);
-                sizes.add(graph, text, number, &callers, &check);
+                sizes.add(graph, text, number, &check, &sets);
                 check
             });
             let index = *known.entry(check).or_insert_with_key(|check| {
@@ -142,7 +157,10 @@ fn check(graph: &CallGraph, text: &Text, named: &Named, number: usize, callers: 
         sites
     });
     Check::Callers {
-        indirect: callers.indirect,
+        indirect: match callers.indirect {
+            true => Behind::Any,
+            false => Behind::None,
+        },
         opcode,
         sites,
         called: callees.collect(),
@@ -193,39 +211,47 @@ fn named_elsewhere(text: &Text) -> Named {
 
 /// Sizes of sets, a function each.
 #[derive(Default)]
-struct Sizes {
+pub(super) struct Sizes {
     never_taken: Vec<u64>,
     taken: Vec<u64>,
     any_site: u64,
 }
 
 impl Sizes {
-    fn add(
+    /// Counts what the function `number` may return to by `check`, one of `sets`.
+    pub(super) fn add(
         &mut self,
         graph: &CallGraph,
         text: &Text,
         number: usize,
-        callers: &Callers,
         check: &Check,
+        sets: &ReturnSets,
     ) {
         let size = match check {
             Check::AnySite { .. } => {
                 self.any_site += 1;
                 text.return_targets.len()
             }
-            Check::Callers { indirect, .. } => {
-                let called = callers.called.iter();
-                let direct = called.map(|number| &graph.direct[*number as usize]);
-                match indirect {
-                    // A call of a function that jumps anywhere is in both.
-                    true => {
-                        let beside = |at: &&TextOff| graph.indirect.binary_search(at).is_err();
-                        let own: usize =
-                            direct.map(|list| list.iter().filter(beside).count()).sum();
-                        own + graph.indirect.len()
-                    }
-                    false => direct.map(Vec::len).sum(),
-                }
+            Check::Callers {
+                called, indirect, ..
+            } => {
+                let class = match (indirect, &sets.classes) {
+                    (Behind::Class(class), Some(classes)) => &classes[*class as usize][..],
+                    _ => &[],
+                };
+                let any = match indirect {
+                    Behind::None => &[],
+                    Behind::Any | Behind::Class(_) => &sets.indirect[..],
+                };
+                let called = called.iter().filter_map(|at| text.functions.number(*at));
+                let direct = called.flat_map(|number| &graph.direct[number]);
+                // A call of a function that jumps anywhere is in both.
+                let beside = |at: &&TextOff| {
+                    [any, class]
+                        .iter()
+                        .all(|list| list.binary_search(at).is_err())
+                };
+                direct.filter(beside).count() + any.len() + class.len()
             }
         };
         match graph.facts[number].taken {
@@ -234,7 +260,7 @@ impl Sizes {
         }
     }
 
-    fn figures(mut self) -> BTreeMap<String, u64> {
+    pub(super) fn figures(mut self) -> BTreeMap<String, u64> {
         self.never_taken.sort_unstable();
         self.taken.sort_unstable();
         let quantile = |list: &[u64], percent: usize| {

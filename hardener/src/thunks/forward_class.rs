@@ -6,7 +6,7 @@
 
 use super::assembler::{Section, Thunk, imm32};
 use super::forward_cfi::{Scratch, scratch};
-use super::hashed::ARITY_BITS;
+use super::hashed::{ARITY_BITS, class_numbers};
 use super::{Hashed, HashedTable, KernelThunks, Violation};
 use crate::text::{Indirect, REGISTERS};
 use crate::types::{Forward, Reach};
@@ -49,11 +49,8 @@ impl ClassTable {
             let class = class(number);
             is_listed(&class.reach) && class.entries.len() > MAX_COMPARED
         });
-        // What an offset leaves of a word numbers the classes; the last number is that of no word, and with 10 in its upmost
-        // bits a constant would look like an address. The largest classes gain most.
-        let offset_bits = u64::BITS - (text.len() - 1).leading_zeros();
-        let free = 0..(1u32 << (u32::BITS - offset_bits)) - 1;
-        let free = free.filter(|number| (number << offset_bits) >> 30 != 0b10);
+        // The largest classes gain most.
+        let (offset_bits, free) = class_numbers(text);
         large.sort_by_key(|number| (std::cmp::Reverse(class(number).entries.len()), *number));
         let numbers: BTreeMap<u32, u32> = large.into_iter().zip(free).collect();
         if numbers.is_empty() {
@@ -346,7 +343,8 @@ fn look_up(
     a.add(word, index)?;
     for part in classes.parts() {
         part.index(&mut thunk.asm, index, word)?;
-        part.compare(thunk, word, other, ok)?;
+        part.compare(thunk, word, other)?;
+        thunk.asm.je(ok)?;
     }
     let restore = |a: &mut CodeAssembler| {
         a.pop(other)?;

@@ -19,6 +19,15 @@ pub const ARITY_BITS: u32 = 3;
 /// The fewest bits of an index.
 const LEAST_BITS: u32 = 4;
 
+/// How many bits of a word in a table of classes of offsets in `covers` are an offset, and the numbers that classes may have, which
+/// the rest holds: the last is that of no word, and with 10 in its upmost bits a constant would look like an address.
+pub fn class_numbers(covers: VaRange) -> (u32, Vec<u32>) {
+    let offset_bits = u64::BITS - (covers.len() - 1).leading_zeros();
+    let free = 0..(1u32 << (u32::BITS - offset_bits)) - 1;
+    let free = free.filter(|number| (number << offset_bits) >> 30 != 0b10);
+    (offset_bits, free.collect())
+}
+
 /// A member: what its place is made from, and the word that stands there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Member {
@@ -63,18 +72,17 @@ impl Part {
         a.shr(index, self.shift)
     }
 
-    /// Goes to `found` when the word at `index`, made by [`Part::index`], is `word`.
+    /// Compares the word at `index`, made by [`Part::index`], with `word`: they are equal or not.
     pub fn compare(
         &self,
         thunk: &mut Thunk,
         word: AsmRegister32,
         index: AsmRegister64,
-        found: CodeLabel,
     ) -> Result<(), IcedError> {
         let start = i64::from(imm32(self.start));
         thunk.asm.cmp(word, dword_ptr(index * 4 + start))?;
         thunk.absolute();
-        thunk.asm.je(found)
+        Ok(())
     }
 
     /// Goes to `found` when the word at `index`, made by [`Part::index`], is that of `key` with at most `arity` registers.

@@ -124,6 +124,11 @@ pub fn build(
     }
 }
 
+/// How many classes the return sites of a kernel's indirect calls can have.
+pub fn most_return_classes(text: VaRange) -> usize {
+    hashed::class_numbers(text).1.len()
+}
+
 fn build_with(
     text: &Text,
     modules: &[&Slots],
@@ -158,6 +163,11 @@ fn build_with(
         let table = HashedTable::build("indirect_return_sites", &sets.indirect, text.range, at);
         at = table.end();
         table
+    });
+    let return_classes = return_sets.and_then(|sets| {
+        let made = return_function::class_table(sets, text.range, at)?;
+        at = made.0.end();
+        Some(made)
     });
     let classes = forward.and_then(|forward| {
         let slots = &text.slots.indirect;
@@ -224,6 +234,12 @@ fn build_with(
             analyses: &analyses,
             sites: return_targets,
             indirect: indirect.hashed(),
+            classes: return_classes
+                .as_ref()
+                .map(|(table, offset_bits)| return_function::Classes {
+                    table: table.hashed(),
+                    offset_bits: *offset_bits,
+                }),
             special: &text.return_specials,
             return_thunk: kernel.return_thunk,
             shared: layout.shared,
@@ -283,7 +299,11 @@ fn build_with(
         part.append(start, &mut table_bytes, &mut names, &mut tables);
     }
     let classes = classes.map(|classes| classes.table);
-    for part in [indirect, classes, arities].into_iter().flatten() {
+    let return_classes = return_classes.map(|(table, _)| table);
+    for part in [indirect, return_classes, classes, arities]
+        .into_iter()
+        .flatten()
+    {
         part.append(start, &mut table_bytes, &mut names, &mut tables);
     }
     if !messages.is_empty() {

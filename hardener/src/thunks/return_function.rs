@@ -3,19 +3,20 @@
 //! Every function has a short thunk, which compares the return address, or what the call before it names, with a few constants:
 //! three instructions more than a plain return in the best case, five or six in the usual one. What it does not know it hands over,
 //! with the stack as it found it, to one of a few shared thunks: these let through what lies outside the text (modules, BPF,
-//! trampolines), what pushes return addresses itself, the returns of indirect calls where the function has such callers, and any
-//! return site whose call a kprobe replaces by INT3 (arch/x86/kernel/kprobes/core.c; an optimised kprobe covers no call,
+//! trampolines), what pushes return addresses itself, the returns of indirect calls where the function has such callers (by a thunk
+//! of its class first, when there are classes), and any return site whose call a kprobe replaces by INT3 (arch/x86/kernel/kprobes/core.c; an optimised kprobe covers no call,
 //! `can_boost`).
 
 use super::assembler::{Section, Thunk, imm32};
+use super::hashed::class_numbers;
 use super::return_cfi::Mode;
-use super::{Hashed, Targets, Violation};
+use super::{Hashed, HashedTable, Targets, Violation};
 use crate::passes::Analyses;
 use crate::text::Slots;
-use crate::text::return_sets::{Check, Opcode, ReturnSets};
+use crate::text::return_sets::{Behind, Check, Opcode, ReturnSets};
 use iced_x86::code_asm::*;
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
-use penumbra_bundle::{LinkVa, Offending, TextOff};
+use penumbra_bundle::{LinkVa, Offending, TextOff, VaRange};
 use std::collections::{BTreeMap, BTreeSet};
 
 const DIRECT: &str = "return_cfi_direct";
@@ -37,14 +38,36 @@ pub struct Needs<'a> {
     pub analyses: &'a Analyses<'a>,
     /// All return sites.
     pub sites: Targets,
-    /// Where indirect calls return to.
+    /// Where indirect calls return to, or those of no class.
     pub indirect: Hashed,
+    /// Where the others do.
+    pub classes: Option<Classes>,
     /// Code that is returned to though no call stands before it.
     pub special: &'a [TextOff],
     /// `__x86_return_thunk`.
     pub return_thunk: LinkVa,
     /// Whether thunks that compare with one function share the code that does: a jump more for each return, half the size.
     pub shared: bool,
+}
+
+/// The table of classes of return sites.
+#[derive(Clone, Copy, Debug)]
+pub struct Classes {
+    /// Its parts.
+    pub table: Hashed,
+    /// How many bits of a word are an offset.
+    pub offset_bits: u32,
+}
+
+/// Encodes the classes of `sets`, if it has any, for places in `text`, and places the table at `at`.
+pub fn class_table(sets: &ReturnSets, text: VaRange, at: LinkVa) -> Option<(HashedTable, u32)> {
+    let classes = sets.classes.as_ref().filter(|all| !all.is_empty())?;
+    let (offset_bits, numbers) = class_numbers(text);
+    let members = numbers.into_iter().zip(classes.iter().map(Vec::as_slice));
+    let members: Vec<(u32, &[TextOff])> = members.collect();
+    let name = "indirect_return_classes";
+    let table = HashedTable::of_classes(name, &members, offset_bits, text, at);
+    Some((table, offset_bits))
 }
 
 /// What a thunk saves that compares: no more than it uses.
@@ -121,10 +144,19 @@ pub fn name(sets: &ReturnSets, check: u32, mode: Mode) -> Option<String> {
         Check::AnySite { own: None } => None,
         Check::Callers {
             called, indirect, ..
-        } if called.is_empty() => Some(mode.named(if *indirect { INDIRECT } else { DIRECT })),
+        } if called.is_empty() => Some(mode.named(&rest(*indirect))),
         Check::Callers { .. } | Check::AnySite { own: Some(_) } => {
             Some(mode.named(&format!("return_cfi_{check}")))
         }
+    }
+}
+
+/// What the thunk is called, without its mode, for what no constant tells.
+fn rest(behind: Behind) -> String {
+    match behind {
+        Behind::None => DIRECT.to_owned(),
+        Behind::Any => INDIRECT.to_owned(),
+        Behind::Class(class) => format!("{INDIRECT}_c{class}"),
     }
 }
 
@@ -144,25 +176,39 @@ pub fn emit(
         })
         .collect();
     // A thunk that nothing leads to is none that could be proved.
-    let missing: BTreeSet<(Mode, bool)> = used
-        .iter()
-        .filter_map(|(mode, index)| match &needs.sets.checks[*index as usize] {
-            Check::Callers { indirect, .. } => Some((*mode, *indirect)),
-            Check::AnySite { .. } => None,
-        })
-        .collect();
-    let mut tails: BTreeMap<(Mode, Saves), LinkVa> = BTreeMap::new();
-    let mut misses = BTreeMap::new();
-    for (mode, any) in any {
-        for (name, indirect) in [(DIRECT, false), (INDIRECT, true)] {
-            if missing.contains(&(*mode, indirect)) {
-                let table = indirect.then_some(&needs.indirect);
-                let miss = section.thunk(&mode.named(name), violation, |thunk| {
-                    miss(thunk, needs, *mode, table, *any, violation)
-                });
-                misses.insert((*mode, indirect), miss);
+    let mut missing: BTreeSet<(Mode, Behind)> = BTreeSet::new();
+    for (mode, index) in &used {
+        if let Check::Callers { indirect, .. } = &needs.sets.checks[*index as usize] {
+            missing.insert((*mode, *indirect));
+            if let Behind::Class(_) = indirect {
+                missing.insert((*mode, Behind::Any));
             }
         }
+    }
+    let mut tails: BTreeMap<(Mode, Saves), LinkVa> = BTreeMap::new();
+    let mut misses = BTreeMap::new();
+    for (mode, behind) in missing {
+        let name = mode.named(&rest(behind));
+        let at = match (behind, &needs.classes) {
+            (Behind::Class(class), Some(classes)) => {
+                let tail = tail(
+                    section,
+                    &mut tails,
+                    needs,
+                    (mode, Saves::AsMode(mode)),
+                    violation,
+                );
+                let others = misses[&(mode, Behind::Any)];
+                section.packed(&name, violation, |thunk| {
+                    compare_class(thunk, needs, mode, classes, class, tail, others)
+                })
+            }
+            _ => section.thunk(&name, violation, |thunk| {
+                let table = (behind != Behind::None).then_some(&needs.indirect);
+                miss(thunk, needs, mode, table, any[&mode], violation)
+            }),
+        };
+        misses.insert((mode, behind), at);
     }
     let mut shared = BTreeMap::new();
     for (mode, index) in used {
@@ -192,14 +238,7 @@ pub fn emit(
             (None, true) => Saves::AsMode(mode),
             (None, false) => Saves::for_callees(mode),
         };
-        // What jumps there has looked at the return address.
-        let tail = *tails.entry((mode, saves)).or_insert_with(|| {
-            let name = saves.tail().map(|name| mode.named(name));
-            section.thunk_or_piece(name, violation, |thunk| {
-                saves.restore(thunk)?;
-                mode.finish(thunk, needs.return_thunk)
-            })
-        });
+        let tail = tail(section, &mut tails, needs, (mode, saves), violation);
         if let Some(sites) = by_sites {
             section.packed(&name, violation, |thunk| {
                 compare_sites(thunk, &absolute(sites), saves, tail, miss)
@@ -221,6 +260,51 @@ pub fn emit(
             });
         }
     }
+}
+
+/// The code that takes back what was saved and returns. What jumps there has looked at the return address.
+fn tail(
+    section: &mut Section,
+    tails: &mut BTreeMap<(Mode, Saves), LinkVa>,
+    needs: &Needs<'_>,
+    (mode, saves): (Mode, Saves),
+    violation: &Violation,
+) -> LinkVa {
+    *tails.entry((mode, saves)).or_insert_with(|| {
+        let name = saves.tail().map(|name| mode.named(name));
+        section.thunk_or_piece(name, violation, |thunk| {
+            saves.restore(thunk)?;
+            mode.finish(thunk, needs.return_thunk)
+        })
+    })
+}
+
+/// Looks whether the return address is in a class; leaves it to `others` where not.
+fn compare_class(
+    thunk: &mut Thunk,
+    needs: &Needs<'_>,
+    mode: Mode,
+    classes: &Classes,
+    class: u32,
+    tail: LinkVa,
+    others: LinkVa,
+) -> Result<(), IcedError> {
+    load(thunk, mode)?;
+    thunk.asm.sub(r11, imm32(needs.sites.text.start))?;
+    thunk.absolute();
+    // Of what lies outside the text this may make a word, too: it passes here or there.
+    let (_, numbers) = class_numbers(needs.sites.text);
+    let number = numbers[class as usize] << classes.offset_bits;
+    if number != 0 {
+        thunk.asm.add(r11d, number as i32)?;
+    }
+    for part in classes.table.parts() {
+        part.index(&mut thunk.asm, r10d, r11d)?;
+        part.compare(thunk, r11d, r10)?;
+        thunk.asm.je(tail.0)?;
+    }
+    mode.restore(thunk)?;
+    thunk.asm.jmp(others.0)
 }
 
 /// Compares the return address with `sites`: there are fewer than comparisons with callees would take.
@@ -359,7 +443,8 @@ fn miss(
     a.jae(ok)?;
     for part in indirect.iter().flat_map(|table| table.parts()) {
         part.index(&mut thunk.asm, r10d, r11d)?;
-        part.compare(thunk, r11d, r10, ok)?;
+        part.compare(thunk, r11d, r10)?;
+        thunk.asm.je(ok)?;
     }
     let a = &mut thunk.asm;
     for at in needs.special {

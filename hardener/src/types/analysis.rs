@@ -7,6 +7,7 @@ use super::functions::{self, Doubt, Function, FunctionIndex, Places, TRACE_ITERA
 use super::globals::Globals;
 use super::hooks::Hooks;
 use super::layout::{Containers, Layout};
+use super::patched;
 use super::prototypes::{ProtoId, Prototypes};
 use super::puts::{Follower, Puts};
 use super::resolve::{Known, Pointers, Resolver, unite};
@@ -89,6 +90,15 @@ pub fn analyse(image: &Image, btf: &Btf, tables: &Tables, text: &Text) -> Result
             forward.add(TextOff(one.at), reach, &entries);
         }
         forward.finish(&text.slots.indirect);
+        let known = patched::Known {
+            image,
+            text,
+            btf,
+            index: &index,
+            prototypes: &prototypes,
+            layout: &layout,
+        };
+        patched::add(&known, tables, &entries, &mut forward);
         return Ok(forward);
     }
 }
@@ -413,7 +423,11 @@ impl Knowledge<'_> {
         };
         let described =
             |place: &LinkVa| tables.not_taken.iter().any(|range| range.contains(*place));
-        for place in image.relocs.abs64.iter().filter(|place| !described(place)) {
+        // What a static call holds is called there alone (see `patched.rs`).
+        let keys: FxHashSet<LinkVa> = tables.static_calls.iter().map(|site| site.key).collect();
+        let is_key = |place: &LinkVa| keys.contains(place);
+        let places = image.relocs.abs64.iter();
+        for place in places.filter(|place| !described(place) && !is_key(place)) {
             let value = image.u64_at(*place).map(LinkVa);
             if let Some(to) = value.and_then(function) {
                 puts.add(to, follower.in_data(place.0, to));

@@ -8,6 +8,7 @@
 //! | `globals.rs`, `shapes.rs`, `facts.rs`, `hooks.rs` | what data is, by its initial values and by what functions do with it |
 //! | `votes.rs`, `resolve.rs` | the types of values |
 //! | `puts.rs` | where functions' addresses are put, for those of which BTF may have another one's prototype |
+//! | `patched.rs` | what calls may reach that the kernel makes direct ones |
 //! | `analysis.rs`, `sites.rs` | all of it together: each branch and the entries that it may reach |
 //!
 //! What it relies on: a pointer that the kernel declares as a pointer to functions of a prototype is called as such. Where
@@ -23,6 +24,7 @@ mod functions;
 mod globals;
 mod hooks;
 mod layout;
+mod patched;
 mod prototypes;
 mod puts;
 mod resolve;

@@ -6,6 +6,7 @@ use super::flow::{Flow, Store};
 use super::functions::{Function, arity, pointee, registers};
 use super::globals::starts_with;
 use super::layout::Ptr;
+use super::patched;
 use super::prototypes::{ProtoId, Prototypes};
 use super::resolve::{Known, Pointers, Resolver};
 use super::shapes::Shapes;
@@ -124,6 +125,10 @@ impl Follower<'_> {
         }
         for call in &flow.calls {
             let callee = self.resolver.functions.at(call.to);
+            // What static calls are given is called by them alone (see `patched.rs`).
+            if callee.is_some_and(|callee| callee.name == patched::UPDATE) {
+                continue;
+            }
             let types = callee.map_or(&[][..], |callee| &callee.prototypes);
             self.passed(flow, types, &call.arguments, call.set, puts);
         }

@@ -188,6 +188,8 @@ pub struct Forward {
     pub arities: Vec<(TextOff, u8)>,
     /// The entries of which BTF may have another function's prototype. Sorted.
     pub doubts: Vec<ForwardDoubt>,
+    /// Branches by a pointer that the kernel makes direct ones, by address.
+    pub patched: Vec<Site>,
     known: FxHashMap<Reach, u32>,
 }
 
@@ -204,6 +206,7 @@ impl Forward {
                 .zip(entries.arity.iter().copied())
                 .collect(),
             doubts: entries.doubts.clone(),
+            patched: Vec::new(),
             known: FxHashMap::default(),
         };
         forward.class(Reach::Any, entries);
@@ -227,6 +230,16 @@ impl Forward {
     pub fn add(&mut self, at: TextOff, reach: Reach, entries: &Entries) {
         let class = self.class(reach, entries);
         self.sites.push(Site { at, class });
+    }
+
+    /// Adds branches that the kernel makes direct ones.
+    pub fn add_patched(&mut self, branches: Vec<(TextOff, Reach)>, entries: &Entries) {
+        for (at, reach) in branches {
+            let class = self.class(reach, entries);
+            self.patched.push(Site { at, class });
+        }
+        self.patched.sort_unstable_by_key(|site| site.at);
+        self.patched.dedup_by_key(|site| site.at);
     }
 
     /// Keeps the branches that are `slots`, and adds those that were not reached.
@@ -273,15 +286,26 @@ impl Forward {
             by: class.reach.kind().to_owned(),
             entries: class.entries.clone(),
         });
-        let sites = self.sites.iter().map(|site| ForwardSite {
-            at: site.at,
-            class: site.class,
-        });
+        let listed = |sites: &[Site]| {
+            let sites = sites.iter().map(|site| ForwardSite {
+                at: site.at,
+                class: site.class,
+            });
+            sites.collect()
+        };
         ForwardSets {
             classes: classes.collect(),
-            sites: sites.collect(),
+            sites: listed(&self.sites),
             doubts: self.doubts.clone(),
+            patched: listed(&self.patched),
         }
+    }
+
+    /// The number of the class of the branch at `at`, which a retpoline or the kernel's own patching makes.
+    pub fn class_of_branch(&self, at: TextOff) -> Option<u32> {
+        let index = self.patched.binary_search_by_key(&at, |site| site.at);
+        let patched = index.ok().map(|index| self.patched[index].class);
+        patched.or_else(|| self.class_number(at))
     }
 
     /// The class of the branch at `at`.

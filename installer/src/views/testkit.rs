@@ -253,6 +253,7 @@ fn make_bundle() -> Bundle {
                 variant("hardened", Vec::new()),
             ],
             forward: None,
+            backward: None,
             watched: None,
             modules: None,
             layout: LAYOUT
@@ -282,6 +283,7 @@ fn make_bundle() -> Bundle {
         }],
         cave: elf(LINK + 0x2010, &cave),
         forward: None,
+        backward: None,
         watched: None,
         modules: Vec::new(),
         edits: vec![

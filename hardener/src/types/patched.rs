@@ -1,0 +1,255 @@
+//! Branches by a pointer that the kernel makes direct ones: paravirt and static calls.
+//!
+//! A static call's pointer is changed by `static_call_update` alone. Where all who change one name it and the function, it holds
+//! these functions and what it holds in the image, and nothing else. Of another pointer what it holds in the image, and is given by
+//! name, says of which prototype the others are that it may hold: C declares all alike (include/linux/static_call.h,
+//! arch/x86/include/asm/paravirt_types.h). Where that is nothing, or assembly, and the pointer is not declared as one to functions
+//! either, it may hold anything.
+
+use super::btf::{Btf, Type};
+use super::functions::{FunctionIndex, TRACE_ITERATOR};
+use super::layout::{Layout, Ptr};
+use super::prototypes::{ProtoId, Prototypes};
+use super::sites::{Entries, Forward, Reach};
+use crate::image::{Image, Tables};
+use crate::text::Text;
+use penumbra_bundle::LinkVa;
+use rustc_hash::{FxHashMap, FxHashSet};
+
+/// The pointers of paravirt calls, and their type.
+const PARAVIRT: &str = "pv_ops";
+const PARAVIRT_TYPE: &str = "paravirt_patch_template";
+/// `call *disp32(%rip)`.
+const CALL_POINTER: [u8; 2] = [0xff, 0x15];
+/// `jmp rel32`.
+const JMP: u8 = 0xe9;
+/// `call rel32`.
+const CALL: u8 = 0xe8;
+/// Changes a static call.
+pub const UPDATE: &str = "__static_call_update";
+/// What a static call is given that is to return 0 (kernel/static_call.c).
+const RETURNS_ZERO: &str = "__static_call_return0";
+/// The length of both a direct call and a direct jump.
+const DIRECT: u32 = 5;
+
+/// What is known of the kernel.
+pub struct Known<'a> {
+    /// The image.
+    pub image: &'a Image,
+    /// Its text.
+    pub text: &'a Text,
+    /// Types.
+    pub btf: &'a Btf,
+    /// Functions.
+    pub index: &'a FunctionIndex,
+    /// Prototypes.
+    pub prototypes: &'a Prototypes,
+    /// Members.
+    pub layout: &'a Layout<'a>,
+}
+
+/// Says of each such branch in the text what it may reach.
+pub fn add(known: &Known<'_>, tables: &Tables, entries: &Entries, forward: &mut Forward) {
+    let span = known.text.span;
+    let ops = known.image.symbol(PARAVIRT);
+    let ty = known.btf.ids().find(|id| {
+        matches!(known.btf.at(*id), Type::Composite { .. }) && known.btf.name(*id) == PARAVIRT_TYPE
+    });
+    let mut found = Vec::new();
+    let mut by_pointer: FxHashMap<u64, Reach> = FxHashMap::default();
+    for site in &tables.paravirt {
+        let Some(at) = span.offset(site.site) else {
+            continue;
+        };
+        let pointer = known.pointer(site.site).zip(ops).zip(ty);
+        let reach = pointer.map_or(Reach::Any, |((pointer, ops), ty)| {
+            let reach = by_pointer.entry(pointer.0);
+            let reach = reach.or_insert_with(|| known.paravirt(pointer, ops, ty));
+            reach.clone()
+        });
+        found.push((at, reach));
+    }
+    let updates = Updates::find(known, tables);
+    let mut by_key: FxHashMap<u64, Reach> = FxHashMap::default();
+    for site in &tables.static_calls {
+        let Some(at) = span.offset(site.site) else {
+            continue;
+        };
+        let trampoline = known.branch(site.site).map(|(_, trampoline)| trampoline);
+        let reach = trampoline.map_or(Reach::Any, |trampoline| {
+            let reach = by_key.entry(site.key.0);
+            let reach =
+                reach.or_insert_with(|| known.static_call(&updates, site.key, trampoline, forward));
+            reach.clone()
+        });
+        found.push((at, reach));
+    }
+    forward.add_patched(found, entries);
+}
+
+impl Known<'_> {
+    /// Where the pointer of the call at `at` stands.
+    fn pointer(&self, at: LinkVa) -> Option<LinkVa> {
+        let code = self.image.at(at, 6)?;
+        let displacement = i32::from_le_bytes(code[2..].try_into().ok()?);
+        let to = (at.0 + 6).wrapping_add_signed(displacement.into());
+        code.starts_with(&CALL_POINTER).then_some(LinkVa(to))
+    }
+
+    /// The opcode of the direct branch at `at`, and where it goes.
+    fn branch(&self, at: LinkVa) -> Option<(u8, LinkVa)> {
+        let code = self.image.at(at, DIRECT as usize)?;
+        let displacement = i32::from_le_bytes(code[1..].try_into().ok()?);
+        let to = (at.0 + u64::from(DIRECT)).wrapping_add_signed(displacement.into());
+        matches!(code[0], CALL | JMP).then_some((code[0], LinkVa(to)))
+    }
+
+    /// What the function at `at` is declared as.
+    fn declared(&self, at: LinkVa) -> Vec<ProtoId> {
+        let at = self.text.span.offset(at);
+        let function = at.and_then(|at| self.index.at(at.0));
+        let declared = function.filter(|function| !function.clone);
+        let declared = declared.map_or(&[][..], |function| &function.declared);
+        let classes = declared.iter();
+        classes
+            .filter_map(|ty| self.prototypes.class(*ty))
+            .collect()
+    }
+
+    fn paravirt(&self, pointer: LinkVa, ops: LinkVa, ty: u32) -> Reach {
+        let delta = pointer.0.checked_sub(ops.0);
+        let Some(delta) = delta.and_then(|delta| i32::try_from(delta).ok()) else {
+            return Reach::Any;
+        };
+        let held = self.image.u64_at(pointer).map(LinkVa);
+        let mut all = held.map_or_else(Vec::new, |held| self.declared(held));
+        let field = self.layout.field(Ptr { ty, delta });
+        all.extend(field.to.iter().filter_map(|to| self.prototypes.class(*to)));
+        known(all)
+    }
+
+    /// What the static call of `key` may reach, whose `trampoline` the file has as it is built.
+    fn static_call(
+        &self,
+        updates: &Updates,
+        key: LinkVa,
+        trampoline: LinkVa,
+        forward: &Forward,
+    ) -> Reach {
+        let mut held = updates.of_key.get(&key.0).cloned().unwrap_or_default();
+        match self.branch(trampoline) {
+            Some((JMP, to)) => held.push(to),
+            // It returns, with 0 or with nothing.
+            _ => held.extend(self.image.symbol(RETURNS_ZERO)),
+        }
+        if !updates.open.contains(&key.0) {
+            let offsets = held.iter().filter_map(|at| self.text.span.offset(*at));
+            return Reach::functions(offsets.collect());
+        }
+        let mut all: Vec<ProtoId> = held.iter().flat_map(|at| self.declared(*at)).collect();
+        // With one user only, a tracepoint calls that and not its iterator, as which it is declared.
+        let iterators = held.iter().filter_map(|at| {
+            let at = self.text.span.offset(*at)?;
+            let function = self.index.at(at.0)?;
+            function
+                .name
+                .starts_with(TRACE_ITERATOR)
+                .then_some(function)
+        });
+        for iterator in iterators {
+            let slots = self.text.slots.indirect.iter();
+            let inside = slots.filter(|slot| {
+                let mut ranges = iterator.ranges.iter();
+                ranges.any(|(from, to)| (*from..*to).contains(&slot.at.0))
+            });
+            for slot in inside {
+                match forward.class_at(slot.at).map(|class| &class.reach) {
+                    Some(Reach::Prototypes(own)) => all.extend(own),
+                    _ => return Reach::Any,
+                }
+            }
+        }
+        known(all)
+    }
+}
+
+/// Who changes static calls.
+#[derive(Default)]
+struct Updates {
+    /// By key: the functions that it is given by name.
+    of_key: FxHashMap<u64, Vec<LinkVa>>,
+    /// Keys that may be given something that is not named.
+    open: FxHashSet<u64>,
+}
+
+impl Updates {
+    /// Looks at the arguments of all calls of `__static_call_update(key, trampoline, function)`, which a compiler puts right before
+    /// them where they are constants.
+    fn find(known: &Known<'_>, tables: &Tables) -> Updates {
+        let mut updates = Updates::default();
+        let keys = tables.static_calls.iter().map(|site| site.key.0);
+        let keys: FxHashSet<u64> = keys.collect();
+        let Some(update) = known.image.symbol(UPDATE) else {
+            updates.open = keys;
+            return updates;
+        };
+        // Modules may change what is exported, and who does not name the key has it from a pointer.
+        let exported = tables.exports.iter().map(|at| at.0);
+        let pointers = known.image.relocs.abs64.iter();
+        let pointed = pointers.filter_map(|at| known.image.u64_at(*at));
+        let others = exported.chain(pointed).filter(|at| keys.contains(at));
+        updates.open.extend(others);
+        for name in [".text", ".init.text"] {
+            let (Some(section), Some(code)) =
+                (known.image.section(name), known.image.section_bytes(name))
+            else {
+                continue;
+            };
+            for at in memchr::memchr_iter(CALL, code) {
+                let va = LinkVa(section.range.start.0 + at as u64);
+                if known.branch(va) == Some((CALL, update)) {
+                    updates.add(&code[..at]);
+                }
+            }
+        }
+        updates
+    }
+
+    /// Adds a call that stands behind `code`.
+    fn add(&mut self, mut code: &[u8]) {
+        let (mut key, mut function) = (None, None);
+        loop {
+            let (register, value, len) = match code {
+                // `mov $imm32, %rdx`, `%rsi`, `%rdi`.
+                [.., 0x48, 0xc7, modrm @ (0xc2 | 0xc6 | 0xc7), a, b, c, d] => {
+                    let value = i32::from_le_bytes([*a, *b, *c, *d]);
+                    (modrm & 7, i64::from(value) as u64, 7)
+                }
+                // `xor %edx, %edx`.
+                [.., 0x31, 0xd2] => (2, 0, 2),
+                _ => break,
+            };
+            match register {
+                2 => _ = function.get_or_insert(value),
+                7 => _ = key.get_or_insert(value),
+                _ => {}
+            }
+            code = &code[..code.len() - len];
+        }
+        match (key, function) {
+            (None, _) => {}
+            (Some(key), None) => _ = self.open.insert(key),
+            (Some(key), Some(function)) => {
+                let given = self.of_key.entry(key).or_default();
+                given.extend((function != 0).then_some(LinkVa(function)));
+            }
+        }
+    }
+}
+
+fn known(all: Vec<ProtoId>) -> Reach {
+    match all.is_empty() {
+        true => Reach::Any,
+        false => Reach::prototypes(all),
+    }
+}
