@@ -2,7 +2,7 @@
 
 use super::btf::{Btf, Type};
 use super::facts::{self, Facts};
-use super::flow::{self, Code64, Flow};
+use super::flow::{self, Code64, Flow, Room};
 use super::functions::{self, Doubt, Function, FunctionIndex, Places, TRACE_ITERATOR};
 use super::globals::Globals;
 use super::hooks::Hooks;
@@ -166,7 +166,7 @@ impl<'a> Sources<'a> {
         let followed = numbers
             .par_iter()
             .filter(|number| !index.all[**number as usize].cold)
-            .map(|number| {
+            .map_init(Room::default, |room, number| {
                 let function = &index.all[*number as usize];
                 let arities = function
                     .prototypes
@@ -176,7 +176,7 @@ impl<'a> Sources<'a> {
                     true => 6,
                     false => arities.max().unwrap_or(6),
                 };
-                let flow = flow::follow(&code, &function.ranges, parameters);
+                let flow = flow::follow(&code, &function.ranges, parameters, room);
                 Followed {
                     function: *number,
                     votes: Votes::of(btf, index, &flow),

@@ -16,11 +16,9 @@ pub struct Block {
     pub before: SmallVec<[usize; 2]>,
 }
 
-/// The instructions of a function.
-pub fn decode(code: &Code64<'_>, ranges: &[(u32, u32)]) -> Vec<Instruction> {
-    let bytes: u32 = ranges.iter().map(|(from, to)| to - from).sum();
-    // Instructions have four bytes on average.
-    let mut instructions = Vec::with_capacity(bytes as usize / 4 + 1);
+/// Puts the instructions of a function into `instructions`, in place of what is there.
+pub fn decode(code: &Code64<'_>, ranges: &[(u32, u32)], instructions: &mut Vec<Instruction>) {
+    instructions.clear();
     for (from, to) in ranges {
         let bytes = code.places.bytes(*from, *to);
         let ip = code.start + u64::from(*from);
@@ -32,7 +30,6 @@ pub fn decode(code: &Code64<'_>, ranges: &[(u32, u32)]) -> Vec<Instruction> {
             }
         }
     }
-    instructions
 }
 
 /// Where a direct branch goes.

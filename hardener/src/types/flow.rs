@@ -144,10 +144,42 @@ impl State {
     }
 }
 
+/// Memory that one function after another is followed in.
+pub struct Room {
+    instructions: Vec<Instruction>,
+    values: Values,
+    made: Vec<(usize, Place, Value)>,
+    phis_lost: Vec<Value>,
+    exits: Vec<Option<State>>,
+    info: InstructionInfoFactory,
+}
+
+impl Default for Room {
+    fn default() -> Room {
+        Room {
+            instructions: Vec::new(),
+            values: Values::default(),
+            made: Vec::new(),
+            phis_lost: Vec::new(),
+            exits: Vec::new(),
+            info: InstructionInfoFactory::new(),
+        }
+    }
+}
+
 /// Follows the function that takes up `ranges` of the text, the first of which starts with its entry, and is given
 /// `parameters` argument registers.
-pub fn follow(code: &Code64<'_>, ranges: &[(u32, u32)], parameters: u8) -> Flow {
-    let instructions = decode(code, ranges);
+pub fn follow(code: &Code64<'_>, ranges: &[(u32, u32)], parameters: u8, room: &mut Room) -> Flow {
+    let Room {
+        instructions,
+        values,
+        made,
+        phis_lost,
+        exits,
+        info,
+    } = room;
+    decode(code, ranges, instructions);
+    let instructions = &instructions[..];
     let inside = |va: u64| -> Option<u32> {
         let at = u32::try_from(va.checked_sub(code.start)?).ok()?;
         ranges
@@ -155,45 +187,51 @@ pub fn follow(code: &Code64<'_>, ranges: &[(u32, u32)], parameters: u8) -> Flow 
             .any(|range| (range.0..range.1).contains(&at))
             .then_some(at)
     };
-    let blocks = blocks(code, &instructions, &inside);
+    let blocks = blocks(code, instructions, &inside);
     let order = order(&blocks);
     let mut plain = Plain {
         registers: vec![0; blocks.len()],
         slots: FxHashSet::default(),
     };
-    let mut info = InstructionInfoFactory::new();
-    let mut values = Values::default();
+    let mut walk = Walk {
+        code,
+        instructions,
+        flow: Flow {
+            values: std::mem::take(values),
+            sites: Vec::new(),
+            calls: Vec::new(),
+            stores: Vec::new(),
+            kept: Vec::new(),
+            lost: Vec::new(),
+            returns: Vec::new(),
+            traced: false,
+        },
+        made,
+        phis_lost,
+        info,
+        inside: &inside,
+    };
     let mut round = 0;
     loop {
-        values.clear();
-        let mut walk = Walk {
-            code,
-            instructions: &instructions,
-            flow: Flow {
-                values,
-                sites: Vec::new(),
-                calls: Vec::new(),
-                stores: Vec::new(),
-                kept: Vec::new(),
-                lost: Vec::new(),
-                returns: Vec::new(),
-                traced: false,
-            },
-            made: Vec::new(),
-            phis_lost: Vec::new(),
-            info: &mut info,
-            inside: &inside,
-        };
-        let exits = walk.run(&blocks, &order, &plain, parameters);
-        walk.fill(&blocks, &exits);
+        walk.clear();
+        walk.run(&blocks, &order, &plain, parameters, exits);
+        walk.fill(&blocks, exits);
         round += 1;
         if round == ROUNDS || !walk.simplify(&mut plain) {
-            walk.miss(&instructions);
-            walk.flow.values.finish();
-            return walk.flow;
+            break;
         }
-        values = walk.flow.values;
     }
+    walk.miss(instructions);
+    let mut flow = walk.flow;
+    *values = std::mem::take(&mut flow.values);
+    flow.values = values.finished();
+    flow.sites.shrink_to_fit();
+    flow.calls.shrink_to_fit();
+    flow.stores.shrink_to_fit();
+    flow.kept.shrink_to_fit();
+    flow.lost.shrink_to_fit();
+    flow.returns.shrink_to_fit();
+    flow
 }
 
 /// A register, or a stack slot.
@@ -217,22 +255,49 @@ pub struct Walk<'a, F> {
     instructions: &'a [Instruction],
     pub(super) flow: Flow,
     /// Phis and where they stand.
-    made: Vec<(usize, Place, Value)>,
+    made: &'a mut Vec<(usize, Place, Value)>,
     /// Phis that go where nothing is followed.
-    phis_lost: Vec<Value>,
+    phis_lost: &'a mut Vec<Value>,
     pub(super) info: &'a mut InstructionInfoFactory,
     pub(super) inside: &'a F,
 }
 
 impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
+    /// Forgets what was found, to follow the function again.
+    fn clear(&mut self) {
+        let Flow {
+            values,
+            sites,
+            calls,
+            stores,
+            kept,
+            lost,
+            returns,
+            traced,
+        } = &mut self.flow;
+        values.clear();
+        sites.clear();
+        calls.clear();
+        stores.clear();
+        kept.clear();
+        lost.clear();
+        returns.clear();
+        *traced = false;
+        self.made.clear();
+        self.phis_lost.clear();
+    }
+
+    /// How each block ends that is reached.
     fn run(
         &mut self,
         blocks: &[Block],
         order: &[usize],
         plain: &Plain,
         parameters: u8,
-    ) -> Vec<Option<State>> {
-        let mut exits: Vec<Option<State>> = (0..blocks.len()).map(|_| None).collect();
+        exits: &mut Vec<Option<State>>,
+    ) {
+        exits.clear();
+        exits.resize_with(blocks.len(), || None);
         let mut reached = vec![false; blocks.len()];
         for block in order {
             reached[*block] = true;
@@ -247,7 +312,6 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             }
             exits[*block] = Some(state);
         }
-        exits
     }
 
     /// What is known at the start of a block to which so many ways lead; of those that are `known` by now, how they end.
@@ -341,6 +405,16 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
 
     /// A value goes where nothing is followed.
     pub(super) fn lose(&mut self, value: Value) {
+        match self.flow.values.op(value) {
+            Op::Phi(_) => self.phis_lost.push(value),
+            Op::Const(_) => self.flow.lost.extend(self.code_address(value)),
+            Op::Sum(..) => self.lose_each(value),
+            _ => {}
+        }
+    }
+
+    /// All that a sum is made from goes there.
+    fn lose_each(&mut self, value: Value) {
         let mut seen = FxHashSet::default();
         let mut open = vec![value];
         while let Some(value) = open.pop() {
@@ -357,7 +431,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
     fn miss(&mut self, instructions: &[Instruction]) {
         let places = self.code.places;
         let code = |at: &u64| places.offset(*at).is_some();
-        let phis = std::mem::take(&mut self.phis_lost);
+        let phis = std::mem::take(self.phis_lost);
         let constants = self.flow.values.constants(phis);
         self.flow.lost.extend(constants.into_iter().filter(code));
         for at in instructions.iter().flat_map(named).flatten() {
@@ -372,7 +446,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
     /// Fills the phis from the blocks' ends.
     fn fill(&mut self, blocks: &[Block], exits: &[Option<State>]) {
         let mut operands: Vec<Value> = Vec::new();
-        for (block, place, phi) in &self.made {
+        for (block, place, phi) in self.made.iter() {
             let Op::Phi(index) = self.flow.values.op(*phi) else {
                 continue;
             };
@@ -408,7 +482,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
         let mut any = false;
         loop {
             let mut changed = false;
-            for (block, place, phi) in &self.made {
+            for (block, place, phi) in self.made.iter() {
                 let Op::Phi(index) = values.op(*phi) else {
                     continue;
                 };

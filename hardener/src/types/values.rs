@@ -9,6 +9,9 @@ pub struct Value(pub u32);
 /// Nothing is known about it.
 pub const UNKNOWN: Value = Value(0);
 
+/// More values than most functions have.
+const ROOM: usize = 1024;
+
 /// How a value comes about.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Op {
@@ -56,12 +59,17 @@ impl Values {
         self.intern(Op::Unknown);
     }
 
-    /// Forgets what only those need who add values.
-    pub fn finish(&mut self) {
-        self.known = FxHashMap::default();
-        self.ops.shrink_to_fit();
-        self.phis.shrink_to_fit();
-        self.operands.shrink_to_fit();
+    /// The values as they are, without what only those need who add some; leaves the memory to the next function's.
+    pub fn finished(&mut self) -> Values {
+        // Emptying a map takes as long as it is large.
+        self.known.clear();
+        self.known.shrink_to(ROOM);
+        Values {
+            ops: self.ops.clone(),
+            known: FxHashMap::default(),
+            phis: self.phis.clone(),
+            operands: self.operands.clone(),
+        }
     }
 
     /// How `value` comes about.
