@@ -250,8 +250,10 @@ pub fn run<'a>(
     modules: &[PathBuf],
     json: bool,
 ) -> Result<Outcome, CheckError> {
-    let bundle = Bundle::read_dir(bundle)?;
-    let checker = Checker::open(image)?.with_modules(modules)?;
+    let image = image.into();
+    let (bundle, checker) = rayon::join(|| Bundle::read_dir(bundle), || Checker::open(image));
+    let bundle = bundle?;
+    let checker = checker?.with_modules(modules)?;
     checker.check(&bundle, json)
 }
 

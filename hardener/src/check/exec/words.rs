@@ -130,7 +130,8 @@ impl Tree {
                 Node::Branch { .. } | Node::Touch { .. } | Node::Leaf(..) => {}
             }
         }
-        if !asks {
+        // Without such words, and with no others to ask, it is followed for everybody.
+        if !asks && !leaves {
             return None;
         }
         // Who is meant by no word, and passes all the same.

@@ -10,6 +10,7 @@ pub mod tables;
 
 use btf::Btf;
 use elf::Vmlinux;
+use kallsyms::KernelSymbol;
 use penumbra_bundle::{LinkVa, VaRange};
 use sweep::Sweep;
 use symbols::SymbolMap;
@@ -100,20 +101,25 @@ impl Kernel {
     pub fn read(elf: Vec<u8>, system_map: Option<&[u8]>) -> Result<Kernel, KernelError> {
         let vmlinux = Vmlinux::parse(elf)?;
         let map = system_map.map(system_map::read).transpose()?;
-        let own = match vmlinux.symtab.is_empty() {
-            true => kallsyms::read(&vmlinux),
-            false => Ok(vmlinux.symtab.clone()),
-        };
-        let symbols = match (own, map) {
-            (Ok(own), Some(map)) => system_map::compare(&map, &own).map(|()| own)?,
-            (Err(_), Some(map)) => map,
-            (own, None) => own?,
-        };
-        let symbols = SymbolMap::new(symbols);
-        let tables = Tables::read(&vmlinux, &symbols, &Btf::read(&vmlinux)?)?;
-        let section = vmlinux.section(".text")?;
-        let text = section.range;
-        let sweep = Sweep::new(text.start, vmlinux.section_bytes(section));
+        let section = vmlinux.section(".text");
+        // Neither needs anything of the other.
+        let (swept, named) = rayon::join(
+            || {
+                section.map(|one| {
+                    (
+                        one.range,
+                        Sweep::new(one.range.start, vmlinux.section_bytes(one)),
+                    )
+                })
+            },
+            || {
+                let symbols = symbols(&vmlinux, map)?;
+                let tables = Tables::read(&vmlinux, &symbols, &Btf::read(&vmlinux)?)?;
+                Ok::<_, KernelError>((symbols, tables))
+            },
+        );
+        let (symbols, tables) = named?;
+        let (text, sweep) = swept?;
         Ok(Kernel {
             vmlinux,
             symbols,
@@ -173,4 +179,18 @@ impl Kernel {
     pub fn in_text(&self, va: LinkVa) -> bool {
         self.text.contains(va)
     }
+}
+
+/// The image's own symbols, which those of its `System.map` must not contradict; or these.
+fn symbols(vmlinux: &Vmlinux, map: Option<Vec<KernelSymbol>>) -> Result<SymbolMap, KernelError> {
+    let own = match vmlinux.symtab.is_empty() {
+        true => kallsyms::read(vmlinux),
+        false => Ok(vmlinux.symtab.clone()),
+    };
+    let symbols = match (own, map) {
+        (Ok(own), Some(map)) => system_map::compare(&map, &own).map(|()| own)?,
+        (Err(_), Some(map)) => map,
+        (own, None) => own?,
+    };
+    Ok(SymbolMap::new(symbols))
 }
