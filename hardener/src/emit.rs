@@ -13,7 +13,7 @@ use crate::text::promotion::Promotion;
 use crate::text::return_sets::ReturnSets;
 use crate::text::stack_use::StackUse;
 use crate::text::zeroing::Zeroing;
-use crate::text::{self, REGISTERS, Text, TextError};
+use crate::text::{self, REGISTERS, Span, Text, TextError};
 use crate::thunks::{self, CaveContents, KernelThunks};
 use crate::types;
 use penumbra_bundle::{
@@ -293,18 +293,28 @@ fn bundle(
     let tables = lacks.note(image.tables())?;
     lacks.none()?;
     progress(Stage::Text);
-    let mut text = Text::analyse(image, &tables)?;
+    let choices = recipe.choices();
+    let asked = |wants: fn(&Recipe) -> bool| choices.iter().any(wants);
+    // What the kernel edits itself and its types need nothing that the text says.
+    let (text, (model, btf)) = rayon::join(
+        || Text::analyse(image, &tables),
+        || {
+            let model = Span::of(image).and_then(|span| text::model::build(image, &tables, span));
+            (
+                model,
+                asked(passes::is_typed).then(|| types::Btf::of(image)),
+            )
+        },
+    );
+    let mut text = text?;
     progress(Stage::Model);
-    let model = text::model::build(image, &tables, text.span)?;
+    let model = model?;
     let kernel = kernel_thunks(image)?;
     if !modules.is_empty() {
         progress(Stage::Modules);
     }
     let mut modules = Modules::read(image, &kernel, modules).map_err(Failure::Module)?;
     progress(Stage::Thunks);
-    let choices = recipe.choices();
-    let asked = |wants: fn(&Recipe) -> bool| choices.iter().any(wants);
-    let btf = asked(passes::is_typed).then(|| types::Btf::of(image));
     let btf = btf.transpose()?;
     let (by_function, by_frame) = (asked(passes::is_per_function), asked(passes::is_by_frame));
     let by_change = asked(passes::is_by_change);

@@ -28,6 +28,13 @@ impl Bitmap {
             .is_some_and(|word| word >> (at % 64) & 1 == 1)
     }
 
+    /// Puts in all that is in `other`, which is of one length with it.
+    pub fn add(&mut self, other: &Bitmap) {
+        for (word, more) in self.words.iter_mut().zip(&other.words) {
+            *word |= more;
+        }
+    }
+
     /// How many numbers are in.
     pub fn count(&self) -> u64 {
         self.words

@@ -5,7 +5,7 @@
 //! Another CPU, or an interrupt, may write to the stack within these few instructions, as it may between a check and its return.
 
 use super::callgraph::CallGraph;
-use super::liveness::also;
+use super::steps::also;
 use super::{Bitmap, Text};
 use crate::image::Tables;
 use iced_x86::{
@@ -14,7 +14,6 @@ use iced_x86::{
 };
 use penumbra_bundle::{LinkVa, TextOff};
 use rustc_hash::FxHashMap;
-use std::collections::BTreeMap;
 
 /// The returns of one kernel by number: whether something can have changed where each goes.
 pub struct Changeable(pub Vec<bool>);
@@ -106,7 +105,7 @@ struct Code<'a> {
     rewritten: Bitmap,
     fentry: Bitmap,
     /// Where jump labels and instructions that fault may go on.
-    also: BTreeMap<TextOff, Vec<TextOff>>,
+    also: FxHashMap<TextOff, Vec<TextOff>>,
 }
 
 impl Code<'_> {

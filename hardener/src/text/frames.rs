@@ -5,7 +5,7 @@
 //! return, the one that went least deep counts: no further down may anything be assumed to be stack. An alignment (`and
 //! $-64,%rsp`) and an array of variable size move RSP by nothing, at least.
 
-use super::liveness::also;
+use super::steps::also;
 use super::{Bitmap, Functions, Return, Span};
 use crate::image::Tables;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
@@ -40,7 +40,7 @@ pub fn depths(
         code,
         span,
         starts,
-        also: also(span, tables).into_iter().collect(),
+        also: also(span, tables),
         numbers: returns.iter().map(|slot| slot.at).zip(0..).collect(),
     };
     let found = all.par_chunks(CHUNK).map(|starts| {

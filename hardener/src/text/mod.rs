@@ -1,5 +1,6 @@
 //! The kernel's text: swept, its slots, caves and legal targets found, and how it may differ at run time.
 
+mod behind;
 mod bitmap;
 pub mod callgraph;
 mod caves;
@@ -16,6 +17,7 @@ pub mod outside;
 pub mod probed;
 pub mod promotion;
 mod regions;
+mod replaced;
 pub mod return_classes;
 pub mod return_sets;
 mod returns;
@@ -23,6 +25,7 @@ mod scratch;
 pub mod self_checks;
 mod slots;
 pub mod stack_use;
+mod steps;
 mod sweep;
 pub mod watched;
 pub mod zeroing;
@@ -72,30 +75,20 @@ pub struct Text {
 impl Text {
     /// Analyses the text of `image`.
     pub fn analyse(image: &Image, tables: &Tables) -> Result<Text, TextError> {
-        let section = image
-            .section(".text")
-            .ok_or(TextError::Missing { what: ".text" })?;
-        let code = section.range;
-        let start = LinkVa(code.start.0 - code.start.0 % PAGE);
-        let range = VaRange {
-            start,
-            end: LinkVa(code.end.0.next_multiple_of(PAGE)),
-        };
-        if code.start != start || code.is_empty() || range.len() > u64::from(u32::MAX) / 2 {
-            return Err(TextError::Placement { range: code });
-        }
+        let span = Span::of(image)?;
+        let Span { range, code } = span;
+        let start = range.start;
         // The last page's rest lies in the same segment; what the file does not have is zero when the kernel runs.
-        let mut bytes = image
+        let section = image
             .at(start, code.len() as usize)
             .ok_or(TextError::Missing {
                 what: "the bytes of .text",
-            })?
+            })?;
+        let mut bytes = image
+            .at(start, range.len() as usize)
+            .unwrap_or(section)
             .to_vec();
-        match image.at(start, range.len() as usize) {
-            Some(whole) => bytes = whole.to_vec(),
-            None => bytes.resize(range.len() as usize, 0),
-        }
-        let span = Span { range, code };
+        bytes.resize(range.len() as usize, 0);
         let sweep = Sweep::run(&bytes[..code.len() as usize], span);
         sweep::gate(&sweep, image, tables, span)?;
         let regions = Regions::find(image, tables, span)?;
@@ -103,11 +96,20 @@ impl Text {
         let cave = caves::find(&bytes, span, &regions)?;
         let plain = inline_asm_is_plain(image);
         let checks = self_checks::find(image);
-        let slots = slots::find(
-            &bytes, span, image, tables, &sweep, &regions, &functions, &checks, plain,
-        )?;
-        let return_targets = returns::find(span, image, tables, &sweep, &regions)?;
-        let entries = entries::find(span, image, tables, &sweep, &regions, &functions);
+        let (slots, (return_targets, entries)) = rayon::join(
+            || {
+                slots::find(
+                    &bytes, span, image, tables, &sweep, &regions, &functions, &checks, plain,
+                )
+            },
+            || {
+                rayon::join(
+                    || returns::find(span, image, tables, &sweep, &regions),
+                    || entries::find(span, image, tables, &sweep, &regions, &functions),
+                )
+            },
+        );
+        let (slots, return_targets) = (slots?, return_targets?);
         Ok(Text {
             range,
             span,
@@ -140,6 +142,23 @@ pub struct Span {
 }
 
 impl Span {
+    /// That of `image`.
+    pub fn of(image: &Image) -> Result<Span, TextError> {
+        let section = image
+            .section(".text")
+            .ok_or(TextError::Missing { what: ".text" })?;
+        let code = section.range;
+        let start = LinkVa(code.start.0 - code.start.0 % PAGE);
+        let range = VaRange {
+            start,
+            end: LinkVa(code.end.0.next_multiple_of(PAGE)),
+        };
+        if code.start != start || code.is_empty() || range.len() > u64::from(u32::MAX) / 2 {
+            return Err(TextError::Placement { range: code });
+        }
+        Ok(Span { range, code })
+    }
+
     /// The offset of `va`, when it lies inside the section.
     pub fn offset(&self, va: LinkVa) -> Option<TextOff> {
         self.code

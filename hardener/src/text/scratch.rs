@@ -4,8 +4,9 @@
 //! says that its callers expect these to be lost. So its callers are looked at: when all are known and compiled, and behind none
 //! of their calls one of the three is read before it is written, the function may lose them.
 
+use super::behind::Behind;
 use super::callgraph::CallGraph;
-use super::liveness::{FLAGS, Liveness, Set, whole};
+use super::steps::{BehindCalls, FLAGS, Set, whole};
 use super::{Bitmap, Text};
 use crate::image::{Image, Tables};
 
@@ -14,17 +15,12 @@ const USED: Set = whole(1 << 10 | 1 << 11) | FLAGS;
 
 /// Whether all three are free at each R slot, in the order of the slots.
 pub fn find(image: &Image, tables: &Tables, text: &Text, graph: &CallGraph) -> Vec<bool> {
-    let live = Liveness::behind_calls(
-        image,
-        tables,
-        text,
-        USED,
-        graph,
-        &labelled(image, tables, text),
-    );
-    let is_free = |number: usize| {
+    let labelled = &labelled(image, tables, text);
+    let behind_calls = BehindCalls { graph, labelled };
+    let mut behind = Behind::new(image, tables, text, USED, behind_calls);
+    let mut is_free = |number: usize| {
         let back = graph.returns_to(text, number);
-        back.is_some_and(|back| back.iter().all(|at| live.at(*at) == 0))
+        back.is_some_and(|back| back.iter().all(|at| !behind.reads(*at)))
     };
     let mut last = None;
     let slots = text.slots.returns.iter();
@@ -36,7 +32,7 @@ pub fn find(image: &Image, tables: &Tables, text: &Text, graph: &CallGraph) -> V
         match last {
             Some((other, free)) if other == number => free,
             _ => {
-                let free = number.is_some_and(is_free);
+                let free = number.is_some_and(&mut is_free);
                 last = Some((number, free));
                 free
             }

@@ -92,11 +92,12 @@ pub fn calls(
     const CALL: u8 = 0xe8;
     let of = |to: Option<LinkVa>| checks.get(&to?).copied();
     let direct = sweep.calls.iter().filter_map(|call| {
+        let check = of(call.to)?;
         let whole = bytes[call.at.0 as usize] == CALL && call.end.0 == call.at.0 + 5;
         let left = editable.why_not(call.at, 5);
         Some(CheckCall {
             at: call.at,
-            check: of(call.to)?,
+            check,
             left: left.or_else(|| (!whole).then_some("long-call")),
         })
     });

@@ -5,6 +5,10 @@ use super::{Bitmap, Span, TextError};
 use crate::image::{Image, Tables};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, Register};
 use penumbra_bundle::{LinkVa, TextOff};
+use std::ops::Range;
+
+/// Filler between functions.
+const INT3: u8 = 0xcc;
 
 /// A call instruction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,21 +49,41 @@ pub struct Sweep {
 }
 
 impl Sweep {
-    /// Sweeps the section's bytes.
+    /// Sweeps the section's bytes: both halves at once. The second one counts only when the first ends where it starts.
     pub fn run(code: &[u8], span: Span) -> Sweep {
+        let middle = middle(code);
+        let ((mut sweep, end), (second, _)) = rayon::join(
+            || Sweep::part(code, span, 0..middle),
+            || Sweep::part(code, span, middle..code.len()),
+        );
+        let second = match end == middle {
+            true => second,
+            false => Sweep::part(code, span, end..code.len()).0,
+        };
+        sweep.add(second);
+        sweep.boundaries.set(code.len());
+        sweep
+    }
+
+    /// What starts in `part`, and where the last instruction of it ends.
+    fn part(code: &[u8], span: Span, part: Range<usize>) -> (Sweep, usize) {
         let mut sweep = Sweep {
             boundaries: Bitmap::new(code.len() + 1),
-            calls: Vec::with_capacity(code.len() / 50),
-            jumps: Vec::with_capacity(code.len() / 25),
+            calls: Vec::with_capacity(part.len() / 50),
+            jumps: Vec::with_capacity(part.len() / 25),
             taken: Vec::new(),
             endbr: Vec::new(),
             instructions: 0,
             invalid: 0,
         };
         let start = span.range.start.0;
-        let mut decoder = Decoder::with_ip(64, code, start, DecoderOptions::NONE);
+        let mut decoder = Decoder::new(64, code, DecoderOptions::NONE);
+        if decoder.set_position(part.start).is_err() {
+            return (sweep, part.start);
+        }
+        decoder.set_ip(start + part.start as u64);
         let mut instruction = Instruction::default();
-        while decoder.can_decode() {
+        while decoder.can_decode() && decoder.position() < part.end {
             decoder.decode_out(&mut instruction);
             let at = (instruction.ip() - start) as u32;
             sweep.boundaries.set(at as usize);
@@ -89,14 +113,34 @@ impl Sweep {
             }
             sweep.taken.extend(taken(&instruction));
         }
-        sweep.boundaries.set(code.len());
-        sweep
+        (sweep, decoder.position())
+    }
+
+    /// Adds what was found behind it.
+    fn add(&mut self, behind: Sweep) {
+        self.boundaries.add(&behind.boundaries);
+        self.calls.extend(behind.calls);
+        self.jumps.extend(behind.jumps);
+        self.taken.extend(behind.taken);
+        self.endbr.extend(behind.endbr);
+        self.instructions += behind.instructions;
+        self.invalid += behind.invalid;
     }
 
     /// Whether an instruction starts at `at`.
     pub fn is_boundary(&self, at: TextOff) -> bool {
         self.boundaries.get(at.0 as usize)
     }
+}
+
+/// A place near the middle where an instruction starts, most likely: behind filler.
+fn middle(code: &[u8]) -> usize {
+    let half = code.len() / 2;
+    let filler = code[half..].windows(2);
+    let behind = filler
+        .enumerate()
+        .find(|(_, pair)| pair[0] == INT3 && pair[1] != INT3);
+    behind.map_or(half, |(at, _)| half + at + 1)
 }
 
 /// Calls that push a near return address; `syscall` and `int n` are "calls" to iced too.

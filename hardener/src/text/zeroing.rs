@@ -8,8 +8,9 @@
 
 use super::Text;
 use super::callgraph::CallGraph;
-use super::liveness::{Liveness, Set, whole};
+use super::liveness::Liveness;
 use super::return_sets::MAX_COMPARED;
+use super::steps::{Set, whole};
 use crate::image::{Image, Tables};
 use penumbra_bundle::TextOff;
 use std::collections::BTreeMap;
