@@ -6,6 +6,7 @@ use super::exec::calls::{Decides, Named};
 use super::exec::exits::Reports;
 use super::exec::machine::{Code, Contract, Exit, Fault, Machine};
 use super::exec::memo::{Basis, Decided};
+use super::exec::term::Arena;
 use super::exec::tree::{Leaf, Lookup, Node, Tree};
 use super::kernel::symbols::hex;
 use super::owed::{computed_gotos, contract, has_fentry};
@@ -455,9 +456,9 @@ fn prove_at(
     // Those that hand over bring those to which they do.
     let mut keys = keys.to_vec();
     let mut known: FxHashSet<Key> = keys.iter().copied().collect();
-    let mut runs = Vec::new();
+    let (mut runs, mut room) = (Vec::new(), Arena::default());
     while let Some((thunk, contract)) = keys.get(runs.len()).copied() {
-        let run = Machine::run(&code, &exit, contract, up(thunk));
+        let run = Machine::run(&code, &exit, contract, up(thunk), &mut room);
         if let Ok((tree, _)) = &run {
             for node in &tree.nodes {
                 if let Node::Leaf(Leaf::HandOver(to), _) = node {

@@ -122,7 +122,8 @@ fn judged<T>(fault: Fault, judge: impl FnOnce(&Tree, &Code<'_>, &[Lookup<'_>]) -
         cleared: 0,
         plain: false,
     };
-    let (tree, _) = Machine::run(&code, &exit, contract, CAVE).expect("the thunk is followed");
+    let (tree, _) = Machine::run(&code, &exit, contract, CAVE, &mut Arena::default())
+        .expect("the thunk is followed");
     let lookup = Lookup {
         // A byte more, for a fault that reads on.
         place: (TABLE, TABLE + table.len() as u64 + 1),

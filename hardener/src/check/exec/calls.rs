@@ -21,18 +21,18 @@ pub struct Named(Vec<(u32, u32)>);
 impl Named {
     /// Finds all addresses in `text` before which one of `wanted` (offsets, ascending) is named, whatever instruction does it.
     pub fn find(text: &[u8], wanted: &[u32]) -> Named {
-        let mut is_wanted = vec![false; text.len()];
-        for at in wanted {
-            if let Some(place) = is_wanted.get_mut(*at as usize) {
-                *place = true;
-            }
+        // A bit for each place: that much fits into a cache.
+        let mut is_wanted = vec![0u64; text.len() / 64 + 1];
+        for at in wanted.iter().filter(|at| (**at as usize) < text.len()) {
+            is_wanted[*at as usize / 64] |= 1 << (at % 64);
         }
         let mut named = Vec::new();
         for (at, bytes) in text.windows(4).enumerate() {
             let after = at as u32 + 4;
             let displacement = i32::from_le_bytes(bytes.try_into().expect("4 bytes"));
             let to = after.wrapping_add_signed(displacement);
-            if is_wanted.get(to as usize) == Some(&true) {
+            let word = is_wanted.get(to as usize / 64);
+            if word.is_some_and(|word| word >> (to % 64) & 1 == 1) {
                 named.push((to, after));
             }
         }

@@ -1,18 +1,23 @@
 //! Sets of 64-bit values as disjoint intervals.
 
+use smallvec::{SmallVec, smallvec};
+
+/// One or two of them, mostly.
+type Spans = SmallVec<[(u64, u64); 2]>;
+
 /// Sorted, disjoint, inclusive intervals.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Set(Vec<(u64, u64)>);
+pub struct Set(Spans);
 
 impl Set {
     /// Every value.
     pub fn all() -> Set {
-        Set(vec![(0, u64::MAX)])
+        Set(smallvec![(0, u64::MAX)])
     }
 
     /// No value.
     pub fn none() -> Set {
-        Set(Vec::new())
+        Set(Spans::new())
     }
 
     /// From `low` to `high`, both inside; none when inverted.
@@ -20,7 +25,7 @@ impl Set {
         if low > high {
             return Set::none();
         }
-        Set(vec![(low, high)])
+        Set(smallvec![(low, high)])
     }
 
     /// From `low` up to `high`, both inside, around the end of the number line when inverted.
@@ -28,7 +33,7 @@ impl Set {
         if low <= high {
             return Set::span(low, high);
         }
-        Set(vec![(0, high), (low, u64::MAX)])
+        Set(smallvec![(0, high), (low, u64::MAX)])
     }
 
     /// Whether no value is inside.
@@ -48,7 +53,7 @@ impl Set {
 
     /// Every value that is not inside.
     pub fn complement(&self) -> Set {
-        let mut out = Vec::with_capacity(self.0.len() + 1);
+        let mut out = Spans::new();
         let mut next = Some(0);
         for &(low, high) in &self.0 {
             if let Some(from) = next
@@ -66,7 +71,7 @@ impl Set {
 
     /// Values in both.
     pub fn intersect(&self, other: &Set) -> Set {
-        let mut out = Vec::new();
+        let mut out = Spans::new();
         for a in &self.0 {
             for b in &other.0 {
                 let (low, high) = (a.0.max(b.0), a.1.min(b.1));

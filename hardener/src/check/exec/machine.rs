@@ -137,14 +137,16 @@ pub struct Machine<'a> {
 pub(super) type Step<T> = Result<T, Fault>;
 
 impl<'a> Machine<'a> {
-    /// Follows every path from `entry`: what is decided, and what is reported.
+    /// Follows every path from `entry`: what is decided, and what is reported. Terms are made in the memory that `room` has.
     pub fn run(
         code: &'a Code<'a>,
         exit: &'a dyn Fn(u64) -> Option<Exit>,
         contract: Contract,
         entry: u64,
+        room: &mut Arena,
     ) -> Step<(Tree, Reports)> {
-        let mut arena = Arena::default();
+        room.clear();
+        let mut arena = std::mem::take(room);
         let subject = arena.raw(Op::Subject);
         let mut registers = std::array::from_fn(|number| arena.raw(Op::Reg(number as u8)));
         if let Some(target) = contract.target {
@@ -172,6 +174,7 @@ impl<'a> Machine<'a> {
             steps: 0,
         })?;
         let tree = Tree::new(&machine.arena, machine.nodes, root);
+        *room = machine.arena;
         Ok((tree, machine.reports))
     }
 
@@ -254,9 +257,8 @@ impl<'a> Machine<'a> {
                     break self.branch(state, cond, to)?;
                 }
                 _ => {
-                    let subjects = state.subjects.clone();
                     for load in self.execute(&mut state, &instruction)? {
-                        touched.push((load, subjects.clone(), at));
+                        touched.push((load, state.subjects.clone(), at));
                     }
                 }
             }
@@ -281,19 +283,18 @@ impl<'a> Machine<'a> {
             None => (state.subjects.clone(), state.subjects.clone()),
         };
         let at = state.ip;
-        let mut arm = |ip: u64, subjects: Set| {
-            let mut state = state.clone();
+        let mut arm = |mut state: State, ip: u64, subjects: Set| {
             state.ip = ip;
             state.subjects = subjects;
             self.explore(state)
         };
         if yes.is_empty() {
-            return arm(at, no);
+            return arm(state, at, no);
         }
         if no.is_empty() {
-            return arm(to, yes);
+            return arm(state, to, yes);
         }
-        let (yes, no) = (arm(to, yes)?, arm(at, no)?);
+        let (yes, no) = (arm(state.clone(), to, yes)?, arm(state, at, no)?);
         self.node(at, Node::Branch { cond, yes, no })
     }
 

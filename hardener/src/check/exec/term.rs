@@ -86,6 +86,13 @@ impl Sum {
 }
 
 impl Arena {
+    /// Forgets all terms, and keeps the memory.
+    pub fn clear(&mut self) {
+        self.ops.clear();
+        self.known.clear();
+        self.unknowns = 0;
+    }
+
     /// What `term` is.
     pub fn op(&self, term: Term) -> Op {
         self.ops[term.0 as usize]

@@ -1,6 +1,7 @@
 //! Thunks that are right, and thunks that are wrong in one way each.
 
 use super::machine::{Code, Contract, Exit, Machine};
+use super::term::Arena;
 use super::tree::{Lookup, Wrong};
 use iced_x86::code_asm::*;
 
@@ -84,7 +85,7 @@ fn judge(
         covers: (LOW, LOW + SIZE),
         members: &MEMBERS,
     };
-    match Machine::run(&code, &exit, contract, CAVE) {
+    match Machine::run(&code, &exit, contract, CAVE, &mut Arena::default()) {
         Err(fault) => fault.what,
         Ok((tree, reports)) => match tree.prove(&code, &[table]) {
             Ok(_) => {

@@ -6,7 +6,6 @@ use iced_x86::{ConditionCode, Decoder, DecoderOptions, Instruction, Mnemonic, Op
 use penumbra_bundle::{Cave, LinkVa, VaRange};
 use rayon::prelude::*;
 use rustc_hash::FxHashSet;
-use std::collections::BTreeMap;
 
 use super::UNUSED;
 
@@ -26,8 +25,11 @@ const LEAST: i64 = 64;
 /// The longest thunk.
 const LONGEST: u64 = 512;
 
-/// A thunk's instructions, by address.
-pub struct Code(BTreeMap<LinkVa, Instruction>);
+/// A thunk's instructions, by how far behind its start they stand.
+pub struct Code {
+    start: LinkVa,
+    instructions: Vec<Option<Instruction>>,
+}
 
 impl Code {
     /// Decodes what stands at `at`.
@@ -36,12 +38,22 @@ impl Code {
         let bytes = image.slice(cave, VaRange { start: at, end });
         let decoder = Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE);
         let instructions = decoder.into_iter().take_while(|one| !one.is_invalid());
-        Code(instructions.map(|one| (LinkVa(one.ip()), one)).collect())
+        let mut code = Code {
+            start: at,
+            instructions: vec![None; bytes.len()],
+        };
+        for one in instructions {
+            code.instructions[(one.ip() - at.0) as usize] = Some(one);
+        }
+        code
     }
 
     /// The instruction at `at`.
     pub fn at(&self, at: LinkVa) -> Option<&Instruction> {
-        self.0.get(&at)
+        let place = at.0.checked_sub(self.start.0)?;
+        self.instructions
+            .get(usize::try_from(place).ok()?)?
+            .as_ref()
     }
 }
 

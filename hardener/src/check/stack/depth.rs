@@ -97,7 +97,9 @@ impl Walk<'_> {
         seen.clear();
         open.clear();
         open.push(Reverse((0, (start, 0, None))));
-        while let Some(Reverse((deepest, place))) = open.pop() {
+        // A place to which the way just followed goes on no deeper: none that is open is shallower.
+        let mut next = None;
+        while let Some((deepest, place)) = next.take().or_else(|| open.pop().map(|one| one.0)) {
             let (at, depth, frame) = place;
             if !seen.insert(place) {
                 continue;
@@ -119,8 +121,13 @@ impl Walk<'_> {
             decoder.set_ip(at.0);
             let instruction = decoder.decode();
             let mut go = |(to, depth, frame): Place| {
-                if (0..=DEEPEST).contains(&depth) {
-                    open.push(Reverse((deepest.max(depth), (to, depth, frame))));
+                if !(0..=DEEPEST).contains(&depth) {
+                    return;
+                }
+                let way = (deepest.max(depth), (to, depth, frame));
+                match next {
+                    None if depth <= deepest => next = Some(way),
+                    _ => open.push(Reverse(way)),
                 }
             };
             let silent = self.silent.get(&at).into_iter().flatten();
@@ -162,6 +169,15 @@ fn moved(
     frame: Option<i64>,
 ) -> Option<(i64, Option<i64>)> {
     if instruction.flow_control() != FlowControl::Next {
+        return Some((depth, frame));
+    }
+    let touches =
+        |register: Register| [Register::RSP, Register::RBP].contains(&register.full_register());
+    let mut operands = (0..instruction.op_count()).map(|number| instruction.op_register(number));
+    // Nothing else writes either of them without an operand that says so.
+    let stack = instruction.is_stack_instruction()
+        || matches!(instruction.mnemonic(), Mnemonic::Enter | Mnemonic::Leave);
+    if !stack && !operands.any(touches) {
         return Some((depth, frame));
     }
     let mut writes = (false, false);
