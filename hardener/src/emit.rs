@@ -21,6 +21,7 @@ use penumbra_bundle::{
     RelocKind, SCHEMA, Symbol, Symbols, TextOff, VaRange, Variant, ViolationAction, Watched,
     WriteError,
 };
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use thiserror::Error;
@@ -432,8 +433,13 @@ fn bundle(
         analyses,
     };
     let (mut variants, mut edits) = (Vec::new(), Vec::new());
-    for (name, passes) in passes::VARIANTS {
-        let made = passes::run(name, passes, &context).map_err(Failure::Pass)?;
+    let all = passes::VARIANTS;
+    let made = all.par_iter().map(|(name, passes)| {
+        let made = passes::run(name, passes, &context);
+        made.map(|made| (*name, made))
+    });
+    for made in made.collect::<Vec<_>>() {
+        let (name, made) = made.map_err(Failure::Pass)?;
         variants.push(Variant {
             name: name.to_owned(),
             passes: made.passes,

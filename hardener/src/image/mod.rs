@@ -144,9 +144,16 @@ impl Image {
             build_id: BuildId::default(),
             bytes,
         };
-        if image.symbols.is_empty() {
-            let rodata = image.section_bytes(".rodata").unwrap_or_default();
-            image.symbols = match kallsyms::read(rodata) {
+        // Names and types need nothing of each other.
+        let (symbols, btf) = rayon::join(
+            || {
+                let rodata = image.section_bytes(".rodata").unwrap_or_default();
+                image.symbols.is_empty().then(|| kallsyms::read(rodata))
+            },
+            || image.need_section(".BTF").and_then(Btf::parse),
+        );
+        if let Some(found) = symbols {
+            image.symbols = match found {
                 Err(fault) if fault.kind == FaultKind::Unsupported && !map.is_empty() => {
                     map.to_vec()
                 }
@@ -160,7 +167,6 @@ impl Image {
         for symbol in image.symbols.iter().rev() {
             image.by_name.insert(symbol.name.clone(), symbol.va);
         }
-        let btf = image.need_section(".BTF").and_then(Btf::parse);
         image.btf = Arc::new(lacks.note(btf)?);
         let build_id = image.need_section(".notes").and_then(notes::build_id);
         image.build_id = lacks.note(build_id)?;

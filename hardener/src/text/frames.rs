@@ -83,7 +83,8 @@ struct Walk<'a> {
     decoder: Decoder<'a>,
     /// How deep the shallowest way to each place has been, of one function.
     reached: FxHashMap<State, i32>,
-    open: Vec<State>,
+    /// Places to go on from, and how deep the way there has been.
+    open: Vec<(State, i32)>,
     next: Vec<State>,
     /// Returns by number, and how deep a way there has been.
     found: Vec<(usize, i32)>,
@@ -111,27 +112,36 @@ impl<'a> Walk<'a> {
         self.reached.clear();
         self.reached.insert(entry, 0);
         self.open.clear();
-        self.open.push(entry);
+        self.open.push((entry, 0));
         let before = self.found.len();
-        while let Some(state) = self.open.pop() {
-            if self.reached.len() > MAX_STATES {
-                self.found.truncate(before);
-                return;
-            }
-            let deepest = self.reached[&state];
-            if state.depth == 0
-                && let Some(number) = self.ways.numbers.get(&state.at)
-            {
-                self.found.push((*number, deepest));
+        while let Some((state, deepest)) = self.open.pop() {
+            // A shallower way has been there since.
+            if self.reached[&state] < deepest {
                 continue;
             }
-            self.step(state);
-            for next in self.next.drain(..) {
-                let deepest = deepest.max(next.depth);
-                let known = self.reached.entry(next).or_insert(i32::MAX);
-                if deepest < *known && (0..=DEEPEST).contains(&next.depth) {
-                    *known = deepest;
-                    self.open.push(next);
+            let mut on = Some((state, deepest));
+            while let Some((state, deepest)) = on.take() {
+                if self.reached.len() > MAX_STATES {
+                    self.found.truncate(before);
+                    return;
+                }
+                if state.depth == 0
+                    && let Some(number) = self.ways.numbers.get(&state.at)
+                {
+                    self.found.push((*number, deepest));
+                    break;
+                }
+                self.step(state);
+                for next in self.next.drain(..) {
+                    let deepest = deepest.max(next.depth);
+                    let known = self.reached.entry(next).or_insert(i32::MAX);
+                    if deepest < *known && (0..=DEEPEST).contains(&next.depth) {
+                        *known = deepest;
+                        match on {
+                            None => on = Some((next, deepest)),
+                            Some(_) => self.open.push((next, deepest)),
+                        }
+                    }
                 }
             }
         }
