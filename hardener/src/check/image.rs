@@ -14,10 +14,10 @@ use std::collections::{BTreeMap, BTreeSet};
 /// `THREAD_SIZE` without KASAN (arch/x86/include/asm/page_64_types.h): 4 pages.
 const THREAD_SIZE: u32 = 4 << 12;
 
-/// Proves rule 6. `file` is the image as it was read, compressed or not.
-pub fn check(subject: &Subject<'_>, file: &[u8]) -> RuleReport {
+/// Proves rule 6. `digest` is the image's, as it was read, compressed or not.
+pub fn check(subject: &Subject<'_>, digest: &str) -> RuleReport {
     let mut findings = Findings::new(Rule::TrueToImage, subject.kernel);
-    names(subject, file, &mut findings);
+    names(subject, digest, &mut findings);
     text(subject, &mut findings);
     model(subject, &mut findings);
     layout(subject, &mut findings);
@@ -26,13 +26,15 @@ pub fn check(subject: &Subject<'_>, file: &[u8]) -> RuleReport {
     findings.done()
 }
 
+/// The SHA-256 of `bytes`, in hexadecimal.
+pub fn sha256(bytes: &[u8]) -> String {
+    let digest = Sha256::digest(bytes);
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Which kernel it is.
-fn names(subject: &Subject<'_>, file: &[u8], findings: &mut Findings<'_>) {
+fn names(subject: &Subject<'_>, digest: &str, findings: &mut Findings<'_>) {
     let (kernel, said) = (subject.kernel, &subject.bundle.manifest.kernel);
-    let digest: String = Sha256::digest(file)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
     let banner = kernel
         .symbols
         .find("linux_banner")
@@ -54,7 +56,11 @@ fn names(subject: &Subject<'_>, file: &[u8], findings: &mut Findings<'_>) {
         }
     };
     let range = |range: VaRange| format!("{} to {}", hex(range.start), hex(range.end));
-    same("image_sha256", said.image_sha256.clone(), Some(digest));
+    same(
+        "image_sha256",
+        said.image_sha256.clone(),
+        Some(digest.to_owned()),
+    );
     same(
         "banner",
         said.banner.trim_end().to_owned(),

@@ -115,7 +115,8 @@ pub enum CheckError {
 
 /// An image, read once; several bundles can be checked against it.
 pub struct Checker {
-    file: Vec<u8>,
+    /// The file's SHA-256, in hexadecimal.
+    digest: String,
     kernel: Kernel,
     path: PathBuf,
     reading: Duration,
@@ -134,7 +135,8 @@ impl Checker {
         };
         let file = read(image)?;
         let map = system_map.map(read).transpose()?;
-        let elf = unpacked(file.clone()).map_err(|fault| ImageError::Bad {
+        let digest = image::sha256(&file);
+        let elf = unpacked(file).map_err(|fault| ImageError::Bad {
             file: image.display().to_string(),
             fault,
         })?;
@@ -147,7 +149,7 @@ impl Checker {
             CheckError::Kernel { path, source }
         })?;
         Ok(Checker {
-            file,
+            digest,
             kernel,
             path: image.to_owned(),
             reading: started.elapsed(),
@@ -226,7 +228,7 @@ impl Checker {
                 Rule::OneSharedCave => Some(Ok(cave::check(&subject))),
                 Rule::AllowedSlots => Some(slots::allowed(&subject)),
                 Rule::ThunkContract | Rule::ExactSets => None,
-                Rule::TrueToImage => Some(Ok(image::check(&subject, &self.file))),
+                Rule::TrueToImage => Some(Ok(image::check(&subject, &self.digest))),
                 Rule::Modules => Some(Ok(module::check(&subject))),
             };
             Rule::ALL.map(|rule| asked(rule).then(|| done(rule)).flatten())

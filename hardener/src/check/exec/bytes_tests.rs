@@ -1,6 +1,7 @@
 //! Thunks that look bytes up by hashing: what is told from the bytes is what following every address comes to.
 
 use super::machine::{Code, Contract, Exit, Machine};
+use super::term::Arena;
 use super::tree::{Lookup, Tree};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;

@@ -2,8 +2,8 @@
 
 use smallvec::{SmallVec, smallvec};
 
-/// One or two of them, mostly.
-type Spans = SmallVec<[(u64, u64); 2]>;
+/// One, mostly.
+type Spans = SmallVec<[(u64, u64); 1]>;
 
 /// Sorted, disjoint, inclusive intervals.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -103,9 +103,14 @@ impl Arena {
         if let Some(term) = self.known.get(&op) {
             return *term;
         }
+        let term = self.push(op);
+        self.known.insert(op, term);
+        term
+    }
+
+    fn push(&mut self, op: Op) -> Term {
         let term = Term(u32::try_from(self.ops.len()).expect("thunks are small"));
         self.ops.push(op);
-        self.known.insert(op, term);
         term
     }
 
@@ -117,7 +122,7 @@ impl Arena {
     /// A fresh value that nothing is known about.
     pub fn unknown(&mut self) -> Term {
         self.unknowns += 1;
-        self.raw(Op::Unknown(self.unknowns))
+        self.push(Op::Unknown(self.unknowns))
     }
 
     /// The constant that `term` is.

@@ -164,6 +164,8 @@ impl Tree {
                 Node::Leaf(..) => {}
             }
         }
+        nodes.shrink_to_fit();
+        tree.ops.shrink_to_fit();
         tree.nodes = nodes;
         tree
     }

@@ -5,8 +5,12 @@
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use penumbra_bundle::LinkVa;
+use std::ops::Range;
 use yaxpeax_arch::LengthedInstruction;
 use yaxpeax_x86::amd64::InstDecoder;
+
+/// INT3.
+const FILLER: u8 = 0xcc;
 
 /// What the sweep found.
 pub struct Sweep {
@@ -46,8 +50,24 @@ pub struct OpenBranch {
 }
 
 impl Sweep {
-    /// Decodes `bytes`, which stand at `start`.
+    /// Decodes `bytes`, which stand at `start`: both halves at once. The second one counts only when the first ends where it
+    /// starts.
     pub fn new(start: LinkVa, bytes: &[u8]) -> Sweep {
+        let middle = middle(bytes);
+        let ((mut sweep, end), (behind, _)) = rayon::join(
+            || Sweep::part(start, bytes, 0..middle),
+            || Sweep::part(start, bytes, middle..bytes.len()),
+        );
+        let behind = match end == middle {
+            true => behind,
+            false => Sweep::part(start, bytes, end..bytes.len()).0,
+        };
+        sweep.add(behind);
+        sweep
+    }
+
+    /// Decodes what starts in `part`; where the last of it ends.
+    fn part(start: LinkVa, bytes: &[u8], part: Range<usize>) -> (Sweep, usize) {
         let mut sweep = Sweep {
             start,
             boundaries: vec![0; bytes.len() / 64 + 1],
@@ -59,12 +79,16 @@ impl Sweep {
         };
         let second = InstDecoder::default();
         let mut first = Decoder::with_ip(64, bytes, start.0, DecoderOptions::NONE);
+        step(&mut first, start, part.start);
         let mut instruction = Instruction::default();
-        while first.can_decode() {
+        while first.can_decode() && first.position() < part.end {
             let at = first.position();
             // Filler is most of the text of some kernels, and one byte that nobody misreads.
-            if bytes[at] == 0xcc {
-                let run = bytes[at..].iter().take_while(|byte| **byte == 0xcc).count();
+            if bytes[at] == FILLER {
+                let run = bytes[at..]
+                    .iter()
+                    .take_while(|byte| **byte == FILLER)
+                    .count();
                 (at..at + run).for_each(|at| sweep.mark(at));
                 step(&mut first, start, at + run);
                 continue;
@@ -84,7 +108,21 @@ impl Sweep {
             sweep.mark(at);
             sweep.record(&instruction);
         }
-        sweep
+        (sweep, first.position())
+    }
+
+    /// Adds what was found behind it, and gives back what memory is not needed.
+    fn add(&mut self, behind: Sweep) {
+        let words = self.boundaries.iter_mut().zip(behind.boundaries);
+        words.for_each(|(word, more)| *word |= more);
+        self.after_calls.extend(behind.after_calls);
+        self.branches.extend(behind.branches);
+        self.open_branches.extend(behind.open_branches);
+        self.references.extend(behind.references);
+        self.unknown.extend(behind.unknown);
+        self.after_calls.shrink_to_fit();
+        self.branches.shrink_to_fit();
+        self.references.shrink_to_fit();
     }
 
     /// Whether an instruction starts at `va`, by both decoders.
@@ -128,6 +166,16 @@ impl Sweep {
             self.open_branches.push(OpenBranch { at, back });
         }
     }
+}
+
+/// A place near the middle where an instruction starts, most likely: behind filler.
+fn middle(bytes: &[u8]) -> usize {
+    let half = bytes.len() / 2;
+    let behind = bytes[half..].windows(2);
+    let behind = behind
+        .enumerate()
+        .find(|(_, pair)| pair[0] == FILLER && pair[1] != FILLER);
+    behind.map_or(half, |(at, _)| half + at + 1)
 }
 
 /// Whether `instruction` pushes a return address: near calls, not system or hypervisor calls, whose kind iced shares.

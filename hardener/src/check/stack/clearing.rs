@@ -6,6 +6,7 @@ use iced_x86::{ConditionCode, Decoder, DecoderOptions, Instruction, Mnemonic, Op
 use penumbra_bundle::{Cave, LinkVa, VaRange};
 use rayon::prelude::*;
 use rustc_hash::FxHashSet;
+use std::hash::{Hash, Hasher};
 
 use super::UNUSED;
 
@@ -85,7 +86,7 @@ enum Flag {
     Unknown,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct State {
     ip: LinkVa,
     /// r10, r11 and xmm0.
@@ -102,6 +103,13 @@ struct State {
     below: u64,
     /// How many of the lowest words of zeros have been looked at, not written.
     seen: u32,
+}
+
+impl Hash for State {
+    /// By what tells states apart, mostly.
+    fn hash<H: Hasher>(&self, hasher: &mut H) {
+        (self.ip, self.zero, self.below, self.seen, self.flags).hash(hasher);
+    }
 }
 
 type Fault = (LinkVa, String);
@@ -123,7 +131,9 @@ pub fn prove(code: &Code, entry: LinkVa, next: LinkVa) -> Result<bool, Fault> {
     let places: Vec<i64> = (LEAST..STACK).step_by(8).collect();
     let places = places.par_iter();
     let proved: Vec<Result<bool, Fault>> = places
-        .map(|rsp| at_place(code, entry, next, *rsp))
+        .map_init(Room::default, |room, rsp| {
+            at_place(code, entry, next, *rsp, room)
+        })
         .collect();
     // The lowest place that fails is the one that is told.
     proved
@@ -131,7 +141,20 @@ pub fn prove(code: &Code, entry: LinkVa, next: LinkVa) -> Result<bool, Fault> {
         .try_fold(true, |keeps, one| Ok(one? && keeps))
 }
 
-fn at_place(code: &Code, entry: LinkVa, next: LinkVa, rsp: i64) -> Result<bool, Fault> {
+/// Memory for the states of one place of RSP after another.
+#[derive(Default)]
+struct Room {
+    seen: FxHashSet<State>,
+    open: Vec<State>,
+}
+
+fn at_place(
+    code: &Code,
+    entry: LinkVa,
+    next: LinkVa,
+    rsp: i64,
+    room: &mut Room,
+) -> Result<bool, Fault> {
     let start = State {
         ip: entry,
         registers: [0, 1, VECTOR].map(Value::Entry),
@@ -144,8 +167,10 @@ fn at_place(code: &Code, entry: LinkVa, next: LinkVa, rsp: i64) -> Result<bool, 
         seen: 0,
     };
     let mut keeps = true;
-    let mut seen = FxHashSet::default();
-    let mut open = vec![start];
+    let Room { seen, open } = room;
+    seen.clear();
+    open.clear();
+    open.push(start);
     while let Some(mut state) = open.pop() {
         loop {
             if state.ip == next {

@@ -36,14 +36,14 @@ pub fn surely_used(kernel: &Kernel) -> FxHashMap<LinkVa, u32> {
     for (at, to) in &kernel.tables.silent_jumps {
         silent.entry(*at).or_default().push(*to);
     }
-    let returns = kernel.tables.return_sites.iter().copied().collect();
     let all: Vec<LinkVa> = starts.iter().copied().collect();
     let walk = Walk {
         kernel,
         code: kernel.bytes(kernel.text).unwrap_or_default(),
-        starts: &starts,
+        starts: Marks::of(kernel, starts.iter()),
+        has_silent: Marks::of(kernel, silent.keys()),
         silent,
-        returns,
+        returns: Marks::of(kernel, kernel.tables.return_sites.iter()),
     };
     let found = all.par_chunks(CHUNK).map(|starts| {
         let mut room = Room {
@@ -74,13 +74,43 @@ struct Room<'a> {
     open: BinaryHeap<Reverse<(i64, Place)>>,
 }
 
+/// Addresses in the text, one bit each: every instruction is looked for among them.
+struct Marks {
+    start: LinkVa,
+    words: Vec<u64>,
+}
+
+impl Marks {
+    fn of<'a>(kernel: &Kernel, marked: impl Iterator<Item = &'a LinkVa>) -> Marks {
+        let mut marks = Marks {
+            start: kernel.text.start,
+            words: vec![0; kernel.text.len() as usize / 64 + 1],
+        };
+        for at in marked.filter(|at| kernel.in_text(**at)) {
+            let at = at.0 - marks.start.0;
+            marks.words[at as usize / 64] |= 1 << (at % 64);
+        }
+        marks
+    }
+
+    fn contains(&self, at: LinkVa) -> bool {
+        let at = at.0.wrapping_sub(self.start.0);
+        let word = usize::try_from(at / 64)
+            .ok()
+            .and_then(|word| self.words.get(word));
+        word.is_some_and(|word| word >> (at % 64) & 1 == 1)
+    }
+}
+
 struct Walk<'a> {
     kernel: &'a Kernel,
     /// The text.
     code: &'a [u8],
-    starts: &'a FxHashSet<LinkVa>,
+    starts: Marks,
+    /// Where the text goes on without a branch.
     silent: FxHashMap<LinkVa, Vec<LinkVa>>,
-    returns: FxHashSet<LinkVa>,
+    has_silent: Marks,
+    returns: Marks,
 }
 
 impl Walk<'_> {
@@ -108,7 +138,7 @@ impl Walk<'_> {
                 found.truncate(before);
                 return;
             }
-            if depth == 0 && self.returns.contains(&at) {
+            if depth == 0 && self.returns.contains(at) {
                 found.push((at, deepest as u32));
                 continue;
             }
@@ -130,14 +160,17 @@ impl Walk<'_> {
                     _ => open.push(Reverse(way)),
                 }
             };
-            let silent = self.silent.get(&at).into_iter().flatten();
-            silent.for_each(|to| go((*to, depth, frame)));
+            let silent = self.has_silent.contains(at).then(|| &self.silent[&at]);
+            silent
+                .into_iter()
+                .flatten()
+                .for_each(|to| go((*to, depth, frame)));
             let flow = instruction.flow_control();
             let behind = LinkVa(instruction.next_ip());
             if instruction.op0_kind() == OpKind::NearBranch64 && flow != FlowControl::Call {
                 let to = LinkVa(instruction.near_branch_target());
                 // A tail call, with nothing of its own left on the stack.
-                if self.kernel.in_text(to) && !(depth == 0 && self.starts.contains(&to)) {
+                if self.kernel.in_text(to) && !(depth == 0 && self.starts.contains(to)) {
                     go((to, depth, frame));
                 }
             }
@@ -148,7 +181,7 @@ impl Walk<'_> {
                 | FlowControl::Interrupt
                 | FlowControl::Call
                 | FlowControl::IndirectCall
-                    if !self.starts.contains(&behind) =>
+                    if !self.starts.contains(behind) =>
                 {
                     let moved = moved(&instruction, factory, depth, frame);
                     if let Some((depth, frame)) = moved {
