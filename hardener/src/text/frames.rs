@@ -6,7 +6,7 @@
 //! $-64,%rsp`) and an array of variable size move RSP by nothing, at least.
 
 use super::steps::also;
-use super::{Bitmap, Functions, Return, Span};
+use super::{Bitmap, Span, Sweep, Text};
 use crate::image::Tables;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use penumbra_bundle::{LinkVa, TextOff};
@@ -15,32 +15,35 @@ use rustc_hash::FxHashMap;
 
 /// Deeper than any frame: the guard page below the stack has this many bytes.
 const DEEPEST: i32 = 4096;
-/// No function has more; one that does is given up.
+/// No function has more where ways meet; one that does is given up.
 const MAX_STATES: usize = 1 << 17;
 const INT3: u8 = 0xcc;
 
 /// Functions that one thread walks at a time.
 const CHUNK: usize = 1024;
 
-/// The bytes below the return address that were surely in use at each of `returns`, by number; none where no way there is known.
-pub fn depths(
-    bytes: &[u8],
-    span: Span,
-    tables: &Tables,
-    functions: &Functions,
-    returns: &[Return],
-) -> Vec<Option<u32>> {
-    let code = &bytes[..span.code.len() as usize];
+/// The bytes below the return address that were surely in use at each R slot, by number; none where no way there is known.
+pub fn depths(text: &Text, tables: &Tables) -> Vec<Option<u32>> {
+    let (span, functions, returns) = (text.span, &text.functions, &text.slots.returns);
+    let code = &text.bytes[..span.code.len() as usize];
     let all: Vec<TextOff> = (0..functions.count())
         .map(|number| functions.start(number))
         .collect();
     let mut starts = Bitmap::new(code.len());
     all.iter().for_each(|at| starts.set(at.0 as usize));
+    let also = also(span, tables);
+    let mut joins = starts.clone();
+    let jumps = text.sweep.jumps.iter().filter_map(|jump| jump.to);
+    let jumps = jumps.filter_map(|to| span.offset(to));
+    let silent = also.values().flatten().copied();
+    jumps.chain(silent).for_each(|to| joins.set(to.0 as usize));
     let ways = Ways {
         code,
         span,
+        sweep: &text.sweep,
         starts,
-        also: also(span, tables),
+        joins,
+        also,
         numbers: returns.iter().map(|slot| slot.at).zip(0..).collect(),
     };
     let found = all.par_chunks(CHUNK).map(|starts| {
@@ -70,18 +73,29 @@ struct State {
 struct Ways<'a> {
     code: &'a [u8],
     span: Span,
+    sweep: &'a Sweep,
     /// Where functions start.
     starts: Bitmap,
+    /// Where jumps go, and all of `starts`.
+    joins: Bitmap,
     also: FxHashMap<TextOff, Vec<TextOff>>,
     /// The returns' numbers.
     numbers: FxHashMap<TextOff, usize>,
+}
+
+impl Ways<'_> {
+    /// Whether a way may come to `at` other than from the instruction before. No way goes round without such a place: where the
+    /// sweep has no instruction, each counts.
+    fn meets(&self, at: TextOff) -> bool {
+        self.joins.get(at.0 as usize) || !self.sweep.is_boundary(at)
+    }
 }
 
 /// Walks functions, one after another.
 struct Walk<'a> {
     ways: &'a Ways<'a>,
     decoder: Decoder<'a>,
-    /// How deep the shallowest way to each place has been, of one function.
+    /// How deep the shallowest way to each place has been where ways meet, of one function.
     reached: FxHashMap<State, i32>,
     /// Places to go on from, and how deep the way there has been.
     open: Vec<(State, i32)>,
@@ -116,7 +130,11 @@ impl<'a> Walk<'a> {
         let before = self.found.len();
         while let Some((state, deepest)) = self.open.pop() {
             // A shallower way has been there since.
-            if self.reached[&state] < deepest {
+            if self
+                .reached
+                .get(&state)
+                .is_some_and(|known| *known < deepest)
+            {
                 continue;
             }
             let mut on = Some((state, deepest));
@@ -134,9 +152,16 @@ impl<'a> Walk<'a> {
                 self.step(state);
                 for next in self.next.drain(..) {
                     let deepest = deepest.max(next.depth);
-                    let known = self.reached.entry(next).or_insert(i32::MAX);
-                    if deepest < *known && (0..=DEEPEST).contains(&next.depth) {
-                        *known = deepest;
+                    if !(0..=DEEPEST).contains(&next.depth) {
+                        continue;
+                    }
+                    let mut is_new = || {
+                        let known = self.reached.entry(next).or_insert(i32::MAX);
+                        let is_new = deepest < *known;
+                        *known = deepest.min(*known);
+                        is_new
+                    };
+                    if !self.ways.meets(next.at) || is_new() {
                         match on {
                             None => on = Some((next, deepest)),
                             Some(_) => self.open.push((next, deepest)),

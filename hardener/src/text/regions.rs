@@ -135,7 +135,7 @@ impl Regions {
     pub fn is_x86_thunk(&self, va: LinkVa) -> bool {
         self.list
             .iter()
-            .any(|(name, range)| *name == X86_THUNK && range.contains(va))
+            .any(|(name, range)| range.contains(va) && *name == X86_THUNK)
     }
 
     /// Whether a jump to `va` is a return.

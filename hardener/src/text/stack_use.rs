@@ -39,7 +39,7 @@ impl StackUse {
     /// Asks about every R slot.
     pub fn find(image: &Image, tables: &Tables, text: &Text) -> StackUse {
         let returns = &text.slots.returns;
-        let depths = frames::depths(&text.bytes, text.span, tables, &text.functions, returns);
+        let depths = frames::depths(text, tables);
         let mut left = text.slots.returns_left.clone();
         let last = last_before_user(image, text);
         let clears = returns.iter().map(|slot| {

@@ -19,12 +19,13 @@ pub struct Block {
 /// Puts the instructions of a function into `instructions`, in place of what is there.
 pub fn decode(code: &Code64<'_>, ranges: &[(u32, u32)], instructions: &mut Vec<Instruction>) {
     instructions.clear();
+    let mut instruction = Instruction::default();
     for (from, to) in ranges {
         let bytes = code.places.bytes(*from, *to);
         let ip = code.start + u64::from(*from);
         let mut decoder = Decoder::with_ip(64, bytes, ip, DecoderOptions::NONE);
         while decoder.can_decode() {
-            let instruction = decoder.decode();
+            decoder.decode_out(&mut instruction);
             if instruction.mnemonic() != Mnemonic::Int3 {
                 instructions.push(instruction);
             }

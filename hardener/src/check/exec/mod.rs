@@ -13,6 +13,8 @@ pub mod term;
 pub mod tree;
 
 #[cfg(test)]
+mod before_tests;
+#[cfg(test)]
 mod bytes_tests;
 #[cfg(test)]
 mod tests;

@@ -73,30 +73,29 @@ pub struct Tree {
 pub(super) struct Name {
     /// The address, modulo 2^32, or the next.
     pub least: u32,
-    /// Which of the two: the first where the byte before the four that name it is below this, the next where it is not.
-    pub limit: u64,
+    /// Which of the two, if there are two: the first where the byte before the four that name it is below this, the next where it
+    /// is not.
+    pub limit: Option<u64>,
 }
 
 impl Name {
     /// The one that a call's opcode goes with.
     pub fn called(self) -> u32 {
-        match CALL < self.limit {
-            true => self.least,
-            false => self.least.wrapping_add(1),
+        match self.limit {
+            Some(limit) if CALL >= limit => self.least.wrapping_add(1),
+            _ => self.least,
         }
     }
 
     /// Both, where there are two.
     pub fn each(self) -> impl Iterator<Item = u32> {
-        let next = (self.limit != NO_BYTE).then(|| self.least.wrapping_add(1));
+        let next = self.limit.map(|_| self.least.wrapping_add(1));
         std::iter::once(self.least).chain(next)
     }
 }
 
 /// `call rel32`.
 const CALL: u64 = 0xe8;
-/// More than any byte.
-const NO_BYTE: u64 = 0x100;
 
 /// What comparisons alone decide.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -527,16 +526,11 @@ fn named(arena: &Arena, cond: Term) -> Option<Name> {
         (u32::MAX, u32::MAX, None) => difference.constant,
         _ => return None,
     };
-    Some(match difference.carry {
-        None => Name {
-            least: name,
-            limit: NO_BYTE,
-        },
-        // What is added for the byte is not named.
-        Some(limit) => Name {
-            least: name.wrapping_sub(1),
-            limit,
-        },
+    // What is added for the byte is not named.
+    let added = u32::from(difference.carry.is_some());
+    Some(Name {
+        least: name.wrapping_sub(added),
+        limit: difference.carry,
     })
 }
 

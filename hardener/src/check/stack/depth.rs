@@ -13,7 +13,7 @@ use std::collections::BinaryHeap;
 
 /// No frame goes deeper.
 const DEEPEST: i64 = 4096;
-/// No function has more places, counted once for each depth.
+/// No function has more places where ways meet, counted once for each depth.
 const MOST: usize = 1 << 17;
 
 /// Functions that one thread walks at a time.
@@ -37,11 +37,14 @@ pub fn surely_used(kernel: &Kernel) -> FxHashMap<LinkVa, u32> {
         silent.entry(*at).or_default().push(*to);
     }
     let all: Vec<LinkVa> = starts.iter().copied().collect();
+    let joins = kernel.sweep.branches.iter().map(|branch| &branch.to);
+    let joins = joins.chain(silent.values().flatten()).chain(&starts);
     let walk = Walk {
         kernel,
         code: kernel.bytes(kernel.text).unwrap_or_default(),
         starts: Marks::of(kernel, starts.iter()),
         has_silent: Marks::of(kernel, silent.keys()),
+        joins: Marks::of(kernel, joins),
         silent,
         returns: Marks::of(kernel, kernel.tables.return_sites.iter()),
     };
@@ -111,9 +114,17 @@ struct Walk<'a> {
     silent: FxHashMap<LinkVa, Vec<LinkVa>>,
     has_silent: Marks,
     returns: Marks,
+    /// Where branches go, and all of `starts`.
+    joins: Marks,
 }
 
 impl Walk<'_> {
+    /// Whether a way may come to `at` other than from the instruction before. No way goes round without such a place: where the
+    /// sweep has no instruction, each counts.
+    fn meets(&self, at: LinkVa) -> bool {
+        self.joins.contains(at) || !self.kernel.sweep.is_boundary(at)
+    }
+
     /// Adds the returns that are reached from `start`. Ways are followed in the order of how deep they have been, so the first that
     /// comes to a place is the one that counts there.
     fn from(&self, start: LinkVa, room: &mut Room<'_>, found: &mut Vec<(LinkVa, u32)>) {
@@ -131,7 +142,7 @@ impl Walk<'_> {
         let mut next = None;
         while let Some((deepest, place)) = next.take().or_else(|| open.pop().map(|one| one.0)) {
             let (at, depth, frame) = place;
-            if !seen.insert(place) {
+            if self.meets(at) && !seen.insert(place) {
                 continue;
             }
             if seen.len() > MOST {
