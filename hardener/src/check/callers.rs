@@ -46,6 +46,12 @@ pub struct Parts {
     pub goes: Vec<Goes>,
     /// Where a return may go whose part an indirect call reaches.
     pub indirect: BTreeSet<LinkVa>,
+    /// Calls whose callee only the run knows, where they stand in the file, and what they return to.
+    pub open_calls: Vec<(Option<LinkVa>, LinkVa)>,
+    /// Parts that jump to where only the run knows, and where such jumps stand in the file.
+    pub open_jumps: BTreeMap<u32, BTreeSet<Option<LinkVa>>>,
+    /// Parts that nobody is seen to call or to enter.
+    pub unseen: BTreeSet<u32>,
     /// The parts that each jumps to.
     pub jumps: Vec<BTreeSet<u32>>,
     /// Parts whose address is taken.
@@ -69,13 +75,14 @@ struct Gathered {
     replaced: Vec<BTreeSet<LinkVa>>,
     /// Jumps from part to part.
     jumps: Vec<BTreeSet<u32>>,
-    /// Parts that jump to where only the run knows.
-    open: BTreeSet<u32>,
+    /// Calls whose callee only the run knows, where they stand in the file, and what they return to.
+    open_calls: Vec<(Option<LinkVa>, LinkVa)>,
+    /// Parts that jump to where only the run knows, and where such jumps stand in the file.
+    open_jumps: BTreeMap<u32, BTreeSet<Option<LinkVa>>>,
     /// Parts that are entered in a way that no analysis of calls explains.
     odd: BTreeSet<u32>,
     /// Parts that code calls which is freed after boot.
     early: BTreeSet<u32>,
-    indirect: BTreeSet<LinkVa>,
 }
 
 impl Gathered {
@@ -99,6 +106,11 @@ impl Gathered {
             true => _ = list[part as usize].insert(back),
             false => _ = self.odd.insert(part),
         }
+    }
+
+    /// A jump in this part, to where only the run knows.
+    fn open_jump(&mut self, from: u32, at: Option<LinkVa>) {
+        self.open_jumps.entry(from).or_default().insert(at);
     }
 
     fn jump(&mut self, from: u32, to: LinkVa) {
@@ -129,10 +141,10 @@ impl Parts {
             back: vec![BTreeSet::new(); count],
             replaced: vec![BTreeSet::new(); count],
             jumps: vec![BTreeSet::new(); count],
-            open: BTreeSet::new(),
+            open_calls: Vec::new(),
+            open_jumps: BTreeMap::new(),
             odd: BTreeSet::new(),
             early: BTreeSet::new(),
-            indirect: BTreeSet::new(),
         };
         // ENDBR64 before an `__fentry__` site is a part that runs on into the next.
         for part in 1..count {
@@ -209,7 +221,9 @@ fn branches(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError>
             continue;
         }
         match branch.back {
-            Some(back) if is_thunk(branch.to) => _ = gathered.indirect.insert(back),
+            Some(back) if is_thunk(branch.to) => {
+                gathered.open_calls.push((Some(branch.at), back));
+            }
             Some(back) => gathered.call(kernel, branch.to, back, false),
             None => {
                 let Some(from) = gathered.part(branch.at) else {
@@ -222,7 +236,7 @@ fn branches(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError>
                 } else if Some(branch.to) != ret {
                     let own = gathered.part(branch.to) == Some(from);
                     if !own && (is_thunk(branch.to) || trampolines.contains(branch.to)) {
-                        gathered.open.insert(from);
+                        gathered.open_jump(from, Some(branch.at));
                     }
                     gathered.jump(from, branch.to);
                 }
@@ -232,8 +246,12 @@ fn branches(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError>
     for branch in &kernel.sweep.open_branches {
         match branch.back {
             Some(_) if is_thunk(branch.at) || paravirt.contains(&branch.at) => {}
-            Some(back) => _ = gathered.indirect.insert(back),
-            None => gathered.open.extend(gathered.part(branch.at)),
+            Some(back) => gathered.open_calls.push((Some(branch.at), back)),
+            None => {
+                if let Some(from) = gathered.part(branch.at) {
+                    gathered.open_jump(from, Some(branch.at));
+                }
+            }
         }
     }
     Ok(())
@@ -247,12 +265,13 @@ fn tables(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError> {
         .iter()
         .filter(|site| kernel.in_text(site.start))
     {
-        gathered.indirect.insert(LinkVa(site.start.0 + 5));
+        let back = LinkVa(site.start.0 + 5);
+        gathered.open_calls.push((Some(site.start), back));
     }
     for at in tables.static_calls.iter().filter(|at| kernel.in_text(**at)) {
         // A jump there is a tail call, of the trampoline as the file has it.
         if kernel.vmlinux.bytes(*at, 1) == Some(&[0xe8]) {
-            gathered.indirect.insert(LinkVa(at.0 + 5));
+            gathered.open_calls.push((Some(*at), LinkVa(at.0 + 5)));
         }
     }
     let thunks = kernel.thunk_text()?;
@@ -278,14 +297,14 @@ fn tables(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError> {
                     Some(to) if !thunks.iter().any(|range| range.contains(to)) => {
                         gathered.call(kernel, to, back, true);
                     }
-                    _ => _ = gathered.indirect.insert(back),
+                    _ => gathered.open_calls.push((None, back)),
                 },
                 _ if !jumps => {}
                 Some(to) if kernel.in_text(to) => {
                     if let Some(from) = gathered.part(site) {
                         let ret = kernel.symbols.find("__x86_return_thunk") == Some(to);
                         if !ret && thunks.iter().any(|range| range.contains(to)) {
-                            gathered.open.insert(from);
+                            gathered.open_jump(from, None);
                         }
                         gathered.jump(from, to);
                     }
@@ -297,7 +316,11 @@ fn tables(kernel: &Kernel, gathered: &mut Gathered) -> Result<(), KernelError> {
                         }
                     }
                 }
-                None => gathered.open.extend(gathered.part(site)),
+                None => {
+                    if let Some(from) = gathered.part(site) {
+                        gathered.open_jump(from, None);
+                    }
+                }
             }
         }
     }
@@ -390,7 +413,9 @@ fn follow(
     let mut odd = vec![false; count];
     // Of parts that nobody is seen to call, their own frames are as good as any.
     let mut known = vec![false; count];
-    let mut indirect = gathered.indirect;
+    let back = gathered.open_calls.iter().map(|(_, back)| *back);
+    let mut indirect: BTreeSet<LinkVa> = back.collect();
+    let mut unseen = BTreeSet::new();
     for part in 0..count as u32 {
         let at = part as usize;
         let called = !gathered.back[at].is_empty() || !gathered.replaced[at].is_empty();
@@ -398,6 +423,9 @@ fn follow(
         // Its frames lie outside the text, and are gone.
         let early = gathered.early.contains(&part);
         let alone = !called && !is_taken && !early && !entered[at];
+        if alone {
+            unseen.insert(part);
+        }
         let is_odd = gathered.odd.contains(&part);
         if !(called || is_taken || early || alone || is_odd) {
             continue;
@@ -414,7 +442,7 @@ fn follow(
             open[to] |= is_taken || alone;
             untraced[to] |= (is_taken || alone) && !traced.contains(&part);
             odd[to] |= is_odd;
-            escapes |= gathered.open.contains(&reached);
+            escapes |= gathered.open_jumps.contains_key(&reached);
             next.extend(gathered.jumps[to].iter().filter(|to| seen.insert(**to)));
         }
         if escapes {
@@ -437,6 +465,9 @@ fn follow(
         back: gathered.back,
         replaced: gathered.replaced,
         indirect,
+        open_calls: gathered.open_calls,
+        open_jumps: gathered.open_jumps,
+        unseen,
         jumps: gathered.jumps,
         taken: taken.clone(),
         odd: gathered.odd,

@@ -38,6 +38,7 @@ mod module;
 mod owed;
 mod promoted;
 mod report;
+mod return_classes;
 mod returns;
 mod self_checks;
 mod sets;

@@ -6,6 +6,7 @@ use super::exec::calls::Decides;
 use super::kernel::KernelError;
 use super::kernel::symbols::hex;
 use super::report::Findings;
+use super::return_classes::{self, Claimed};
 use super::sets::Legal;
 use super::slots::{Original, Replacement};
 use super::thunks::Roles;
@@ -20,11 +21,16 @@ const POLICY: &str = "policy";
 const BY_FUNCTION: &str = "function";
 const BY_SITE: &str = "return-sites";
 
+/// A function's thunk, that of its class, and that of all indirect calls.
+const MOST_LINKS: usize = 3;
+
 /// Everything that the thunks are compared with.
 struct Compared<'a> {
     subject: &'a Subject<'a>,
     roles: &'a Roles,
     parts: Arc<Parts>,
+    /// What is claimed of classes of returns.
+    claimed: Option<Claimed>,
     sites: &'a Legal,
     /// All return sites, those that make no difference too.
     any: BTreeSet<LinkVa>,
@@ -42,6 +48,18 @@ struct Compare {
     legal: u64,
     accidents: u64,
     wrong: Vec<(LinkVa, String)>,
+}
+
+/// What thunks decide one after another.
+struct Chain {
+    /// Return addresses that one of them passes, ascending.
+    passed: Vec<u64>,
+    /// Those that one of them stops.
+    stopped: Vec<u64>,
+    /// The callees with which they compare.
+    names: Vec<u32>,
+    /// The thunk to which all others are left.
+    others: LinkVa,
 }
 
 impl Compare {
@@ -69,7 +87,20 @@ pub fn check(
     let kernel = subject.kernel;
     let parts = subject.parts()?;
     let without = callers::without_call(kernel, &sites.required);
-    let with = without.union(&parts.indirect).copied().collect();
+    let claimed = Claimed::of(subject);
+    if let Some(claimed) = &claimed {
+        let returns = subject.edits().map(|(_, edit)| subject.place(edit));
+        let returns = returns.filter(|at| {
+            let original = subject.thunks.original(kernel, *at);
+            matches!(original, Some((Original::Return, _)))
+        });
+        let checked = returns.filter_map(|at| parts.part(at)).collect();
+        return_classes::check(subject, (&parts, &checked), claimed, findings);
+    }
+    let indirect = claimed
+        .as_ref()
+        .map_or(&parts.indirect, |claimed| &claimed.any);
+    let with = without.union(indirect).copied().collect();
     let compared = Compared {
         subject,
         roles,
@@ -77,6 +108,7 @@ pub fn check(
         any: sites.required.union(&sites.optional).copied().collect(),
         common: [without, with],
         after_calls: kernel.sweep.after_calls.iter().copied().collect(),
+        claimed,
         parts,
     };
     let kinds = compared.kinds();
@@ -263,16 +295,12 @@ impl Compared<'_> {
             }
             (Goes::Behind { callees, indirect }, Some(_)) => (callees, usize::from(*indirect)),
         };
-        let (nobody, none) = (Vec::new(), Vec::new());
-        let (passed, stopped, names, others) = match own {
-            Some(Decides::Some {
-                passed,
-                stopped,
-                names,
-                others,
-            }) => (passed, stopped, names, LinkVa(*others)),
-            _ => (&nobody, &nobody, &none, thunk),
-        };
+        let Chain {
+            passed,
+            stopped,
+            names,
+            others,
+        } = self.chain(thunk);
         match kinds.get(&others) {
             Some(Ok(kind)) if *kind == indirect => {}
             // What is wrong with it has been said.
@@ -287,7 +315,11 @@ impl Compared<'_> {
         let back = callees
             .iter()
             .flat_map(|callee| &self.parts.back[*callee as usize]);
-        let legal: BTreeSet<LinkVa> = back.copied().collect();
+        let mut legal: BTreeSet<LinkVa> = back.copied().collect();
+        compare.legal = legal.len() as u64;
+        if let (1, Some(claimed)) = (indirect, &self.claimed) {
+            legal.extend(claimed.class(self.parts.start(part)));
+        }
         for at in &legal {
             let through = passed.binary_search(&at.0).is_ok();
             let common = common.contains(at) && stopped.binary_search(&at.0).is_err();
@@ -313,8 +345,44 @@ impl Compared<'_> {
             let what = "is passed, though no call that gets there returns to it";
             compare.passed(self, at, what);
         }
-        compare.legal = legal.len() as u64;
         compare
+    }
+
+    /// What a thunk decides together with those to which it leaves what it does not know.
+    fn chain(&self, thunk: LinkVa) -> Chain {
+        let mut chain = Chain {
+            passed: Vec::new(),
+            stopped: Vec::new(),
+            names: Vec::new(),
+            others: thunk,
+        };
+        for _ in 0..MOST_LINKS {
+            let Some(Decides::Some {
+                passed,
+                stopped,
+                names,
+                others,
+            }) = self.roles.followed.get(&chain.others)
+            else {
+                break;
+            };
+            // Who was stopped or passed before is not left to this one.
+            let (before, after) = (&chain.stopped, &chain.passed);
+            let more = passed.iter().filter(|at| before.binary_search(at).is_err());
+            let less = stopped.iter().filter(|at| after.binary_search(at).is_err());
+            let (more, less): (Vec<u64>, Vec<u64>) =
+                (more.copied().collect(), less.copied().collect());
+            chain.passed.extend(more);
+            chain.stopped.extend(less);
+            for list in [&mut chain.passed, &mut chain.stopped] {
+                list.sort_unstable();
+                list.dedup();
+            }
+            chain.names.extend(names);
+            chain.others = LinkVa(*others);
+        }
+        chain.names.sort_unstable();
+        chain
     }
 
     /// The five bytes before `at` would be a call, if an instruction started there.

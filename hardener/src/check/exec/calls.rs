@@ -128,11 +128,14 @@ impl Tree {
     fn end_of_others(&self, at: NodeId) -> Option<Leaf> {
         match &self.nodes[at.0] {
             Node::Leaf(leaf, _) => Some(*leaf),
-            Node::Touch { .. } => None,
+            Node::Touch { next, .. } => self.end_of_others(*next),
             Node::Branch { cond, no, .. }
                 if self.names.contains_key(cond) || self.exact.contains_key(cond) =>
             {
                 self.end_of_others(*no)
+            }
+            Node::Branch { cond, yes, no } if self.asks_table(*cond) => {
+                self.end_of_others(self.when_no_word_is_meant(*cond, *yes, *no)?)
             }
             Node::Branch { yes, no, .. } => {
                 let (yes, no) = (self.end_of_others(*yes)?, self.end_of_others(*no)?);
@@ -163,18 +166,14 @@ impl Tree {
             }
         }
         let Some(Leaf::HandOver(others)) = self.end_of_others(self.root) else {
-            let mut ended = self.evaluate_told(code, tables, (start, last), seen)?;
-            // What stands before an address in the cave is the thunks' own and moves with the slide. Who is left to another
-            // thunk there is no member of its tables.
-            let cave = code.start..=code.start + code.bytes.len() as u64 + MOST_BEFORE;
-            ended.handed_over.retain(|(_, at)| !cave.contains(at));
-            ended
-                .leaves_to
-                .extend(self.nodes.iter().filter_map(|node| match node {
-                    Node::Leaf(Leaf::HandOver(to), _) => Some(*to),
-                    _ => None,
-                }));
-            return Ok(Decides::Each(ended));
+            return self.follow_each(code, tables, (start, last), seen);
+        };
+        let meant = match self.reads_tables() {
+            true => match self.concerned(code, tables, (start, last), true) {
+                Some(meant) => meant?,
+                None => return self.follow_each(code, tables, (start, last), seen),
+            },
+            false => Vec::new(),
         };
         let inside = |at: &u64| (start..=last).contains(at);
         let mut subjects: Vec<u64> = self.exact.values().copied().filter(inside).collect();
@@ -182,6 +181,7 @@ impl Tree {
             let after = named.after(name.wrapping_sub(start as u32));
             subjects.extend(after.map(|after| start + u64::from(after)));
         }
+        subjects.extend(meant);
         subjects.sort_unstable();
         subjects.dedup();
         let ended = self.evaluate_each(code, tables, &subjects, seen)?;
@@ -204,5 +204,34 @@ impl Tree {
             names,
             others,
         })
+    }
+
+    /// The same, with every subject from `low` to `high`, both inside.
+    fn follow_each(
+        &self,
+        code: &Code<'_>,
+        tables: &[Lookup<'_>],
+        (low, high): (u64, u64),
+        seen: &mut BTreeSet<usize>,
+    ) -> Result<Decides, Wrong> {
+        let mut ended = self.evaluate_told(code, tables, (low, high), seen)?;
+        // What stands before an address in the cave is the thunks' own and moves with the slide. Who is left to another
+        // thunk there is no member of its tables.
+        let cave = code.start..=code.start + code.bytes.len() as u64 + MOST_BEFORE;
+        ended.handed_over.retain(|(_, at)| !cave.contains(at));
+        ended
+            .leaves_to
+            .extend(self.nodes.iter().filter_map(|node| match node {
+                Node::Leaf(Leaf::HandOver(to), _) => Some(*to),
+                _ => None,
+            }));
+        Ok(Decides::Each(ended))
+    }
+
+    /// Whether it reads anything but what stands before its subject.
+    fn reads_tables(&self) -> bool {
+        self.nodes
+            .iter()
+            .any(|node| matches!(node, Node::Branch { cond, .. } if self.asks_table(*cond)))
     }
 }

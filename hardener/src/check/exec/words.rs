@@ -197,6 +197,11 @@ impl Tree {
         Some(())
     }
 
+    /// Whether `cond` is a question about a table.
+    pub(super) fn asks_table(&self, cond: Term) -> bool {
+        self.loads(cond) && !self.looks_before(cond)
+    }
+
     /// Whether all that is read for `cond` stands shortly before the subject, and something does.
     fn looks_before(&self, cond: Term) -> bool {
         self.loads(cond) && self.loads_only_before(cond)
@@ -363,7 +368,12 @@ impl Tree {
     }
 
     /// Where a branch leads whose question has the answer no.
-    fn when_no_word_is_meant(&self, cond: Term, yes: NodeId, no: NodeId) -> Option<NodeId> {
+    pub(super) fn when_no_word_is_meant(
+        &self,
+        cond: Term,
+        yes: NodeId,
+        no: NodeId,
+    ) -> Option<NodeId> {
         match self.ops[cond.0 as usize] {
             Op::Bin(Bin::Eq, truth, _) if self.is_truth(truth) => {
                 self.when_no_word_is_meant(truth, no, yes)
