@@ -1,6 +1,8 @@
 //! Indirect branches checked by class: what is claimed is what is checked, and each fault in a claim is caught.
 #![allow(missing_docs, reason = "a test")]
 
+#[path = "classes/backward.rs"]
+mod backward;
 mod common;
 #[path = "classes/doubts.rs"]
 mod doubts;

@@ -122,8 +122,14 @@ impl Known<'_> {
             return Reach::Any;
         };
         let held = self.image.u64_at(pointer).map(LinkVa);
-        let mut all = held.map_or_else(Vec::new, |held| self.declared(held));
         let field = self.layout.field(Ptr { ty, delta });
+        let offset = held.and_then(|held| self.text.span.offset(held));
+        // `struct paravirt_callee_save`: what is called there keeps all registers. Of functions that a compiler makes only the
+        // trivial ones do that which stand there from the start; all others are assembly.
+        if let (true, Some(held)) = (field.anything, offset) {
+            return Reach::functions(vec![held]);
+        }
+        let mut all = held.map_or_else(Vec::new, |held| self.declared(held));
         all.extend(field.to.iter().filter_map(|to| self.prototypes.class(*to)));
         known(all)
     }
@@ -219,21 +225,26 @@ impl Updates {
     fn add(&mut self, mut code: &[u8]) {
         let (mut key, mut function) = (None, None);
         loop {
-            let (register, value, len) = match code {
-                // `mov $imm32, %rdx`, `%rsi`, `%rdi`.
-                [.., 0x48, 0xc7, modrm @ (0xc2 | 0xc6 | 0xc7), a, b, c, d] => {
-                    let value = i32::from_le_bytes([*a, *b, *c, *d]);
-                    (modrm & 7, i64::from(value) as u64, 7)
+            let len = match code {
+                // `mov $imm32` to %rdi, %rdx, %rsi.
+                [.., 0x48, 0xc7, register @ (0xc7 | 0xc2 | 0xc6), a, b, c, d] => {
+                    let value = i64::from(i32::from_le_bytes([*a, *b, *c, *d])) as u64;
+                    match register {
+                        0xc7 => _ = key.get_or_insert(value),
+                        0xc2 => _ = function.get_or_insert(value),
+                        _ => {}
+                    }
+                    7
                 }
                 // `xor %edx, %edx`.
-                [.., 0x31, 0xd2] => (2, 0, 2),
+                [.., 0x31, 0xd2] => {
+                    function.get_or_insert(0);
+                    2
+                }
+                // `mov` from an argument to what is none and not new in 64 bits.
+                [.., 0x89, 0xfb | 0xf3 | 0xd3 | 0xfd | 0xf5 | 0xd5] => 2,
                 _ => break,
             };
-            match register {
-                2 => _ = function.get_or_insert(value),
-                7 => _ = key.get_or_insert(value),
-                _ => {}
-            }
             code = &code[..code.len() - len];
         }
         match (key, function) {

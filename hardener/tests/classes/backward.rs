@@ -1,0 +1,197 @@
+//! Returns behind indirect calls by class: proved, and each fault in claims, table and thunks is caught.
+
+use super::{BOTH, common, place_in_file};
+use hardener::check::{Checker, Rule};
+use hardener::recipe::Recipe;
+use penumbra_bundle::{BackwardSets, Bundle, SlotKind, TableKind, TextOff};
+use std::sync::OnceLock;
+
+fn real() -> &'static (Checker, Bundle) {
+    static REAL: OnceLock<(Checker, Bundle)> = OnceLock::new();
+    REAL.get_or_init(|| {
+        let recipe = Recipe::parse("recipe", BOTH.as_bytes()).unwrap();
+        let bundle = hardener::emit::emit(common::cloud(), &recipe, &mut |_| {}).unwrap();
+        (Checker::open(common::cloud()).unwrap(), bundle)
+    })
+}
+
+fn said(break_it: impl FnOnce(&mut Bundle)) -> String {
+    let (checker, bundle) = real();
+    let mut bundle = bundle.clone();
+    break_it(&mut bundle);
+    let rules = [Rule::ThunkContract, Rule::ExactSets];
+    let reports = checker.prove(&bundle, &rules).unwrap();
+    let all = reports.iter().flat_map(|report| &report.violations);
+    all.map(|violation| format!("{violation:?}\n")).collect()
+}
+
+fn claims(bundle: &mut Bundle) -> &mut BackwardSets {
+    bundle.backward.as_mut().unwrap()
+}
+
+/// Where the function `name` starts.
+fn at(bundle: &Bundle, name: &str) -> TextOff {
+    let mut symbols = bundle.symbols.0.iter();
+    symbols.find(|symbol| symbol.name == name).unwrap().at
+}
+
+/// The return site behind the one branch of `vfs_read` that reaches `seq_read_iter`'s like.
+fn behind_read(bundle: &Bundle) -> Vec<TextOff> {
+    let forward = bundle.forward.as_ref().unwrap();
+    let from = at(bundle, "vfs_read");
+    let later = bundle.symbols.0.iter().map(|symbol| symbol.at);
+    let end = later.filter(|at| *at > from).min().unwrap();
+    let to = at(bundle, "pipe_read");
+    let edits = &bundle.variant("hardened").unwrap().1.0;
+    let calls = edits.iter().filter(|edit| {
+        edit.slot == SlotKind::Indirect
+            && (from..end).contains(&edit.at)
+            && edit.bytes[edit.bytes.len() - 5] == 0xe8
+    });
+    let reaches = |edit: &&penumbra_bundle::Edit| {
+        let class = forward.class_at(edit.at).unwrap();
+        class.by == "prototype" && class.entries.binary_search(&to).is_ok()
+    };
+    let behind = calls.filter(reaches);
+    behind
+        .map(|edit| TextOff(edit.at.0 + edit.bytes.len() as u32))
+        .collect()
+}
+
+#[test]
+fn they_are_proved_and_functions_return_to_few_places() {
+    let (_, bundle) = real();
+    assert_eq!(said(|_| {}), "");
+    let claims = bundle.backward.as_ref().unwrap();
+    // Without classes every function that an indirect call may reach returns to each of 18,107 places.
+    assert!(claims.any.len() < 7_000, "{}", claims.any.len());
+    assert!(claims.classes.len() > 100);
+    assert!(claims.functions.len() > 9_000);
+}
+
+#[test]
+fn what_reads_a_file_returns_behind_the_branch_that_calls_it() {
+    let (_, bundle) = real();
+    let claims = bundle.backward.as_ref().unwrap();
+    let class = claims.class_of(at(bundle, "pipe_read")).unwrap();
+    let behind = behind_read(bundle);
+    assert!(!behind.is_empty());
+    for place in behind {
+        assert!(claims.classes[class as usize].contains(&place));
+        // A function of another prototype does not.
+        let other = claims.class_of(at(bundle, "inet_stream_connect")).unwrap();
+        assert!(!claims.classes[other as usize].contains(&place));
+        assert!(!claims.any.contains(&place));
+    }
+}
+
+#[test]
+fn a_class_without_a_place_is_caught() {
+    let (_, bundle) = real();
+    let place = behind_read(bundle)[0];
+    let pipe_read = at(bundle, "pipe_read");
+    let said = said(|bundle| {
+        let claims = claims(bundle);
+        let class = claims.class_of(pipe_read).unwrap();
+        claims.classes[class as usize].retain(|at| *at != place);
+    });
+    let start = bundle.manifest.text.start.0 + u64::from(pipe_read.0);
+    let missing = format!(
+        "is behind a call that may reach the function at {start:#x}, which is not claimed to return there"
+    );
+    assert!(said.contains(&missing), "{said}");
+    assert!(
+        said.contains("is passed, though no call that gets there returns to it"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_call_that_may_reach_anything_and_is_not_claimed_so_is_caught() {
+    let said = said(|bundle| _ = claims(bundle).any.pop());
+    assert!(
+        said.contains("is behind a call that may reach anything, and not everything"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_place_behind_no_indirect_call_is_caught() {
+    let said = said(|bundle| {
+        let last = claims(bundle).classes[0].last_mut().unwrap();
+        last.0 += 1;
+    });
+    assert!(
+        said.contains("is claimed to be behind an indirect call, and is not"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_function_in_another_class_is_caught() {
+    let said = said(|bundle| {
+        let pipe_read = at(bundle, "pipe_read");
+        let claims = claims(bundle);
+        let classes = claims.classes.len() as u32;
+        let mut functions = claims.functions.iter_mut();
+        let own = functions.find(|one| one.at == pipe_read).unwrap();
+        own.class = (own.class + 1) % classes;
+    });
+    assert!(
+        said.contains("which is not claimed to return there"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_function_that_no_indirect_call_reaches_is_caught() {
+    let said = said(|bundle| {
+        let forward = bundle.forward.as_ref().unwrap();
+        let symbols = bundle.symbols.0.iter().map(|symbol| symbol.at);
+        let claims = bundle.backward.as_ref().unwrap();
+        let all = &forward.classes[0].entries;
+        let never = symbols.filter(|at| all.binary_search(at).is_err());
+        let mut never = never.filter(|at| claims.class_of(*at).is_none());
+        let one = never.next().unwrap();
+        let functions = &mut bundle.backward.as_mut().unwrap().functions;
+        let place = functions.partition_point(|function| function.at < one);
+        functions.insert(
+            place,
+            penumbra_bundle::BackwardFunction { at: one, class: 0 },
+        );
+    });
+    assert!(said.contains("and none reaches it"), "{said}");
+}
+
+#[test]
+fn claims_that_are_not_there_are_caught() {
+    let said = said(|bundle| {
+        bundle.backward = None;
+        bundle.manifest.backward = None;
+    });
+    assert!(
+        said.contains("it is no thunk for direct calls only, nor one for indirect calls"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_table_that_lost_a_word_is_caught() {
+    let said = said(|bundle| {
+        let mut tables = bundle.manifest.cave.tables.iter_mut();
+        let table = tables.find(|table| table.name == "indirect_return_classes");
+        let table = table.unwrap();
+        assert!(matches!(table.kind, TableKind::HashedClasses { .. }));
+        table.count -= 1;
+        let range = table.range;
+        let place = place_in_file(bundle, range.start.0);
+        let words = (place..place + range.len() as usize).step_by(4);
+        let mut held = words.filter(|at| bundle.cave[*at..*at + 4] != [0xff; 4]);
+        let one = held.next().unwrap();
+        bundle.cave[one..one + 4].fill(0xff);
+    });
+    assert!(
+        said.contains("is killed, though a call that gets there returns to it"),
+        "{said}"
+    );
+}
