@@ -383,24 +383,22 @@ fn bundle(
             forward.retain(|at| !outside.watched.contains(at));
         }
     }
-    let by_class = |sets: &ReturnSets, graph: &CallGraph, forward: &types::Forward| {
+    let known = return_sets.as_ref().zip(graph.as_ref());
+    let known = known.zip(forward.as_ref().filter(|_| asked(passes::is_by_class)));
+    let classed = known.map(|((sets, graph), forward)| {
         let most = thunks::most_return_classes(text.range);
         sets.by_class(image, &text, graph, forward, most)
-    };
-    let classed = return_sets
-        .as_ref()
-        .zip(graph.as_ref())
-        .zip(forward.as_ref());
-    let classed = classed.map(|((sets, graph), forward)| by_class(sets, graph, forward));
+    });
     let profile = passes::promote_profile(recipe);
     let promotion = profile.map(|profile| Promotion::find(image, &text, &profile));
     let for_choice = |choice: &Recipe| Analyses {
         forward: forward.as_ref().filter(|_| passes::is_typed(choice)),
-        return_sets: classed
-            .as_ref()
-            .filter(|_| passes::is_typed(choice))
-            .or(return_sets.as_ref())
-            .filter(|_| passes::is_per_function(choice)),
+        return_sets: match passes::is_by_class(choice) {
+            true => classed.as_ref(),
+            false => return_sets
+                .as_ref()
+                .filter(|_| passes::is_per_function(choice)),
+        },
         exposed: exposed.as_ref().filter(|_| passes::is_by_frame(choice)),
         changeable: changeable.as_ref().filter(|_| passes::is_by_change(choice)),
         zeroing: zeroing.as_ref(),

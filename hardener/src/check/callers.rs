@@ -50,8 +50,6 @@ pub struct Parts {
     pub open_calls: Vec<(Option<LinkVa>, LinkVa)>,
     /// Parts that jump to where only the run knows, and where such jumps stand in the file.
     pub open_jumps: BTreeMap<u32, BTreeSet<Option<LinkVa>>>,
-    /// Parts that nobody is seen to call or to enter.
-    pub unseen: BTreeSet<u32>,
     /// The parts that each jumps to.
     pub jumps: Vec<BTreeSet<u32>>,
     /// Parts whose address is taken.
@@ -415,7 +413,6 @@ fn follow(
     let mut known = vec![false; count];
     let back = gathered.open_calls.iter().map(|(_, back)| *back);
     let mut indirect: BTreeSet<LinkVa> = back.collect();
-    let mut unseen = BTreeSet::new();
     for part in 0..count as u32 {
         let at = part as usize;
         let called = !gathered.back[at].is_empty() || !gathered.replaced[at].is_empty();
@@ -423,9 +420,6 @@ fn follow(
         // Its frames lie outside the text, and are gone.
         let early = gathered.early.contains(&part);
         let alone = !called && !is_taken && !early && !entered[at];
-        if alone {
-            unseen.insert(part);
-        }
         let is_odd = gathered.odd.contains(&part);
         if !(called || is_taken || early || alone || is_odd) {
             continue;
@@ -467,7 +461,6 @@ fn follow(
         indirect,
         open_calls: gathered.open_calls,
         open_jumps: gathered.open_jumps,
-        unseen,
         jumps: gathered.jumps,
         taken: taken.clone(),
         odd: gathered.odd,

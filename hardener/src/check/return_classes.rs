@@ -254,15 +254,12 @@ pub fn check(
         let what = "is behind a call that may reach anything, and not everything is claimed to return there";
         findings.broken(None, Some(*missing), what.to_owned());
     }
-    // The classes of branches from which each part gets frames; of those that nobody is seen to call any.
+    // The classes of branches from which each part gets frames. No branch that is checked lets through what is in no class.
     let mut from: BTreeMap<u32, BTreeSet<usize>> = BTreeMap::new();
     for (class, entries) in drawn.entries.iter().enumerate() {
         for part in entries.iter().flat_map(|entry| drawn.reached(*entry)) {
             from.entry(part).or_default().insert(class);
         }
-    }
-    for part in parts.unseen.iter().flat_map(|part| drawn.reached(*part)) {
-        from.entry(part).or_default().extend(0..places.len());
     }
     let mut known: BTreeMap<(Option<u32>, usize), Option<LinkVa>> = BTreeMap::new();
     let mut proved = 0;

@@ -19,6 +19,7 @@ use std::sync::Arc;
 const PASS: &str = "return-cfi";
 const POLICY: &str = "policy";
 const BY_FUNCTION: &str = "function";
+const BY_CLASS: &str = "class";
 const BY_SITE: &str = "return-sites";
 
 /// A function's thunk, that of its class, and that of all indirect calls.
@@ -130,7 +131,11 @@ fn policies(subject: &Subject<'_>, roles: &Roles, findings: &mut Findings<'_>) {
             let thunk = subject.check_of(edit);
             matches!(thunk, Some(Replacement::Jump(to)) if roles.followed.contains_key(&to))
         });
-        let found = if by_function { BY_FUNCTION } else { BY_SITE };
+        let found = match (by_function, &subject.bundle.backward) {
+            (false, _) => BY_SITE,
+            (true, None) => BY_FUNCTION,
+            (true, Some(_)) => BY_CLASS,
+        };
         if let Some(what) = contradicts(said, found) {
             findings.broken(Some(&variant.name), None, what);
         }

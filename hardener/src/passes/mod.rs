@@ -17,7 +17,8 @@ pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
 pub use probe::{NAME as PROBE, functions as probed_functions};
 pub use promote::profile as promote_profile;
 pub use return_cfi::{
-    NAME as RETURN_CFI, is_by_change, is_by_frame, is_per_function, thunk_name as return_check,
+    NAME as RETURN_CFI, is_by_change, is_by_class, is_by_frame, is_per_function,
+    thunk_name as return_check,
 };
 pub use stack_clear::is_wanted as is_clearing;
 pub use zero_regs::is_wanted as is_zeroing;

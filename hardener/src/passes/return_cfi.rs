@@ -1,5 +1,5 @@
 //! `return-cfi`: every return checks that its address follows a call; with the policy `function`, a call that can reach the
-//! function that returns.
+//! function that returns; with `class`, of indirect calls too only one whose class has the function.
 
 use super::{Analyses, Context, JMP, Pass, PassError, thunk};
 use crate::recipe::{Parameter, Recipe, VIOLATION};
@@ -12,10 +12,11 @@ use std::collections::BTreeMap;
 /// The pass's name.
 pub const NAME: &str = "return-cfi";
 
-/// Which return addresses are legal: those behind any call, or those behind calls that can reach the function.
+/// Which return addresses are legal: those behind any call, or those behind calls that can reach the function, where all indirect
+/// calls count as such a call or only those whose class has the function.
 const POLICY: Parameter = Parameter {
     name: "policy",
-    values: &["return-sites", "function"],
+    values: &["return-sites", "function", "class"],
     takes_list: true,
 };
 
@@ -39,7 +40,12 @@ pub fn is_by_change(recipe: &Recipe) -> bool {
 
 /// Whether `recipe` asks for each function's own return addresses.
 pub fn is_per_function(recipe: &Recipe) -> bool {
-    recipe.value(NAME, &POLICY) == "function"
+    recipe.value(NAME, &POLICY) != "return-sites"
+}
+
+/// Whether `recipe` asks for these by the classes of indirect calls.
+pub fn is_by_class(recipe: &Recipe) -> bool {
+    recipe.value(NAME, &POLICY) == "class"
 }
 
 /// See the module.

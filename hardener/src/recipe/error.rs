@@ -63,6 +63,11 @@ pub enum RecipeFaultKind {
         /// What stands there.
         found: String,
     },
+    /// Returns by the classes of branches that are not typed.
+    #[error(
+        "policy `class` goes by the classes of branches; give forward-cfi the policy `typed`, or returns `function`"
+    )]
+    NoClasses,
     /// A pass without its file.
     #[error("pass `{pass}` has no `{key}`; name the file that it works by")]
     NoFile {

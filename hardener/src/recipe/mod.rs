@@ -5,7 +5,7 @@
 //!
 //! [pass.return-cfi]
 //! on-violation = "log"     # kill (the default), log or panic
-//! policy = ["function", "return-sites"]   # or one of them alone; return-sites is the default
+//! policy = ["class", "function", "return-sites"]   # or one of them alone; return-sites is the default
 //!
 //! [pass.forward-cfi]
 //! on-violation = "panic"
@@ -27,6 +27,7 @@ mod tests;
 
 pub use error::{RecipeError, RecipeFault, RecipeFaultKind};
 
+use crate::passes;
 use penumbra_bundle::ViolationAction;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -116,6 +117,8 @@ impl Recipe {
                 })
                 .collect();
         }
+        // Without classes of branches there are none of returns.
+        choices.retain(|choice| passes::is_typed(choice) || !passes::is_by_class(choice));
         choices
     }
 

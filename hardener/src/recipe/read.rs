@@ -49,6 +49,12 @@ impl Recipe {
         } else {
             reader.read(&mut recipe);
         }
+        if reader.faults.is_empty() && recipe.choices().is_empty() {
+            let at = src
+                .find(BY_CLASS)
+                .map_or(0..0, |at| at..at + BY_CLASS.len());
+            reader.fault(at, RecipeFaultKind::NoClasses);
+        }
         if reader.faults.is_empty() {
             return Ok(recipe);
         }
@@ -60,6 +66,9 @@ impl Recipe {
         Err(RecipeError::Bad(reader.faults))
     }
 }
+
+/// The policy of returns that needs one of branches, as it is written.
+const BY_CLASS: &str = "\"class\"";
 
 type Value<'i> = Spanned<DeValue<'i>>;
 

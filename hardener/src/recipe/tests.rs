@@ -45,6 +45,25 @@ fn of_a_list_each_value_is_a_choice_and_the_first_ones_come_first() {
 }
 
 #[test]
+fn returns_by_class_need_branches_by_class() {
+    let both = "schema = 1\n\n[pass.forward-cfi]\npolicy = [\"typed\", \"address-taken\"]\n\n\
+                [pass.return-cfi]\npolicy = [\"class\", \"function\"]\n";
+    let recipe = Recipe::parse("r.toml", both.as_bytes()).unwrap();
+    let choices = recipe.choices();
+    let choices = choices.iter();
+    let choices = choices.map(|choice| (passes::is_typed(choice), passes::is_by_class(choice)));
+    assert_eq!(
+        choices.collect::<Vec<_>>(),
+        [(true, true), (true, false), (false, false)]
+    );
+    assert_eq!(
+        said("schema = 1\n[pass.return-cfi]\npolicy = \"class\"\n"),
+        "r.toml:3:10: policy `class` goes by the classes of branches; give forward-cfi the policy `typed`, or returns \
+         `function`"
+    );
+}
+
+#[test]
 fn a_pass_that_is_off_by_default_is_named_to_run() {
     let src = "schema = 1\n\n[pass.zero-regs]\n";
     let recipe = Recipe::parse("r.toml", src.as_bytes()).unwrap();

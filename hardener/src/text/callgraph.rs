@@ -75,8 +75,6 @@ pub struct Callers {
     pub indirect: bool,
     /// The functions whose addresses are taken that those calls reach: itself and those that jump to it.
     pub taken: Vec<u32>,
-    /// Whether it is, or gets its frame from, a function that nobody is seen to call.
-    pub unseen: bool,
     /// Whether it cannot be told from where it is reached.
     pub unknown: bool,
 }
@@ -335,7 +333,6 @@ impl CallGraph {
             called: Vec::new(),
             indirect: false,
             taken: Vec::new(),
-            unseen: false,
             unknown: false,
         };
         let mut seen = FxHashSet::from_iter([number as u32]);
@@ -351,7 +348,6 @@ impl CallGraph {
             let nobody = !called && sources.is_empty();
             callers.indirect |= facts.taken || nobody;
             callers.taken.extend(facts.taken.then_some(at));
-            callers.unseen |= nobody;
             callers.unknown |= facts.called_inside || !facts.compiled;
             open.extend(sources.iter().filter(|source| seen.insert(**source)));
         }

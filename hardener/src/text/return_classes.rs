@@ -16,6 +16,8 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, HashMap};
 
+/// Lists of more places say little, and would fill the table: these are one class.
+const MANY: usize = 4096;
 /// Code of fewer bytes may be alike by chance.
 const SHORT: usize = 16;
 
@@ -197,9 +199,8 @@ impl ReturnSets {
         let drawn = Drawn::of(image, text, graph, forward);
         let (any, of_class) = drawn.sites();
         let of_entries = drawn.classes_of_entries();
-        let everywhere = united(of_class.iter());
         // Lists by the classes of branches that they come from; those classes are all that tells functions apart.
-        let mut lists: HashMap<Option<BTreeSet<u32>>, u32> = HashMap::new();
+        let mut lists: HashMap<BTreeSet<u32>, u32> = HashMap::new();
         let mut listed: Vec<Vec<TextOff>> = Vec::new();
         let mut of_function: FxHashMap<usize, u32> = FxHashMap::default();
         let mut looked_at = FxHashSet::default();
@@ -218,19 +219,12 @@ impl ReturnSets {
                 continue;
             }
             let callers = graph.callers(function);
-            // Of who calls what nobody is seen to call, no class tells.
-            let from = (!callers.unseen).then(|| {
-                let entries = callers.taken.iter();
-                let starts = entries.map(|entry| text.functions.start(*entry as usize));
-                let classes = starts.filter_map(|at| of_entries.get(&at));
-                let classes: BTreeSet<u32> = classes.flatten().copied().collect();
-                classes
-            });
+            let entries = callers.taken.iter();
+            let starts = entries.map(|entry| text.functions.start(*entry as usize));
+            let from = starts.filter_map(|at| of_entries.get(&at));
+            let from: BTreeSet<u32> = from.flatten().copied().collect();
             let number = *lists.entry(from).or_insert_with_key(|from| {
-                listed.push(match from {
-                    None => everywhere.clone(),
-                    Some(classes) => united(classes.iter().map(|class| &of_class[*class as usize])),
-                });
+                listed.push(united(from.iter().map(|class| &of_class[*class as usize])));
                 listed.len() as u32 - 1
             });
             of_function.insert(function, number);
@@ -344,8 +338,8 @@ fn united<'a>(lists: impl Iterator<Item = &'a Vec<TextOff>>) -> Vec<TextOff> {
     all
 }
 
-/// At most `most` classes (one at least), each of one list or of several, and the class of each list that is not empty: the large
-/// ones have their own, and each of the others goes to the class that is smallest then.
+/// At most `most` classes (one at least), each of one list or of several, and the class of each list that is not empty: the largest
+/// are together, the large ones have their own, and each of the others goes to the class that is smallest then.
 fn shared(lists: &[Vec<TextOff>], most: usize) -> (Vec<Vec<TextOff>>, Vec<Option<u32>>) {
     let mut order: Vec<usize> = (0..lists.len()).collect();
     order.retain(|number| !lists[*number].is_empty());
@@ -354,6 +348,14 @@ fn shared(lists: &[Vec<TextOff>], most: usize) -> (Vec<Vec<TextOff>>, Vec<Option
     let mut of_list = vec![None; lists.len()];
     let mut smallest: BinaryHeap<Reverse<(usize, usize)>> = BinaryHeap::new();
     let mut before: Option<usize> = None;
+    let largest = order.partition_point(|number| lists[*number].len() > MANY);
+    if largest > 0 {
+        let all = united(order[..largest].iter().map(|number| &lists[*number]));
+        classes.push(all.into_iter().collect());
+        for number in order.drain(..largest) {
+            of_list[number] = Some(0);
+        }
+    }
     for number in order {
         // Functions of different classes of branches may return to the same.
         let same = before.filter(|before| lists[*before] == lists[number]);
@@ -364,7 +366,7 @@ fn shared(lists: &[Vec<TextOff>], most: usize) -> (Vec<Vec<TextOff>>, Vec<Option
         }
         let full = (classes.len() >= most).then(|| smallest.pop()).flatten();
         let class = full.map_or(classes.len(), |Reverse((_, class))| class);
-        if class == classes.len() {
+        if class >= classes.len() {
             classes.push(BTreeSet::new());
         }
         classes[class].extend(&lists[number]);
