@@ -338,7 +338,7 @@ fn early(kernel: &Kernel, gathered: &Gathered) -> BTreeSet<u32> {
         let Ok(section) = kernel.vmlinux.section(name) else {
             continue;
         };
-        let code = Sweep::new(section.range.start, kernel.vmlinux.section_bytes(section));
+        let code = Sweep::alone(section.range.start, kernel.vmlinux.section_bytes(section));
         let starts = code.branches.iter().filter_map(|branch| {
             let part = gathered.part(branch.to)?;
             (gathered.starts[part as usize] == branch.to).then_some(part)

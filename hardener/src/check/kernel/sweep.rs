@@ -66,6 +66,12 @@ impl Sweep {
         sweep
     }
 
+    /// The same on this thread alone, for whoever holds a lock: a thread that waits for another one may take up work that asks
+    /// for it.
+    pub fn alone(start: LinkVa, bytes: &[u8]) -> Sweep {
+        Sweep::part(start, bytes, 0..bytes.len()).0
+    }
+
     /// Decodes what starts in `part`; where the last of it ends.
     fn part(start: LinkVa, bytes: &[u8], part: Range<usize>) -> (Sweep, usize) {
         let mut sweep = Sweep {
