@@ -69,8 +69,17 @@ impl Pass for ReturnCfi {
     }
 
     fn figures(&self, context: &Context<'_>) -> BTreeMap<String, u64> {
-        let sets = context.analyses.return_sets;
-        sets.map(|sets| sets.figures.clone()).unwrap_or_default()
+        let Some(sets) = context.analyses.return_sets else {
+            return BTreeMap::new();
+        };
+        let mut figures = sets.figures.clone();
+        for (index, check) in sets.of_slot.iter().enumerate() {
+            if context.analyses.checks(index) {
+                let size = sets.sizes[*check as usize];
+                *figures.entry(format!("set-size.{size}")).or_default() += 1;
+            }
+        }
+        figures
     }
 
     fn module(

@@ -32,7 +32,7 @@ struct Json<'a> {
     data: &'a BTreeMap<String, penumbra_bundle::LinkVa>,
     /// What `return-cfi` measured, where it looks at functions.
     #[serde(rename = "return", skip_serializing_if = "Option::is_none")]
-    returns: Option<&'a BTreeMap<String, u64>>,
+    returns: Option<BTreeMap<&'a str, u64>>,
     /// What a profile leaves of the text, where `debloat` has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     debloat: Option<&'a BTreeMap<String, u64>>,
@@ -160,7 +160,13 @@ impl<'a> Summary<'a> {
             modules: Modules::of(self.bundle),
             layout: &manifest.layout,
             data: &manifest.data,
-            returns: self.figures("return-cfi"),
+            // Returns by the size of their set are a picture in the report.
+            returns: self.figures("return-cfi").map(|figures| {
+                let figures = figures.iter().map(|(key, value)| (key.as_str(), *value));
+                figures
+                    .filter(|(key, _)| !key.starts_with("set-size."))
+                    .collect()
+            }),
             debloat: self.figures("debloat"),
         };
         super::json(&json)

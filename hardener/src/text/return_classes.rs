@@ -236,10 +236,11 @@ impl ReturnSets {
             checks: Vec::new(),
             indirect: any,
             classes: Some(classes),
+            sizes: Vec::new(),
             figures: Default::default(),
         };
         let mut known: HashMap<Check, u32> = HashMap::new();
-        let mut sizes = Sizes::default();
+        let mut functions = Sizes::default();
         let mut last = None;
         for (slot, check) in text.slots.returns.iter().zip(&self.of_slot) {
             let function = text.functions.number(slot.at);
@@ -250,19 +251,16 @@ impl ReturnSets {
             {
                 *indirect = Behind::Class(class);
             }
-            if let Some(function) = function
-                && last != Some(function)
-            {
-                sizes.add(graph, text, function, &check, &sets);
+            let index = *known
+                .entry(check)
+                .or_insert_with_key(|check| sets.add(graph, text, check));
+            if let Some(function) = function.filter(|function| last != Some(*function)) {
+                functions.add(&sets, index, graph.facts[function].taken);
             }
             last = function;
-            let index = *known.entry(check).or_insert_with_key(|check| {
-                sets.checks.push(check.clone());
-                sets.checks.len() as u32 - 1
-            });
             sets.of_slot.push(index);
         }
-        sets.figures = sizes.figures();
+        sets.figures = functions.figures();
         sets
     }
 

@@ -82,6 +82,8 @@ pub struct ReturnSets {
     pub indirect: Vec<TextOff>,
     /// Where some functions return to besides, when branches are known by class. Each sorted.
     pub classes: Option<Vec<Vec<TextOff>>>,
+    /// To how many places each lets return.
+    pub sizes: Vec<u64>,
     /// Sizes of the sets and the like, by name.
     pub figures: BTreeMap<String, u64>,
 }
@@ -96,10 +98,11 @@ impl ReturnSets {
             checks: Vec::new(),
             indirect: graph.indirect.clone(),
             classes: None,
+            sizes: Vec::new(),
             figures: BTreeMap::new(),
         };
         let mut known: HashMap<Check, u32> = HashMap::new();
-        let mut sizes = Sizes::default();
+        let mut functions = Sizes::default();
         let mut last = None;
         for slot in &text.slots.returns {
             let number = text.functions.number(slot.at);
@@ -109,19 +112,53 @@ impl ReturnSets {
             }
             let check = number.map_or(Check::AnySite { own: None }, |number| {
                 let callers = graph.callers(number);
-                let check = check(graph, text, &named, number, &callers);
-                sizes.add(graph, text, number, &check, &sets);
-                check
+                check(graph, text, &named, number, &callers)
             });
-            let index = *known.entry(check).or_insert_with_key(|check| {
-                sets.checks.push(check.clone());
-                sets.checks.len() as u32 - 1
-            });
+            let index = *known
+                .entry(check)
+                .or_insert_with_key(|check| sets.add(graph, text, check));
+            if let Some(number) = number {
+                functions.add(&sets, index, graph.facts[number].taken);
+            }
             sets.of_slot.push(index);
             last = Some((number, index));
         }
-        sets.figures = sizes.figures();
+        sets.figures = functions.figures();
         sets
+    }
+
+    /// Adds a check; its number.
+    pub(super) fn add(&mut self, graph: &CallGraph, text: &Text, check: &Check) -> u32 {
+        self.sizes.push(self.size(graph, text, check) as u64);
+        self.checks.push(check.clone());
+        self.checks.len() as u32 - 1
+    }
+
+    /// To how many places a check lets return.
+    fn size(&self, graph: &CallGraph, text: &Text, check: &Check) -> usize {
+        let Check::Callers {
+            called, indirect, ..
+        } = check
+        else {
+            return text.return_targets.len();
+        };
+        let class = match (indirect, &self.classes) {
+            (Behind::Class(class), Some(classes)) => &classes[*class as usize][..],
+            _ => &[],
+        };
+        let any = match indirect {
+            Behind::None => &[],
+            Behind::Any | Behind::Class(_) => &self.indirect[..],
+        };
+        let called = called.iter().filter_map(|at| text.functions.number(*at));
+        let direct = called.flat_map(|number| &graph.direct[number]);
+        // A call of a function that jumps anywhere is in both.
+        let beside = |at: &&TextOff| {
+            [any, class]
+                .iter()
+                .all(|list| list.binary_search(at).is_err())
+        };
+        direct.filter(beside).count() + any.len() + class.len()
     }
 }
 
@@ -218,45 +255,15 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    /// Counts what the function `number` may return to by `check`, one of `sets`.
-    pub(super) fn add(
-        &mut self,
-        graph: &CallGraph,
-        text: &Text,
-        number: usize,
-        check: &Check,
-        sets: &ReturnSets,
-    ) {
-        let size = match check {
-            Check::AnySite { .. } => {
-                self.any_site += 1;
-                text.return_targets.len()
-            }
-            Check::Callers {
-                called, indirect, ..
-            } => {
-                let class = match (indirect, &sets.classes) {
-                    (Behind::Class(class), Some(classes)) => &classes[*class as usize][..],
-                    _ => &[],
-                };
-                let any = match indirect {
-                    Behind::None => &[],
-                    Behind::Any | Behind::Class(_) => &sets.indirect[..],
-                };
-                let called = called.iter().filter_map(|at| text.functions.number(*at));
-                let direct = called.flat_map(|number| &graph.direct[number]);
-                // A call of a function that jumps anywhere is in both.
-                let beside = |at: &&TextOff| {
-                    [any, class]
-                        .iter()
-                        .all(|list| list.binary_search(at).is_err())
-                };
-                direct.filter(beside).count() + any.len() + class.len()
-            }
-        };
-        match graph.facts[number].taken {
-            true => self.taken.push(size as u64),
-            false => self.never_taken.push(size as u64),
+    /// Counts a function by its check, one of `sets`, and by whether its address is taken.
+    pub(super) fn add(&mut self, sets: &ReturnSets, check: u32, taken: bool) {
+        let size = sets.sizes[check as usize];
+        if let Check::AnySite { .. } = sets.checks[check as usize] {
+            self.any_site += 1;
+        }
+        match taken {
+            true => self.taken.push(size),
+            false => self.never_taken.push(size),
         }
     }
 
