@@ -30,14 +30,19 @@ class Classes:
         for at, name in self.symbols.all:
             if name.startswith(_THUNK):
                 self._thunks.setdefault(at, set()).add(name.removeprefix(_THUNK))
-        self._text = (bundle / "text.bin").read_bytes()
-        self.sites = {self.start + at: one for at, one in forward_sets(bundle).classes.items()}
+        self.text = (bundle / "text.bin").read_bytes()
+        sets = forward_sets(bundle)
+        self.sites = {self.start + at: one for at, one in sets.classes.items()}
+        self.patched = {self.start + at: one for at, one in sets.patched.items()}
+        trampolines = "__static_call_text_start", "__static_call_text_end"
+        self._trampolines = range(*(self.symbols.address(name) for name in trampolines))
+        self._return = self.symbols.address("__x86_return_thunk")
 
     def _register(self, at):
         """The register that holds the target: the branch's thunk is named after it."""
         offset = at - self.start
-        prefix = self._text[offset] == 0x2e
-        rel = int.from_bytes(self._text[offset + prefix + 1:offset + prefix + 5], "little", signed=True)
+        prefix = self.text[offset] == 0x2e
+        rel = int.from_bytes(self.text[offset + prefix + 1:offset + prefix + 5], "little", signed=True)
         thunk = at + prefix + 5 + rel
         # The table of all thunks starts with the first one.
         names = self._thunks.get(thunk, set())
@@ -60,6 +65,24 @@ class Classes:
         name = self.symbols.name
         return [f"{name(site)} ({site:#x}) -> {name(to)} ({to:#x}): {self.sites[site].by}"
                 for site, to in sorted(edges) if not self.allows((site, to))]
+
+    def made_direct(self, text):
+        """(branch, target) of all that a running kernel has made direct in its text: paravirt and static calls."""
+        found = set()
+        for at in self.patched:
+            code = text[at - self.start:at - self.start + 5]
+            target = at + 5 + int.from_bytes(code[1:], "little", signed=True)
+            # Through its trampoline it is as it was built; a tail call of nothing returns.
+            if code[0] in (0xe8, 0xe9) and target not in self._trampolines and target != self._return:
+                found.add((at, target))
+        return found
+
+    def forbidden_direct(self, edges):
+        """Those of them that are not in their classes, for people."""
+        name = self.symbols.name
+        return [f"{name(site)} ({site:#x}) -> {name(to)} ({to:#x}): {self.patched[site].by}"
+                for site, to in sorted(edges) if self.start <= to < self.end
+                and to - self.start not in self.patched[site].entries]
 
     def summary(self, edges):
         """How many edges at how many branches of which kind there are."""

@@ -74,6 +74,14 @@ class Guest:
         """QEMU's gdbstub; the machine must be stopped."""
         return Gdb(self._gdb_path)
 
+    def text(self, size):
+        """The kernel's text as it is now."""
+        self.machine.qmp("stop")
+        try:
+            return self._dump(size)
+        finally:
+            self.machine.qmp("cont")
+
     def _dump(self, size):
         path = self.folder / "text.dump"
         self.machine.qmp("pmemsave", val=TEXT, size=size, filename=str(path))

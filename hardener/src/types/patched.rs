@@ -1,6 +1,6 @@
 //! Branches by a pointer that the kernel makes direct ones: paravirt and static calls.
 //!
-//! A static call's pointer is changed by `static_call_update` alone. Where all who change one name it and the function, it holds
+//! A static call's pointer is changed by `static_call_update` alone. Where all who name one do so to give it a function by name, it holds
 //! these functions and what it holds in the image, and nothing else. Of another pointer what it holds in the image, and is given by
 //! name, says of which prototype the others are that it may hold: C declares all alike (include/linux/static_call.h,
 //! arch/x86/include/asm/paravirt_types.h). Where that is nothing, or assembly, and the pointer is not declared as one to functions
@@ -189,7 +189,7 @@ struct Updates {
 }
 
 impl Updates {
-    /// Looks at the arguments of all calls of `__static_call_update(key, trampoline, function)`, which a compiler puts right before
+    /// Looks at the arguments of all calls of, and jumps to, `__static_call_update(key, trampoline, function)`, which a compiler puts right before
     /// them where they are constants.
     fn find(known: &Known<'_>, tables: &Tables) -> Updates {
         let mut updates = Updates::default();
@@ -205,24 +205,39 @@ impl Updates {
         let pointed = pointers.filter_map(|at| known.image.u64_at(*at));
         let others = exported.chain(pointed).filter(|at| keys.contains(at));
         updates.open.extend(others);
+        let mut named: FxHashMap<u64, u32> = FxHashMap::default();
         for name in [".text", ".init.text"] {
             let (Some(section), Some(code)) =
                 (known.image.section(name), known.image.section_bytes(name))
             else {
                 continue;
             };
-            for at in memchr::memchr_iter(CALL, code) {
+            for at in memchr::memchr2_iter(CALL, JMP, code) {
                 let va = LinkVa(section.range.start.0 + at as u64);
-                if known.branch(va) == Some((CALL, update)) {
-                    updates.add(&code[..at]);
+                if known.branch(va).is_some_and(|(_, to)| to == update)
+                    && let Some(key) = updates.add(&code[..at])
+                {
+                    *named.entry(key).or_default() += 1;
                 }
             }
         }
+        // Whatever else names a key may lead there too.
+        let mut mentioned: FxHashMap<u64, u32> = FxHashMap::default();
+        for at in &known.image.relocs.abs32 {
+            let word = known.image.u32_at(*at);
+            let to = word.map(|word| i64::from(word as i32) as u64);
+            if let Some(key) = to.filter(|to| keys.contains(to)) {
+                *mentioned.entry(key).or_default() += 1;
+            }
+        }
+        let others = mentioned.into_iter();
+        let others = others.filter(|(key, times)| named.get(key) != Some(times));
+        updates.open.extend(others.map(|(key, _)| key));
         updates
     }
 
-    /// Adds a call that stands behind `code`.
-    fn add(&mut self, mut code: &[u8]) {
+    /// Adds a call, or jump, that stands behind `code`; the key that it names.
+    fn add(&mut self, mut code: &[u8]) -> Option<u64> {
         let (mut key, mut function) = (None, None);
         loop {
             let len = match code {
@@ -255,6 +270,7 @@ impl Updates {
                 given.extend((function != 0).then_some(LinkVa(function)));
             }
         }
+        key
     }
 }
 
