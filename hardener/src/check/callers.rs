@@ -62,6 +62,8 @@ pub struct Parts {
     pub traced: BTreeSet<u32>,
     /// Whether each part may be left with the frame of a part that is not traced, and whose callers are not all known.
     pub open: Vec<bool>,
+    /// Parts that start behind the ENDBR64 of their function.
+    behind_endbr: BTreeSet<u32>,
 }
 
 /// What is gathered about the parts before frames are followed.
@@ -144,6 +146,7 @@ impl Parts {
             odd: BTreeSet::new(),
             early: BTreeSet::new(),
         };
+        let mut behind_endbr = BTreeSet::new();
         // ENDBR64 before an `__fentry__` site is a part that runs on into the next.
         for part in 1..count {
             let (before, start) = (gathered.starts[part - 1], gathered.starts[part]);
@@ -151,6 +154,7 @@ impl Parts {
                 && kernel.vmlinux.bytes(before, 4) == Some(&[0xf3, 0x0f, 0x1e, 0xfa])
             {
                 gathered.jump(part as u32 - 1, start);
+                behind_endbr.insert(part as u32);
             }
         }
         branches(kernel, &mut gathered)?;
@@ -172,7 +176,9 @@ impl Parts {
         let starts = gathered.starts.iter().zip(0..);
         let starts = starts.filter(|(start, _)| has_fentry(kernel, &traced, **start));
         let traced = starts.map(|(_, part)| part).collect();
-        Ok(follow(gathered, &taken, assembly, traced))
+        let mut parts = follow(gathered, &taken, assembly, traced);
+        parts.behind_endbr = behind_endbr;
+        Ok(parts)
     }
 
     /// How many there are.
@@ -191,6 +197,12 @@ impl Parts {
     /// Where a part starts.
     pub fn start(&self, part: u32) -> LinkVa {
         self.starts[part as usize]
+    }
+
+    /// Where the function of a part starts that begins behind its ENDBR64; else where the part does.
+    pub fn entry(&self, part: u32) -> LinkVa {
+        let before = u32::from(self.behind_endbr.contains(&part));
+        self.start(part - before)
     }
 
     /// The part around `at`.
@@ -467,6 +479,7 @@ fn follow(
         assembly,
         traced,
         open: untraced,
+        behind_endbr: BTreeSet::new(),
     }
 }
 

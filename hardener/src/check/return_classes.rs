@@ -10,13 +10,15 @@ use super::kernel::Kernel;
 use super::kernel::symbols::hex;
 use super::report::Findings;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
-use penumbra_bundle::{ForwardSets, LinkVa};
+use penumbra_bundle::{ForwardSets, ForwardSite, LinkVa};
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Branches of these classes may reach too much to be told apart by it.
 const WIDE: &str = "address-taken";
 const WIDE_BY: &str = "arity-";
+/// Branches of this class reach what is listed, and no module's functions.
+const CLOSED: &str = "functions";
 /// Classes that let those entries through as well of which nothing is known.
 const BY_PROTOTYPE: &str = "prototype";
 /// Functions whose code is less may be alike by chance.
@@ -70,7 +72,7 @@ struct Beyond {
 struct Drawn<'a> {
     parts: &'a Parts,
     forward: &'a ForwardSets,
-    /// The class of each branch.
+    /// The class of each branch that reaches nothing else, no module either: what a module's function jumps to is not known.
     of_branch: FxHashMap<LinkVa, usize>,
     /// The parts that each class lets through.
     entries: Vec<BTreeSet<u32>>,
@@ -89,7 +91,11 @@ impl<'a> Drawn<'a> {
     fn of(subject: &Subject<'_>, parts: &'a Parts, forward: &'a ForwardSets) -> Drawn<'a> {
         let text = subject.bundle.manifest.text.start.0;
         let at = |at: penumbra_bundle::TextOff| LinkVa(text + u64::from(at.0));
-        let branches = forward.sites.iter().chain(&forward.patched);
+        let by = |site: &&ForwardSite| &forward.classes[site.class as usize].by[..];
+        let sites = forward.sites.iter().filter(|site| by(site) == CLOSED);
+        let patched = forward.patched.iter();
+        let patched = patched.filter(|site| !is_wide(forward, site.class as usize));
+        let branches = sites.chain(patched);
         let untold: Vec<LinkVa> = forward
             .doubts
             .iter()
@@ -268,7 +274,7 @@ pub fn check(
         if !checked.contains(&part) || !matches!(goes, Goes::Behind { indirect: true, .. }) {
             continue;
         }
-        let start = parts.start(part);
+        let start = parts.entry(part);
         let own = claimed.of.get(&start).copied();
         proved += 1;
         for class in classes {

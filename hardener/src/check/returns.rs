@@ -323,7 +323,7 @@ impl Compared<'_> {
         let mut legal: BTreeSet<LinkVa> = back.copied().collect();
         compare.legal = legal.len() as u64;
         if let (1, Some(claimed)) = (indirect, &self.claimed) {
-            legal.extend(claimed.class(self.parts.start(part)));
+            legal.extend(claimed.class(self.parts.entry(part)));
         }
         for at in &legal {
             let through = passed.binary_search(&at.0).is_ok();

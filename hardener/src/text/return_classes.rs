@@ -1,9 +1,10 @@
 //! Behind which indirect calls a function may return, when it is known what these may reach.
 //!
 //! An indirect call returns to where what it reaches returns, and what that jumps to with the same frame, be it by name or by
-//! another pointer. Calls of which too little is known return from everywhere: these are one list, which every function has that an
-//! indirect call may reach. Each of the others is in the classes of the functions that may return to it. There are fewer classes than
-//! functions with different lists, so the small ones share some.
+//! another pointer. A module's function may jump to any function that is exported to it, or whose address it is given, so that what
+//! calls modules may return from everywhere, whatever its prototype. Those calls are one list, which every function has that an
+//! indirect call may reach. Calls that reach the kernel's own functions only, as paravirt and most static calls do, are in the classes
+//! of the functions that may return to them. There are fewer classes than functions with different lists, so the small ones share some.
 
 use super::Text;
 use super::callgraph::CallGraph;
@@ -113,8 +114,7 @@ impl<'a> Drawn<'a> {
 
     /// What the indirect branch at `at` may reach.
     fn branch(&self, at: Option<TextOff>) -> Reaches {
-        let class = at.and_then(|at| self.forward.class_of_branch(at));
-        let class = class.filter(|class| !is_wide(&self.forward.classes[*class as usize].reach));
+        let class = at.and_then(|at| self.forward.closed_class(at));
         Reaches {
             anything: class.is_none(),
             classes: class.into_iter().collect(),
@@ -149,7 +149,7 @@ impl<'a> Drawn<'a> {
             }
         };
         for call in &self.graph.indirect_calls {
-            let class = call.at.and_then(|at| self.forward.class_of_branch(at));
+            let class = call.at.and_then(|at| self.forward.closed_class(at));
             let closure = known.entry(class);
             let closure = closure.or_insert_with(|| self.closure(self.branch(call.at)));
             add(&[call.end], closure.as_ref());

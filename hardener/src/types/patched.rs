@@ -1,13 +1,12 @@
 //! Branches by a pointer that the kernel makes direct ones: paravirt and static calls.
 //!
 //! A static call's pointer is changed by `static_call_update` alone. Where all who name one do so to give it a function by name, it holds
-//! these functions and what it holds in the image, and nothing else. Of another pointer what it holds in the image, and is given by
-//! name, says of which prototype the others are that it may hold: C declares all alike (include/linux/static_call.h,
-//! arch/x86/include/asm/paravirt_types.h). Where that is nothing, or assembly, and the pointer is not declared as one to functions
-//! either, it may hold anything.
+//! these functions and what it holds in the image, and nothing else; any other may be given what a module has. A paravirt call's pointer
+//! holds functions of the kernel's own only: those that are declared as what it holds in the image, or as it is
+//! (arch/x86/include/asm/paravirt_types.h).
 
 use super::btf::{Btf, Type};
-use super::functions::{FunctionIndex, TRACE_ITERATOR};
+use super::functions::FunctionIndex;
 use super::layout::{Layout, Ptr};
 use super::prototypes::{ProtoId, Prototypes};
 use super::sites::{Entries, Forward, Reach};
@@ -78,8 +77,7 @@ pub fn add(known: &Known<'_>, tables: &Tables, entries: &Entries, forward: &mut 
         let trampoline = known.branch(site.site).map(|(_, trampoline)| trampoline);
         let reach = trampoline.map_or(Reach::Any, |trampoline| {
             let reach = by_key.entry(site.key.0);
-            let reach =
-                reach.or_insert_with(|| known.static_call(&updates, site.key, trampoline, forward));
+            let reach = reach.or_insert_with(|| known.static_call(&updates, site.key, trampoline));
             reach.clone()
         });
         found.push((at, reach));
@@ -135,47 +133,18 @@ impl Known<'_> {
     }
 
     /// What the static call of `key` may reach, whose `trampoline` the file has as it is built.
-    fn static_call(
-        &self,
-        updates: &Updates,
-        key: LinkVa,
-        trampoline: LinkVa,
-        forward: &Forward,
-    ) -> Reach {
+    fn static_call(&self, updates: &Updates, key: LinkVa, trampoline: LinkVa) -> Reach {
         let mut held = updates.of_key.get(&key.0).cloned().unwrap_or_default();
         match self.branch(trampoline) {
             Some((JMP, to)) => held.push(to),
             // It returns, with 0 or with nothing.
             _ => held.extend(self.image.symbol(RETURNS_ZERO)),
         }
-        if !updates.open.contains(&key.0) {
-            let offsets = held.iter().filter_map(|at| self.text.span.offset(*at));
-            return Reach::functions(offsets.collect());
+        if updates.open.contains(&key.0) {
+            return Reach::Any;
         }
-        let mut all: Vec<ProtoId> = held.iter().flat_map(|at| self.declared(*at)).collect();
-        // With one user only, a tracepoint calls that and not its iterator, as which it is declared.
-        let iterators = held.iter().filter_map(|at| {
-            let at = self.text.span.offset(*at)?;
-            let function = self.index.at(at.0)?;
-            function
-                .name
-                .starts_with(TRACE_ITERATOR)
-                .then_some(function)
-        });
-        for iterator in iterators {
-            let slots = self.text.slots.indirect.iter();
-            let inside = slots.filter(|slot| {
-                let mut ranges = iterator.ranges.iter();
-                ranges.any(|(from, to)| (*from..*to).contains(&slot.at.0))
-            });
-            for slot in inside {
-                match forward.class_at(slot.at).map(|class| &class.reach) {
-                    Some(Reach::Prototypes(own)) => all.extend(own),
-                    _ => return Reach::Any,
-                }
-            }
-        }
-        known(all)
+        let offsets = held.iter().filter_map(|at| self.text.span.offset(*at));
+        Reach::functions(offsets.collect())
     }
 }
 
@@ -278,5 +247,60 @@ fn known(all: Vec<ProtoId>) -> Reach {
     match all.is_empty() {
         true => Reach::Any,
         false => Reach::prototypes(all),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Updates;
+    use penumbra_bundle::LinkVa;
+
+    const KEY: u64 = 0xffff_ffff_82a5_bdb0;
+    const FUNCTION: u64 = 0xffff_ffff_81a1_16a0;
+
+    /// What is learned from a call behind `code`.
+    fn learned(code: &[&[u8]]) -> Updates {
+        let mut updates = Updates::default();
+        updates.add(&code.concat());
+        updates
+    }
+
+    /// `mov $imm32` to `rdx`, `rsi` or `rdi`.
+    fn load(register: u8, value: u64) -> Vec<u8> {
+        let mut code = vec![0x48, 0xc7, register];
+        code.extend((value as u32).to_le_bytes());
+        code
+    }
+
+    #[test]
+    fn a_function_that_is_named_is_known() {
+        let (rdx, rsi, rdi) = (
+            load(0xc2, FUNCTION),
+            load(0xc6, 0x81e0_0578),
+            load(0xc7, KEY),
+        );
+        // `mov %edi, %ebx` between.
+        let updates = learned(&[&[0x53], &rdx, &[0x89, 0xfb], &rsi, &rdi]);
+        assert_eq!(updates.of_key[&KEY], [LinkVa(FUNCTION)]);
+        assert!(updates.open.is_empty());
+    }
+
+    #[test]
+    fn no_function_is_known_too() {
+        let updates = learned(&[&[0x31, 0xd2], &load(0xc7, KEY)]);
+        assert!(updates.of_key[&KEY].is_empty() && updates.open.is_empty());
+    }
+
+    #[test]
+    fn a_function_that_was_given_may_be_any() {
+        // `mov %rdi, %rdx`, as in `paravirt_set_sched_clock`.
+        let updates = learned(&[&[0x48, 0x89, 0xfa], &load(0xc7, KEY)]);
+        assert!(updates.open.contains(&KEY) && updates.of_key.is_empty());
+    }
+
+    #[test]
+    fn what_does_not_name_the_key_says_nothing_of_it() {
+        let updates = learned(&[&load(0xc2, FUNCTION), &[0x48, 0x89, 0xdf]]);
+        assert!(updates.open.is_empty() && updates.of_key.is_empty());
     }
 }

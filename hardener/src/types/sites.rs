@@ -301,11 +301,18 @@ impl Forward {
         }
     }
 
-    /// The number of the class of the branch at `at`, which a retpoline or the kernel's own patching makes.
-    pub fn class_of_branch(&self, at: TextOff) -> Option<u32> {
+    /// The number of the class of the branch at `at` if that is all that it ever reaches: no module's function, from which a frame may
+    /// get anywhere.
+    pub fn closed_class(&self, at: TextOff) -> Option<u32> {
         let index = self.patched.binary_search_by_key(&at, |site| site.at);
-        let patched = index.ok().map(|index| self.patched[index].class);
-        patched.or_else(|| self.class_number(at))
+        let reach = |class: u32| &self.classes[class as usize].reach;
+        match index.ok().map(|index| self.patched[index].class) {
+            Some(class) => Some(class).filter(|class| !matches!(reach(*class), Reach::Any)),
+            None => {
+                let class = self.class_number(at)?;
+                matches!(reach(class), Reach::Functions(_)).then_some(class)
+            }
+        }
     }
 
     /// The class of the branch at `at`.
