@@ -109,10 +109,10 @@ def sign(path, secret):
     run([tool("signer"), "sign", path, "--key", secret])
 
 
-def signed_chain(work, policy="payroll.toml", modules=(), preset=None, which=None):
+def signed_chain(work, policy="payroll.toml", modules=(), preset=None, which=None, recipe=None):
     """Bundle (for the kernel `which`, else the guest's usual one) and policy in `work`, signed with a new key;
     returns (bundle, policy, secret, public)."""
-    bundle = emit(work / "bundle", which and which.vmlinuz, modules=modules, preset=preset)
+    bundle = emit(work / "bundle", which and which.vmlinuz, modules=modules, preset=preset, recipe=recipe)
     secret, public = new_key(work / "key")
     policy = policy_copy(policy, work)
     for path in (bundle, policy):
