@@ -60,7 +60,7 @@ class Campaign:
         # Of lists and objects that random words make up, checks would say what is wrong: nobody calls them.
         self.left_out = slots.left_out()
         self.text = Text(slots.start, self._unchecked(running), slots.text, bundle.symbols(base))
-        sets, doubted = forward_sets(base)
+        sets, doubted, _ = forward_sets(base)
         # Of whatever has its address taken, and of what may have another's prototype, nobody says that it gets the
         # arguments which it reads.
         fitting = {id(one): frozenset(() if one.by == "address-taken" else one.entries) - doubted
