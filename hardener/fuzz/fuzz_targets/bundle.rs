@@ -29,7 +29,8 @@ fuzz_target!(init: memory(256), |data: &[u8]| {
     assert!(again.clone().seal() == sealed);
     assert!(again.text == bundle.text && again.model == bundle.model && again.symbols == bundle.symbols);
     assert!(again.cave == bundle.cave && again.edits == bundle.edits);
-    assert!(again.forward == bundle.forward && again.modules == bundle.modules);
+    assert!(again.forward == bundle.forward && again.backward == bundle.backward);
+    assert!(again.modules == bundle.modules);
     if let Some(figures) = seen("the report", report::report(&bundle)) {
         let _ = (figures.json(), figures.text(), figures.html());
     }

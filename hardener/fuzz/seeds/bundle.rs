@@ -45,6 +45,7 @@ pub fn cut(mut bundle: Bundle) -> Vec<u8> {
     }
     if let Some(forward) = &mut bundle.forward {
         forward.sites.retain(|site| inside(&site.at));
+        forward.patched.retain(|site| inside(&site.at));
         forward
             .classes
             .iter_mut()
@@ -52,11 +53,18 @@ pub fn cut(mut bundle: Bundle) -> Vec<u8> {
         let last = forward
             .sites
             .iter()
+            .chain(&forward.patched)
             .map(|site| site.class as usize + 1)
             .max()
             .unwrap_or(0);
         forward.classes.truncate(last);
         forward.doubts.retain(|doubt| inside(&doubt.at));
+    }
+    if let Some(backward) = &mut bundle.backward {
+        backward.any.retain(inside);
+        backward.functions.retain(|function| inside(&function.at));
+        let classes = backward.classes.iter_mut();
+        classes.for_each(|class| class.retain(inside));
     }
     let cave = &mut manifest.cave;
     bundle.cave = small_cave(&bundle.cave, range);
