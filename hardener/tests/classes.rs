@@ -16,24 +16,30 @@ use std::sync::OnceLock;
 const TYPED: &str = "schema = 1\n[pass.forward-cfi]\npolicy = \"typed\"\n";
 const BOTH: &str = "schema = 1\n[pass.forward-cfi]\npolicy = \"typed\"\n[pass.return-cfi]\npolicy = \"function\"\n";
 
-fn real() -> &'static (Checker, Bundle) {
-    static REAL: OnceLock<(Checker, Bundle)> = OnceLock::new();
-    REAL.get_or_init(|| {
-        let recipe = Recipe::parse("recipe", TYPED.as_bytes()).unwrap();
-        let bundle = hardener::emit::emit(common::cloud(), &recipe, &mut |_| {}).unwrap();
-        (Checker::open(common::cloud()).unwrap(), bundle)
-    })
+/// The cloud kernel's bundle by a recipe, and who proves it.
+fn made(recipe: &str) -> (Checker, Bundle) {
+    let recipe = Recipe::parse("recipe", recipe.as_bytes()).unwrap();
+    let bundle = hardener::emit::emit(common::cloud(), &recipe, &mut |_| {}).unwrap();
+    (Checker::open(common::cloud()).unwrap(), bundle)
 }
 
-/// What the checker says about the bundle once it is broken.
-fn said(break_it: impl FnOnce(&mut Bundle)) -> String {
-    let (checker, bundle) = real();
+fn real() -> &'static (Checker, Bundle) {
+    static REAL: OnceLock<(Checker, Bundle)> = OnceLock::new();
+    REAL.get_or_init(|| made(TYPED))
+}
+
+/// What the checker says about a bundle once it is broken.
+fn said_of((checker, bundle): &(Checker, Bundle), break_it: impl FnOnce(&mut Bundle)) -> String {
     let mut bundle = bundle.clone();
     break_it(&mut bundle);
     let rules = [Rule::ThunkContract, Rule::ExactSets];
     let reports = checker.prove(&bundle, &rules).unwrap();
     let all = reports.iter().flat_map(|report| &report.violations);
     all.map(|violation| format!("{violation:?}\n")).collect()
+}
+
+fn said(break_it: impl FnOnce(&mut Bundle)) -> String {
+    said_of(real(), break_it)
 }
 
 /// Whether what decides a class is a type, or addresses.

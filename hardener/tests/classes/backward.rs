@@ -1,8 +1,7 @@
 //! Returns behind indirect calls by class: proved, and each fault in claims, table and thunks is caught.
 
-use super::{common, place_in_file};
-use hardener::check::{Checker, Rule};
-use hardener::recipe::Recipe;
+use super::{made, place_in_file, said_of};
+use hardener::check::Checker;
 use penumbra_bundle::{BackwardSets, Bundle, SlotKind, TableKind, TextOff};
 use std::sync::OnceLock;
 
@@ -11,21 +10,11 @@ const BY_CLASS: &str =
 
 fn real() -> &'static (Checker, Bundle) {
     static REAL: OnceLock<(Checker, Bundle)> = OnceLock::new();
-    REAL.get_or_init(|| {
-        let recipe = Recipe::parse("recipe", BY_CLASS.as_bytes()).unwrap();
-        let bundle = hardener::emit::emit(common::cloud(), &recipe, &mut |_| {}).unwrap();
-        (Checker::open(common::cloud()).unwrap(), bundle)
-    })
+    REAL.get_or_init(|| made(BY_CLASS))
 }
 
 fn said(break_it: impl FnOnce(&mut Bundle)) -> String {
-    let (checker, bundle) = real();
-    let mut bundle = bundle.clone();
-    break_it(&mut bundle);
-    let rules = [Rule::ThunkContract, Rule::ExactSets];
-    let reports = checker.prove(&bundle, &rules).unwrap();
-    let all = reports.iter().flat_map(|report| &report.violations);
-    all.map(|violation| format!("{violation:?}\n")).collect()
+    said_of(real(), break_it)
 }
 
 fn claims(bundle: &mut Bundle) -> &mut BackwardSets {
