@@ -6,21 +6,25 @@ time, and at the end every copy must still be explained by the guest's text.
 """
 
 import random
+import threading
 import time
+from contextlib import contextmanager
 
 from . import LabError, chain, victim
 
 # Flips of one call of `installer storm`, and after how many of these the text is verified.
 PART = 10_000
 VERIFIED = 2
-# With one instruction per block everything takes many times as long, dom0 included.
-SLOW_PART = 5
+# Where QEMU translates each instruction alone now and then, and for how long it does, and does not: seconds.  All the
+# time would be too much: everything takes hundreds of times as long then, and timers alone ask for more than it does.
+SLOW_PART = 500
+WINDOW, BETWEEN = 0.1, 0.3
 
 
 class Storm:
     """One storm in a booted lab; `report` is what was seen so far."""
 
-    def __init__(self, lab, seed=None, say=lambda text: None):
+    def __init__(self, lab, seed=None, say=lambda text: None, one_by_one=False):
         self.lab = lab
         self.say = say
         self.installer = chain.Installer(lab)
@@ -28,14 +32,14 @@ class Storm:
         self.loads = []
         self.pokes = None
         self.before = None
-        self.slow = False
+        self.slow = one_by_one
         self.begun = time.monotonic()
         self.report = {
             "schema": "penumbra.storm-report/v1", "ok": False, "seed": seed, "flips": 0, "per_view": {},
             "view_switches": 0, "pokes_mirrored": 0, "conflicts": 0, "poke_rounds": 0, "tracer_hits": 0,
             "failures": [], "guest_complaints": [], "xen_complaints": [], "copies_equal": None,
-            "text_restored": None, "processes": [], "one_instruction_per_block": False, "seconds": 0,
-            "flipping_seconds": 0}
+            "text_restored": None, "processes": [], "one_instruction_windows": 0, "one_instruction_seconds": 0,
+            "seconds": 0, "flipping_seconds": 0}
 
     def begin(self):
         """Starts all loads, warms the tracer up, applies, starts the pokes."""
@@ -49,16 +53,47 @@ class Storm:
         self.say(self.installer.apply())
         self.pokes = victim.Pokes(guest)
 
-    def slow_down(self):
-        """From now on QEMU translates each instruction alone, so that a flip may land before any."""
-        self.lab.machine.monitor("one-insn-per-tb on")
+    def _one_by_one(self, now):
+        """Has QEMU translate each instruction alone, so that a flip may land before any; or not."""
+        self.lab.machine.monitor(f"one-insn-per-tb {'on' if now else 'off'}")
+
+    @contextmanager
+    def _windows(self):
+        """Does so in short windows for as long as the context is open, when it is wanted at all."""
+        if not self.slow:
+            yield
+            return
+        self._one_by_one(True)
         said = self.lab.machine.monitor("info jit")
+        self._one_by_one(False)
         if "one-insn-per-tb: on" not in " ".join(said.split()):
             raise LabError(f"QEMU does not translate single instructions: {said[:300]}")
-        self.slow = self.report["one_instruction_per_block"] = True
+        done = threading.Event()
+
+        def run():
+            while not done.wait(BETWEEN):
+                begun = time.monotonic()
+                self._one_by_one(True)
+                time.sleep(WINDOW)
+                self._one_by_one(False)
+                self.report["one_instruction_windows"] += 1
+                self.report["one_instruction_seconds"] += time.monotonic() - begun
+
+        windows = threading.Thread(target=run)
+        windows.start()
+        try:
+            yield
+        finally:
+            done.set()
+            windows.join()
+            self.report["one_instruction_seconds"] = round(self.report["one_instruction_seconds"], 1)
 
     def flip(self, flips, go_on=lambda: True, longest_wait_us=1000):
         """Flips in parts until there are so many, something fails, or `go_on` says no."""
+        with self._windows():
+            self._flip(flips, go_on, longest_wait_us)
+
+    def _flip(self, flips, go_on, longest_wait_us):
         pids = " ".join(f"--pid {load.pid}" for load in self.loads)
         report = self.report
         parts = 0
@@ -89,8 +124,6 @@ class Storm:
     def end(self, remove=True):
         """Stops the pokes, looks at everything once more, takes the views out; returns the report."""
         report, guest = self.report, self.lab.guest
-        if self.slow:
-            self.lab.machine.monitor("one-insn-per-tb off")
         for step in (self._end_pokes, self._look_at_loads, self._look_at_text):
             try:
                 step(remove)
