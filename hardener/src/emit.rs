@@ -357,6 +357,9 @@ fn bundle(
                     graph.redirect(&text, &probed.watched.functions);
                     Ok::<Probed, Fault>(probed)
                 });
+                if let Some(graph) = &mut graph {
+                    graph.redirect(&text, &passes::left_out(&text, recipe));
+                }
                 let of = |wanted: bool| graph.as_ref().filter(|_| wanted);
                 let (return_sets, others) = rayon::join(
                     || of(by_function).map(|graph| ReturnSets::find(image, &tables, &text, graph)),

@@ -125,8 +125,9 @@ impl Gathered {
 }
 
 impl Parts {
-    /// Derives all of it; `redirected` are the functions whose calls some variant leads elsewhere.
-    pub fn of(kernel: &Kernel, redirected: &BTreeMap<LinkVa, &str>) -> Result<Parts, KernelError> {
+    /// Derives all of it; `redirected` are the functions of which some variant leads calls elsewhere, or leaves them out: what stands
+    /// before a return address does not name them in every view.
+    pub fn of(kernel: &Kernel, redirected: &BTreeSet<LinkVa>) -> Result<Parts, KernelError> {
         let mut starts: Vec<LinkVa> = kernel.tables.fentry.clone();
         let code = kernel.symbols.iter();
         let code = code.filter(|symbol| symbol.is_code());
@@ -169,7 +170,7 @@ impl Parts {
         let between = kernel.symbols.find("module_arch_cleanup");
         let between = between.and_then(|at| gathered.part(at));
         gathered.odd.extend(between);
-        let redirected = redirected.keys().filter_map(|at| gathered.part(*at));
+        let redirected = redirected.iter().filter_map(|at| gathered.part(*at));
         let redirected: Vec<u32> = redirected.collect();
         gathered.odd.extend(redirected);
         let traced: FxHashSet<LinkVa> = kernel.tables.fentry.iter().copied().collect();

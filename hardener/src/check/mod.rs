@@ -302,7 +302,9 @@ impl<'a> Subject<'a> {
         if let Some(parts) = &*known {
             return Ok(parts.clone());
         }
-        let parts = Arc::new(Parts::of(self.kernel, &self.thunks.watched)?);
+        let mut redirected = self_checks::left_out(self);
+        redirected.extend(self.thunks.watched.keys());
+        let parts = Arc::new(Parts::of(self.kernel, &redirected)?);
         *known = Some(parts.clone());
         Ok(parts)
     }

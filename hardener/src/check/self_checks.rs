@@ -110,6 +110,18 @@ pub fn into(subject: &Subject<'_>, pass: &PassSummary) -> u64 {
     into.count() as u64
 }
 
+/// The functions of which some edit of the kernel's text leaves out a call.
+pub fn left_out(subject: &Subject<'_>) -> BTreeSet<LinkVa> {
+    let functions = subject.edits().filter_map(|(_, edit)| {
+        gives(&edit.bytes)?;
+        match subject.thunks.original(subject.kernel, subject.place(edit)) {
+            Some((Original::Direct { to, .. }, _)) => Some(to),
+            _ => None,
+        }
+    });
+    functions.collect()
+}
+
 /// Checks all edits of the kernel's text that stand for such calls, and the functions.
 pub fn check(subject: &Subject<'_>, findings: &mut Findings<'_>) {
     let kernel = subject.kernel;

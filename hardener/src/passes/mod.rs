@@ -14,6 +14,7 @@ mod zero_regs;
 
 pub use debloat::{NAME as DEBLOAT, narrows_targets, profile as debloat_profile};
 pub use forward_cfi::{NAME as FORWARD_CFI, is_typed};
+pub use no_self_checks::left_out;
 pub use probe::{NAME as PROBE, functions as probed_functions};
 pub use promote::profile as promote_profile;
 pub use return_cfi::{

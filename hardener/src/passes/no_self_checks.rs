@@ -1,13 +1,15 @@
 //! `no-self-checks`: calls of functions by which the kernel only checks itself become one instruction that gives back what they
 //! give back when nothing is wrong (see [`crate::text::self_checks`]). What they catch, the kernel of these processes does not
-//! catch any more. The return address behind the slot stays, for whoever is inside such a function while the view changes.
+//! catch any more. The return address behind the slot stays, for whoever is inside such a function while the view changes; but what
+//! stands before it does not name the function in every view, so that returns of these functions do not ask for that
+//! ([`left_out`]).
 
 use super::{CS, Context, Pass, PassError};
 use crate::recipe::{Parameter, Recipe};
-use crate::text::Slots;
 use crate::text::self_checks::{CheckCall, Gives, KNOWN};
+use crate::text::{Slots, Text};
 use crate::thunks::CaveContents;
-use penumbra_bundle::{Edit, ModuleEdit, Put, SlotKind};
+use penumbra_bundle::{Edit, ModuleEdit, Put, SlotKind, TextOff};
 use std::collections::BTreeMap;
 
 const NAME: &str = "no-self-checks";
@@ -99,6 +101,15 @@ fn dropped<'a>(slots: &'a Slots, recipe: &'a Recipe) -> impl Iterator<Item = &'a
     };
     let calls = slots.check_calls.iter();
     calls.filter(move |call| drops(KNOWN[call.check].subject))
+}
+
+/// The functions of which this pass leaves out calls in the kernel's text, sorted.
+pub fn left_out(text: &Text, recipe: &Recipe) -> Vec<TextOff> {
+    let calls = dropped(&text.slots, recipe).filter(|call| call.left.is_none());
+    let mut functions: Vec<_> = calls.filter_map(|call| text.span.offset(call.to)).collect();
+    functions.sort_unstable();
+    functions.dedup();
+    functions
 }
 
 /// The instruction of 5 bytes that stands for a call. RAX is where the result is, and nobody's before (System V psABI, 3.2.3).

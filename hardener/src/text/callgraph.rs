@@ -60,7 +60,7 @@ pub struct Facts {
     pub compiled: bool,
     /// Jumps to an address that only the run knows.
     pub jumps_anywhere: bool,
-    /// Is called, but not where it starts, or by a call that some variant redirects.
+    /// Is called, but not where it starts, or by a call that some variant redirects or leaves out.
     pub called_inside: bool,
     /// Code that initialises the kernel calls it. Nothing goes back there any more.
     pub called_at_boot: bool,
@@ -237,8 +237,8 @@ impl CallGraph {
         }
     }
 
-    /// Says that a variant redirects the calls of the functions that start at these places: what stands before a return
-    /// address does not name them there.
+    /// Says that a variant redirects or leaves out calls of the functions that start at these places: what stands before a
+    /// return address does not name them in every view, and a return's thunk reads it in the view that is on by then.
     pub fn redirect(&mut self, text: &Text, functions: &[TextOff]) {
         for number in functions.iter().filter_map(|at| text.functions.number(*at)) {
             self.facts[number].called_inside = true;

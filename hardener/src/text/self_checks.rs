@@ -76,7 +76,9 @@ pub fn find(image: &Image) -> SelfChecks {
 pub struct CheckCall {
     /// Where it stands.
     pub at: TextOff,
-    /// Of which: an index into [`KNOWN`].
+    /// Where the function starts.
+    pub to: LinkVa,
+    /// Which it is: an index into [`KNOWN`].
     pub check: usize,
     /// Why it is no slot, if it is none.
     pub left: Option<&'static str>,
@@ -90,22 +92,25 @@ pub fn calls(
     editable: &Editable<'_>,
 ) -> Vec<CheckCall> {
     const CALL: u8 = 0xe8;
-    let of = |to: Option<LinkVa>| checks.get(&to?).copied();
+    let of = |to: Option<LinkVa>| checks.get_key_value(&to?);
     let direct = sweep.calls.iter().filter_map(|call| {
-        let check = of(call.to)?;
+        let (to, check) = of(call.to)?;
         let whole = bytes[call.at.0 as usize] == CALL && call.end.0 == call.at.0 + 5;
         let left = editable.why_not(call.at, 5);
         Some(CheckCall {
             at: call.at,
-            check,
+            to: *to,
+            check: *check,
             left: left.or_else(|| (!whole).then_some("long-call")),
         })
     });
     // What follows is not known to whoever jumps.
     let jumps = sweep.jumps.iter().filter_map(|jump| {
+        let (to, check) = of(jump.to)?;
         Some(CheckCall {
             at: jump.at,
-            check: of(jump.to)?,
+            to: *to,
+            check: *check,
             left: Some("tail-call"),
         })
     });

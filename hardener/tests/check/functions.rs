@@ -85,6 +85,22 @@ fn a_return_that_may_go_to_any_site_again_is_caught() {
     assert!(says(&report, None, "the check is weakened"), "{report:?}");
 }
 
+/// A thunk is shared by all views and reads text in whichever is on by then: a process that goes from `hardened` to `fast`
+/// between a return and that read would be stopped at a legal place.
+#[test]
+fn a_return_that_asks_for_a_call_that_another_view_leaves_out_is_caught() {
+    let kept = emitted(&format!(
+        "{RECIPE}[pass.no-self-checks]\nlists = \"keep\"\n"
+    ));
+    assert_eq!(sets(&kept).violation_count, 0);
+    let fast = |bundle: &Bundle| bundle.variant("fast").unwrap().1.clone();
+    let mut scene = Scene::of(&kept);
+    *scene.edits("fast") = fast(by_function()).0;
+    let report = sets(&scene.bundle);
+    let wanted = "may return to any site, and its thunk does not let it";
+    assert!(says(&report, None, wanted), "{report:?}");
+}
+
 #[test]
 fn what_only_boot_calls_goes_back_to_no_site() {
     let mut scene = Scene::of(by_function());
