@@ -6,6 +6,8 @@ mod backward;
 mod common;
 #[path = "classes/doubts.rs"]
 mod doubts;
+#[path = "classes/known.rs"]
+mod known;
 
 use hardener::check::{Checker, Rule};
 use hardener::recipe::Recipe;
@@ -65,35 +67,6 @@ fn typed_branches_are_proved() {
         .filter(|site| is_typed(&claims.classes[site.class as usize].by));
     // More than the study of the same kernel typed (5,755 of 7,822).
     assert!(typed.count() > 5755);
-}
-
-/// `file_operations.read_iter` is what `vfs_read` calls: one class, in which are functions that the kernel is known to put
-/// there, and none of another prototype.
-#[test]
-fn a_well_known_branch_reaches_what_it_should() {
-    let bundle = &real().1;
-    let claims = bundle.forward.as_ref().unwrap();
-    let symbols = &bundle.symbols.0;
-    let at = |name: &str| {
-        let mut named = symbols.iter().filter(|symbol| symbol.name == name);
-        named.next().unwrap().at
-    };
-    let from = at("vfs_read");
-    let later = symbols.iter().map(|symbol| symbol.at);
-    let next = later.filter(|at| *at > from).min().unwrap();
-    let sites = claims.sites.iter();
-    let sites = sites.filter(|site| (from..next).contains(&site.at));
-    let classes = sites.map(|site| &claims.classes[site.class as usize]);
-    let members = [at("seq_read_iter"), at("pipe_read")];
-    let reads: Vec<_> = classes
-        .filter(|class| members.iter().all(|at| class.entries.contains(at)))
-        .collect();
-    assert!(!reads.is_empty());
-    let connect = at("inet_stream_connect");
-    for class in reads {
-        assert_eq!(class.by, "prototype");
-        assert!(!class.entries.contains(&connect));
-    }
 }
 
 #[test]

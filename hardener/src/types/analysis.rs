@@ -1,5 +1,6 @@
 //! From the image to what each indirect branch may reach.
 
+use super::around::Around;
 use super::btf::{Btf, Type};
 use super::facts::{self, Facts};
 use super::flow::{self, Code64, Flow, Room};
@@ -36,7 +37,10 @@ struct Followed {
 /// An indirect branch with what was found about it.
 struct Found {
     at: u32,
-    reach: Option<Reach>,
+    /// By types, if these say anything.
+    typed: Option<Reach>,
+    /// By the number of arguments.
+    untyped: Reach,
 }
 
 /// Finds what each indirect branch of the text may reach.
@@ -60,6 +64,7 @@ pub fn analyse(image: &Image, btf: &Btf, tables: &Tables, text: &Text) -> Result
         .collect();
     let containers = Containers::of(btf);
     let layout = Layout::new(btf, &containers);
+    let around = Around::new(btf, &containers, &layout);
     let shapes = Shapes::of(btf, &prototypes);
     let taken: FxHashSet<u32> = text.entries.iter().map(|at| at.0).collect();
     loop {
@@ -70,6 +75,7 @@ pub fn analyse(image: &Image, btf: &Btf, tables: &Tables, text: &Text) -> Result
             index: &index,
             prototypes: &prototypes,
             layout: &layout,
+            around: &around,
             shapes: &shapes,
             followed: &followed,
             taken: &taken,
@@ -86,7 +92,8 @@ pub fn analyse(image: &Image, btf: &Btf, tables: &Tables, text: &Text) -> Result
         let entries = Entries::of(&text.entries, btf, &index, &prototypes, &puts);
         let mut forward = Forward::new(&entries);
         for one in found {
-            let reach = one.reach.unwrap_or(Reach::Any);
+            let typed = one.typed.filter(|reach| entries.are_few(reach));
+            let reach = typed.unwrap_or(one.untyped);
             forward.add(TextOff(one.at), reach, &entries);
         }
         forward.finish(&text.slots.indirect);
@@ -274,6 +281,7 @@ struct Knowledge<'a> {
     index: &'a FunctionIndex,
     prototypes: &'a Prototypes,
     layout: &'a Layout<'a>,
+    around: &'a Around<'a>,
     shapes: &'a Shapes<'a>,
     followed: &'a [Followed],
     /// The functions whose addresses are taken.
@@ -299,6 +307,7 @@ impl Knowledge<'_> {
                 found
             });
             globals.forget_fields();
+            globals.lists.forget();
             let mut passed: FxHashMap<(u32, u8), Known> = FxHashMap::default();
             for fact in facts {
                 for (va, ty) in fact.objects {
@@ -307,11 +316,17 @@ impl Knowledge<'_> {
                 for (va, ptr) in fact.words {
                     globals.vote_word(va, ptr);
                 }
+                for (va, ptr) in fact.tables {
+                    globals.vote_table(va, ptr);
+                }
                 for (place, used) in fact.fields {
                     globals.vote_field(place, used);
                 }
                 for place in fact.functions {
                     globals.put_function(place);
+                }
+                for added in fact.added {
+                    globals.lists.add(self.layout, added);
                 }
                 for (to, known) in fact.passed {
                     unite(passed.entry(to).or_insert(Known::Nothing), &known);
@@ -319,6 +334,7 @@ impl Knowledge<'_> {
             }
             globals.spread(self.btf);
             globals.find_functions(self.layout);
+            globals.settle(self.around, self.layout);
             let all = passed.into_iter().filter_map(|(to, known)| match known {
                 Known::Pointers(all) => Some((to, all)),
                 _ => None,
@@ -373,16 +389,28 @@ impl Knowledge<'_> {
                             Some(Reach::functions(all.map(TextOff).collect()))
                         }
                         None => classes().and_then(|all: Vec<ProtoId>| {
-                            // What takes more arguments than the site has was not meant.
-                            let fits =
-                                |id: &ProtoId| self.prototypes.arity[id.0 as usize] <= site.arity;
-                            all.iter().all(fits).then(|| Reach::prototypes(all))
+                            // What takes more arguments than the site has was not meant. Where callees may leave registers alone,
+                            // that says nothing about the others.
+                            let traced = one.flow.traced;
+                            let most = if traced { site.most } else { site.arity };
+                            let takes = |id: &ProtoId| self.prototypes.arity[id.0 as usize];
+                            let (fitting, others): (Vec<_>, Vec<_>) =
+                                all.into_iter().partition(|id| takes(id) <= most);
+                            (others.is_empty() || traced && !fitting.is_empty())
+                                .then(|| Reach::prototypes(fitting))
                         }),
                     };
                     // What is not typed still passes only so many arguments.
                     let few = one.flow.traced && site.most < 6;
-                    let reach = reach.or(few.then_some(Reach::Arity(site.most)));
-                    found.push(Found { at: site.at, reach });
+                    found.push(Found {
+                        at: site.at,
+                        typed: reach,
+                        untyped: if few {
+                            Reach::Arity(site.most)
+                        } else {
+                            Reach::Any
+                        },
+                    });
                 }
             }
             (found, puts)
@@ -462,6 +490,7 @@ impl Knowledge<'_> {
         Resolver {
             btf: self.btf,
             layout: self.layout,
+            around: self.around,
             functions: self.index,
             globals,
             given,

@@ -288,6 +288,17 @@ impl Btf {
         }
     }
 
+    /// Where `delta` bytes from a structure's start are in the first element of its last array, which has no length.
+    pub fn in_last_array(&self, id: u32, delta: i32) -> Option<i32> {
+        let last = self.members_of(id).last()?;
+        let Type::Array(element, 0) = self.at(self.plain(last.ty)) else {
+            return None;
+        };
+        let size = self.size(self.plain(element));
+        let from = delta.checked_sub_unsigned(last.bit / 8)?;
+        (size > 0 && from >= 0).then(|| from % size as i32 + (last.bit / 8) as i32)
+    }
+
     /// Return type and parameters of a prototype, and whether more may follow.
     pub fn prototype(&self, id: u32) -> Option<(u32, &[u32], bool)> {
         let Type::Prototype {

@@ -4,8 +4,9 @@ use super::btf::Type;
 use super::flow::{Call, Flow};
 use super::functions::Function;
 use super::layout::Ptr;
+use super::lists::{Added, Lists};
 use super::resolve::{Known, Resolver, unite};
-use super::values::{Op, Value};
+use super::values::{Op, UNKNOWN, Value};
 use super::votes::Votes;
 use rustc_hash::{FxHashMap, FxHashSet};
 
@@ -16,10 +17,14 @@ pub struct Facts {
     pub objects: Vec<(u64, u32)>,
     /// The word at an address holds such a pointer.
     pub words: Vec<(u64, Ptr)>,
+    /// The words of the table at an address hold such a pointer.
+    pub tables: Vec<(u64, Ptr)>,
     /// A word of a structure is used as such a pointer.
     pub fields: Vec<(Ptr, Ptr)>,
     /// A function is put there.
     pub functions: Vec<Ptr>,
+    /// What is added to lists.
+    pub added: Vec<Added>,
     /// What a function is given in an argument register: its start, the register.
     pub passed: FxHashMap<(u32, u8), Known>,
 }
@@ -62,6 +67,14 @@ pub fn of(
         numbers.map(|number| (call.to, number, call.arguments[usize::from(number)]))
     });
     wanted.extend(passed.clone().map(|(.., value)| value));
+    let adds = |call: &&Call| {
+        let callee = resolver.functions.at(call.to);
+        callee.is_some_and(|callee| Lists::adds(&callee.name))
+    };
+    let added = flow.calls.iter().filter(adds);
+    let added = added.filter_map(|call| Some((call.arguments[0], Lists::head(flow, call)?)));
+    let added: Vec<(Value, Value)> = added.collect();
+    wanted.extend(added.iter().flat_map(|(entry, head)| [*entry, *head]));
     let known = resolver.find(flow, function, votes, wanted);
     let of = |value: Value| &known[value.0 as usize];
     for (value, ptr) in votes.all() {
@@ -80,7 +93,11 @@ pub fn of(
                 {
                     let place = Ptr { ty: only.ty, delta };
                     let field = resolver.layout.field(place);
-                    if field.anything || !field.loose.is_empty() || field.to.is_empty() {
+                    if field.anything
+                        || field.number
+                        || !field.loose.is_empty()
+                        || field.to.is_empty()
+                    {
                         facts.fields.push((place, *ptr));
                     }
                 }
@@ -112,6 +129,13 @@ pub fn of(
             }
             continue;
         }
+        if let Op::Sum(UNKNOWN, table) | Op::Sum(table, UNKNOWN) = flow.values.op(store.base)
+            && let Op::Const(at) = flow.values.op(table)
+            && let Known::Pointers(all) = of(store.value)
+        {
+            let at = at.wrapping_add_signed(i64::from(store.offset));
+            facts.tables.extend(all.iter().map(|ptr| (at, *ptr)));
+        }
         let Known::Pointers(all) = of(store.base) else {
             continue;
         };
@@ -139,6 +163,12 @@ pub fn of(
                 facts.objects.push((at, *to));
             }
         }
+    }
+    let lists = &resolver.globals.lists;
+    for (entry, head) in added {
+        let head = lists.at(resolver.layout, flow, head, of(head));
+        let entry = lists.entry(resolver.layout, of(entry));
+        facts.added.extend(head.zip(entry));
     }
     for (to, number, value) in passed {
         let known = facts.passed.entry((to, number)).or_insert(Known::Nothing);

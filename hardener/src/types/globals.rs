@@ -1,8 +1,10 @@
 //! What is known about data: what its words point to, and of which types its objects are.
 
+use super::around::Around;
 use super::btf::{Btf, Type, VOID};
 use super::functions::{FunctionIndex, Places};
 use super::layout::{Layout, Ptr};
+use super::lists::Lists;
 use super::resolve::{Known, Pointers, Resolver};
 use super::shapes::Shapes;
 use crate::image::Image;
@@ -61,6 +63,12 @@ pub struct Globals {
     fields: FxHashMap<Ptr, Vec<(Ptr, u32)>>,
     /// Pointers to anything into which functions are put.
     functions: FxHashSet<Ptr>,
+    /// What tables are seen to be given, by where they start.
+    tables: FxHashMap<u64, Vec<Ptr>>,
+    /// What lists hold.
+    pub lists: Lists,
+    /// What words of structures are that all their uses agree about.
+    settled: FxHashMap<Ptr, Ptr>,
 }
 
 impl Globals {
@@ -73,6 +81,7 @@ impl Globals {
     ) -> Globals {
         let mut globals = Globals {
             text: places.start,
+            lists: Lists::of(btf),
             ..Globals::default()
         };
         for section in image.sections().iter().filter(|section| section.exec) {
@@ -161,12 +170,24 @@ impl Globals {
         self.fields.clear();
     }
 
+    /// Finds what words of structures are that are used as something: what most uses say, if there is for each other use one
+    /// thing that is both.
+    pub fn settle(&mut self, around: &Around<'_>, layout: &Layout<'_>) {
+        let settled = self.fields.iter().filter_map(|(place, uses)| {
+            let declared = &layout.field(*place).to;
+            let uses = uses.iter().filter(|(used, _)| !declared.contains(&used.ty));
+            let most = uses.clone().max_by_key(|(used, count)| (*count, *used))?.0;
+            let all: u32 = uses.clone().map(|(_, count)| count).sum();
+            let agrees = |used: &Ptr| *used == most || around.are_one(*used, most);
+            let agreed = uses.clone().all(|(used, _)| agrees(used));
+            (agreed && all >= ENOUGH_USES).then_some((*place, most))
+        });
+        self.settled = settled.collect();
+    }
+
     /// What the word at `place` is used as, when all uses agree.
     pub fn field(&self, place: Ptr) -> Option<Ptr> {
-        match self.fields.get(&place).map(Vec::as_slice) {
-            Some([(used, count)]) if *count >= ENOUGH_USES => Some(*used),
-            _ => None,
-        }
+        self.settled.get(&place).copied()
     }
 
     /// Says that a function is put at `place`, innermost.
@@ -466,8 +487,8 @@ impl Globals {
         self.words.get(&va).map_or(&[], Vec::as_slice)
     }
 
-    /// What any word of the table around `va` holds: functions only.
-    pub fn table(&self, va: u64) -> Known {
+    /// What any word of the table around `va` holds: functions, or pointers to things of known types, or what is put into it.
+    pub fn table(&self, btf: &Btf, va: u64) -> Known {
         let Some((start, end)) = self.symbol(va).filter(|_| self.is_data(va)) else {
             return Known::Anything;
         };
@@ -476,9 +497,11 @@ impl Globals {
         if to - from > MAX_TABLE {
             return Known::Anything;
         }
+        let words = self.initial_starts[from..to].iter();
+        let words = words.map(|at| self.initial[at]);
         let mut found = Pointers::new();
-        for at in &self.initial_starts[from..to] {
-            let Some(prototypes) = self.prototypes.get(&self.initial[at]) else {
+        for to in words.clone() {
+            let Some(prototypes) = self.prototypes.get(&to) else {
                 continue;
             };
             if prototypes.is_empty() {
@@ -486,11 +509,28 @@ impl Globals {
             }
             found.extend(prototypes.iter().map(|ty| Ptr { ty: *ty, delta: 0 }));
         }
+        if found.is_empty() {
+            found.extend_from_slice(self.tables.get(&va).map_or(&[], Vec::as_slice));
+            for to in words {
+                match self.object(btf, to) {
+                    Known::Pointers(all) => found.extend(all),
+                    _ => return Known::Anything,
+                }
+            }
+        }
         found.sort_unstable();
         found.dedup();
         match found.is_empty() || found.len() > 16 {
             true => Known::Anything,
             false => Known::Pointers(found),
+        }
+    }
+
+    /// Adds a vote: each word of the table at `va`, in steps of any size, holds such a pointer.
+    pub fn vote_table(&mut self, va: u64, ptr: Ptr) {
+        let votes = self.tables.entry(va).or_default();
+        if !votes.contains(&ptr) {
+            votes.push(ptr);
         }
     }
 

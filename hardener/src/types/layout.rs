@@ -23,6 +23,8 @@ pub struct Field {
     pub anything: bool,
     /// It was found at all.
     pub found: bool,
+    /// It may be a number of 8 bytes instead, in a union.
+    pub number: bool,
     /// It may be a pointer to anything, but only if the structure around it is the right one: those pointers.
     pub loose: Vec<Ptr>,
 }
@@ -32,6 +34,7 @@ impl Field {
         self.to.extend(&other.to);
         self.anything |= other.anything;
         self.found |= other.found;
+        self.number |= other.number;
         self.loose.extend(&other.loose);
     }
 
@@ -84,6 +87,11 @@ impl Containers {
         }
         Containers { by_inner }
     }
+
+    /// The structures that have `ty` as a member, and where.
+    pub fn around(&self, ty: u32) -> &[(u32, u32)] {
+        self.by_inner.get(&ty).map_or(&[], Vec::as_slice)
+    }
 }
 
 /// Parts of what is remembered, so that threads seldom wait for each other.
@@ -128,27 +136,29 @@ impl<'a> Layout<'a> {
         field
     }
 
+    /// The same place in the innermost structure that has a member of type `inner` there; none when there is no `inner`.
+    pub fn holder(&self, place: Ptr, inner: u32) -> Option<Ptr> {
+        let mut place = place;
+        for _ in 0..MAX_DEPTH {
+            let next = self.step(place)?;
+            if next
+                == (Ptr {
+                    ty: inner,
+                    delta: 0,
+                })
+            {
+                return Some(place);
+            }
+            place = next;
+        }
+        None
+    }
+
     /// The same place in the innermost structure that it is in.
     pub fn innermost(&self, place: Ptr) -> Ptr {
         let mut place = place;
         for _ in 0..MAX_DEPTH {
-            let inner = self.btf.members_of(place.ty).iter().find_map(|member| {
-                let at = place.delta.checked_sub((member.bit / 8) as i32)?;
-                let mut ty = self.btf.plain(member.ty);
-                let mut at = u32::try_from(at).ok()?;
-                if at >= self.btf.size(ty) || member.bitfield {
-                    return None;
-                }
-                while let Type::Array(element, _) = self.btf.at(ty) {
-                    ty = self.btf.plain(element);
-                    at %= self.btf.size(ty).max(1);
-                }
-                matches!(self.btf.at(ty), Type::Composite { .. }).then_some(Ptr {
-                    ty,
-                    delta: at as i32,
-                })
-            });
-            match inner {
+            match self.step(place) {
                 Some(inner) => place = inner,
                 None => break,
             }
@@ -156,10 +166,32 @@ impl<'a> Layout<'a> {
         place
     }
 
+    /// The same place in the member that it is in, if that is a structure.
+    fn step(&self, place: Ptr) -> Option<Ptr> {
+        self.btf.members_of(place.ty).iter().find_map(|member| {
+            let at = place.delta.checked_sub((member.bit / 8) as i32)?;
+            let mut ty = self.btf.plain(member.ty);
+            let mut at = u32::try_from(at).ok()?;
+            if at >= self.btf.size(ty) || member.bitfield {
+                return None;
+            }
+            while let Type::Array(element, _) = self.btf.at(ty) {
+                ty = self.btf.plain(element);
+                at %= self.btf.size(ty).max(1);
+            }
+            matches!(self.btf.at(ty), Type::Composite { .. }).then_some(Ptr {
+                ty,
+                delta: at as i32,
+            })
+        })
+    }
+
     fn find(&self, ty: u32, delta: i32, depth: u32, field: &mut Field) {
         match self.btf.at(ty) {
             Type::Composite { size, .. } => {
                 if delta >= 0 && (delta as u32).saturating_add(8) <= size {
+                    self.inside(ty, delta as u32, depth, field);
+                } else if let Some(delta) = self.btf.in_last_array(ty, delta) {
                     self.inside(ty, delta as u32, depth, field);
                 } else {
                     self.around(ty, delta, depth, field);
@@ -197,6 +229,7 @@ impl<'a> Layout<'a> {
             field.anything = true;
             return;
         };
+        let union = matches!(self.btf.at(ty), Type::Composite { union: true, .. });
         for member in self.btf.members_of(ty) {
             if member.bitfield || !member.bit.is_multiple_of(8) {
                 continue;
@@ -204,7 +237,12 @@ impl<'a> Layout<'a> {
             let Some(inner) = at.checked_sub(member.bit / 8) else {
                 continue;
             };
-            self.member(self.btf.plain(member.ty), inner, depth, field);
+            let plain = self.btf.plain(member.ty);
+            // An address with bits in it that are none, beside a pointer.
+            if union && inner == 0 && matches!(self.btf.at(plain), Type::Scalar(8)) {
+                field.number = true;
+            }
+            self.member(plain, inner, depth, field);
         }
     }
 

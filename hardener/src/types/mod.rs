@@ -16,6 +16,7 @@
 //! branch is not typed.
 
 mod analysis;
+mod around;
 mod blocks;
 pub(crate) mod btf;
 mod facts;
@@ -24,6 +25,7 @@ mod functions;
 mod globals;
 mod hooks;
 mod layout;
+mod lists;
 mod patched;
 mod prototypes;
 mod puts;

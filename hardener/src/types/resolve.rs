@@ -1,5 +1,6 @@
 //! The types of values: from parameters through members to where they are called.
 
+use super::around::Around;
 use super::btf::{Btf, Type};
 use super::flow::Flow;
 use super::functions::{Function, FunctionIndex, pointee, registers};
@@ -37,6 +38,8 @@ pub struct Resolver<'a> {
     pub btf: &'a Btf,
     /// Members.
     pub layout: &'a Layout<'a>,
+    /// Structures around structures.
+    pub around: &'a Around<'a>,
     /// The functions.
     pub functions: &'a FunctionIndex,
     /// What is known about data.
@@ -133,9 +136,7 @@ impl Resolver<'_> {
                 now_is += 1;
                 looked[index] = now_is;
                 let mut now = self.own(flow, function, &slots, *value, &known);
-                if now == Known::Anything {
-                    now = pointers(votes.about(*value));
-                }
+                now = self.narrowed(now, votes, *value);
                 if round + 1 == rounds && rounds > 1 && now != known[index] {
                     // It does not settle.
                     now = Known::Anything;
@@ -151,6 +152,47 @@ impl Resolver<'_> {
             }
         }
         known
+    }
+
+    /// What `value` is that is `known` for itself.
+    fn narrowed(&self, known: Known, votes: &Votes, value: Value) -> Known {
+        let (around, uses) = (self.around, &votes.uses);
+        match &known {
+            Known::Nothing => known,
+            Known::Anything => {
+                let used = votes.about(value);
+                let found = around.narrow(&used, value, uses);
+                pointers(found.unwrap_or(used))
+            }
+            Known::Pointers(all) => {
+                if let [only] = all[..]
+                    && around.allows(only, value, uses)
+                {
+                    return known;
+                }
+                let used = votes.about(value);
+                // What fits as it is declared is no part of something larger.
+                let plain = all.iter().filter(|ptr| {
+                    (used.is_empty() || used.contains(*ptr))
+                        && around.allows(**ptr, value, uses)
+                        && around.leads(**ptr, value, uses)
+                });
+                let mut found: Pointers = plain.copied().collect();
+                if found.is_empty() {
+                    for ptr in all {
+                        let mut both = used.clone();
+                        both.push(*ptr);
+                        let narrow = around.narrow(&both, value, uses);
+                        let narrow = narrow.or_else(|| around.narrow(&[*ptr], value, uses));
+                        found.extend(narrow.into_iter().flatten());
+                    }
+                }
+                match found.is_empty() {
+                    true => known,
+                    false => pointers(found),
+                }
+            }
+        }
     }
 
     fn own(
@@ -173,6 +215,9 @@ impl Resolver<'_> {
                 Op::Stack(at) => self.slot(slots, at.saturating_add(offset)),
                 Op::Const(at) => {
                     let at = at.wrapping_add_signed(i64::from(offset));
+                    if let Some(held) = self.globals.lists.data(at) {
+                        return Known::Pointers(held.clone());
+                    }
                     match self.globals.word(self, at) {
                         Known::Anything => self.member(of(&base), offset),
                         known => known,
@@ -184,8 +229,8 @@ impl Resolver<'_> {
                         .find_map(|one| flow.values.as_constant(one));
                     match self.member(of(&base), offset) {
                         Known::Anything => table.map_or(Known::Anything, |at| {
-                            self.globals
-                                .table(at.wrapping_add_signed(i64::from(offset)))
+                            let at = at.wrapping_add_signed(i64::from(offset));
+                            self.globals.table(self.btf, at)
                         }),
                         known => known,
                     }
@@ -198,6 +243,9 @@ impl Resolver<'_> {
                         let delta = i64::from(ptr.delta) + by;
                         let delta = i32::try_from(delta).ok()?;
                         let size = self.btf.size(ptr.ty) as i32;
+                        if let Some(delta) = self.btf.in_last_array(ptr.ty, delta) {
+                            return Some(Ptr { ty: ptr.ty, delta });
+                        }
                         // The next element, in a loop over an array.
                         let around = matches!(flow.values.op(base), Op::Phi(_))
                             && size > 0
@@ -326,6 +374,16 @@ impl Resolver<'_> {
             };
             let place = Ptr { ty: ptr.ty, delta };
             let field = self.layout.field(place);
+            if let Some(held) = self.globals.lists.word(self.layout, place, &field) {
+                found.extend_from_slice(held);
+                continue;
+            }
+            if field.number
+                && let ([_], Some(used)) = (&all[..], self.globals.field(place))
+            {
+                found.push(used);
+                continue;
+            }
             if field.anything || !field.loose.is_empty() || field.to.is_empty() {
                 // Declared as a pointer to anything, or as an integer: what it is used as everywhere.
                 match (&all[..], self.globals.field(place)) {
@@ -359,8 +417,11 @@ impl Resolver<'_> {
                     for ptr in all {
                         let delta = ptr.delta.checked_add(offset)?;
                         let field = self.layout.field(Ptr { ty: ptr.ty, delta });
-                        let called = |place| self.globals.holds_functions(place);
-                        if field.anything || field.loose.iter().any(called) {
+                        let called = |place: &Ptr| self.globals.holds_functions(place);
+                        let one = all.len() == 1;
+                        let own = self.layout.innermost(Ptr { ty: ptr.ty, delta });
+                        let open = field.anything && (one || called(&own));
+                        if open || field.loose.iter().any(called) {
                             return None;
                         }
                         found.extend(field.to.iter().copied().filter(prototype));

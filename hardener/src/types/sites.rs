@@ -14,6 +14,9 @@ const ARITIES: [&str; 6] = [
     "arity-0", "arity-1", "arity-2", "arity-3", "arity-4", "arity-5",
 ];
 
+/// A class of several prototypes has no more entries: each takes some 6 bytes, and tells little.
+const MOST_OF_SEVERAL: usize = 1300;
+
 /// What an indirect branch may reach in the kernel's text. Modules' functions and other code outside it are not spoken of.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Reach {
@@ -151,6 +154,14 @@ impl Entries {
             }
         }
         all
+    }
+
+    /// Whether a class of `reach` is worth its room.
+    pub fn are_few(&self, reach: &Reach) -> bool {
+        match reach {
+            Reach::Prototypes(all) if all.len() > 1 => self.reached(reach).len() <= MOST_OF_SEVERAL,
+            _ => true,
+        }
     }
 
     /// What `reach` comes to.

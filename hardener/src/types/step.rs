@@ -398,6 +398,15 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 self.store(state, instruction, new);
                 self.write(state, register, old);
             }
+            M::Cmpxchg if instruction.op0_kind() == OpKind::Memory => {
+                let new = self.operand(state, instruction, 1);
+                let address = self.address(state, instruction);
+                // Whether it is stored is not known, but to the stack that makes a difference.
+                if !matches!(self.flow.values.op(address), Op::Stack(_)) {
+                    self.store(state, instruction, new);
+                }
+                self.other(state, instruction);
+            }
             _ => self.other(state, instruction),
         }
     }

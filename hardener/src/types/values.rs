@@ -206,6 +206,20 @@ impl Values {
         }
     }
 
+    /// The word of 8 bytes at `from + at`, if it is read.
+    pub fn load_of(&self, from: Value, at: i32) -> Option<Value> {
+        let (base, offset) = self.split(from);
+        let offset = i32::try_from(offset).ok()?.checked_add(at)?;
+        let is = |op: &Op| match (self.op(base), *op) {
+            (Op::Const(start), Op::Load(from, 0, 8)) => {
+                self.as_constant(from) == Some(start.wrapping_add_signed(offset.into()))
+            }
+            (_, op) => op == Op::Load(base, offset, 8),
+        };
+        let number = self.ops.iter().position(is)?;
+        Some(Value(number as u32))
+    }
+
     /// An address as a base and an offset from it.
     pub fn split(&self, address: Value) -> (Value, i64) {
         match self.op(address) {

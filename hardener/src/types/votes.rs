@@ -1,5 +1,6 @@
 //! What a function's own uses say about its values: passed on where a type is declared.
 
+use super::around::Uses;
 use super::btf::Btf;
 use super::flow::Flow;
 use super::functions::{FunctionIndex, pointee, registers};
@@ -8,10 +9,14 @@ use super::resolve::Pointers;
 use super::values::{Op, UNKNOWN, Value};
 
 /// What each value of one function is used as.
-pub struct Votes(Vec<(Value, Ptr)>);
+pub struct Votes {
+    passed: Vec<(Value, Ptr)>,
+    /// The words behind values that it follows or calls.
+    pub uses: Uses,
+}
 
 impl Votes {
-    /// What a function's calls say about the values that it passes.
+    /// What a function's calls say about the values that it passes, and what it does itself with what is behind them.
     pub fn of(btf: &Btf, functions: &FunctionIndex, flow: &Flow) -> Votes {
         let mut votes = Vec::new();
         for call in &flow.calls {
@@ -35,25 +40,30 @@ impl Votes {
         votes.sort_unstable();
         votes.dedup();
         votes.shrink_to_fit();
-        Votes(votes)
+        Votes {
+            passed: votes,
+            uses: Uses::of(flow),
+        }
     }
 
     /// All of them, by value.
     pub fn all(&self) -> &[(Value, Ptr)] {
-        &self.0
+        &self.passed
     }
 
     /// What one value is used as. Sorted.
     pub fn about(&self, value: Value) -> Pointers {
-        let from = self.0.partition_point(|vote| vote.0 < value);
-        let about = self.0[from..].iter().take_while(|vote| vote.0 == value);
+        let from = self.passed.partition_point(|vote| vote.0 < value);
+        let about = self.passed[from..]
+            .iter()
+            .take_while(|vote| vote.0 == value);
         about.map(|vote| vote.1).collect()
     }
 
     /// Things on the function's stack whose addresses it passes on as pointers to them, by offset from RSP at entry.
     pub fn stack_objects(&self, flow: &Flow) -> Vec<(i32, Ptr)> {
         let objects = self
-            .0
+            .passed
             .iter()
             .filter_map(|(value, ptr)| match flow.values.op(*value) {
                 Op::Stack(at) => Some((at, *ptr)),
