@@ -79,23 +79,18 @@ pub struct Analyses<'a> {
 }
 
 impl Analyses<'_> {
-    /// Whether the return in the R slot of this number is checked for its own sake.
+    /// Whether the return in the R slot of this number is checked: for its own sake, or because another pass edits it.
     pub fn checks(&self, index: usize) -> bool {
-        self.exposed.is_none_or(|exposed| exposed.0[index])
-            && self.changeable.is_none_or(|changeable| changeable.0[index])
+        let own = self.exposed.is_none_or(|exposed| exposed.0[index])
+            && self.changeable.is_none_or(|changeable| changeable.0[index]);
+        own || self.zeroing.is_some_and(|zeroing| zeroing.of_slot[index])
+            || self.stack.is_some_and(|stack| stack.is_used(index))
     }
 
     /// Why the others are not.
     pub fn unchecked(&self) -> Option<&'static str> {
         let by_frame = self.exposed.map(|_| "frame-not-exposed");
         by_frame.or(self.changeable.map(|_| "cannot-have-changed"))
-    }
-
-    /// Whether some pass edits the R slot of this number, and so leads to its check.
-    pub fn leads_to_check(&self, index: usize) -> bool {
-        self.checks(index)
-            || self.zeroing.is_some_and(|zeroing| zeroing.of_slot[index])
-            || self.stack.is_some_and(|stack| stack.is_used(index))
     }
 }
 

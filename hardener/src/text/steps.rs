@@ -129,6 +129,10 @@ impl<'a> Steps<'a> {
             FlowControl::ConditionalBranch => true,
             _ => false,
         };
+        // Compiled code jumps by retpolines; where assembly jumps that does not, nobody knows.
+        if flow == FlowControl::IndirectBranch {
+            reads |= wanted;
+        }
         if let Some(BehindCalls { graph, labelled }) = self.behind_calls {
             let called = matches!(flow, FlowControl::Call | FlowControl::IndirectCall);
             let own = direct.and_then(|to| span.offset(to)).filter(|_| called);
@@ -147,10 +151,8 @@ impl<'a> Steps<'a> {
                 lost = back.is_none();
                 goes.extend(back.into_iter().flatten());
             }
-            // Compiled code jumps by retpolines; where assembly jumps that does not, nobody knows.
-            let anywhere = flow == FlowControl::IndirectBranch;
             let open = direct.is_some_and(|to| !called && self.thunks.contains_key(&to));
-            if assembly || lost || anywhere || open && labelled.get(at.0 as usize) {
+            if assembly || lost || open && labelled.get(at.0 as usize) {
                 reads |= wanted;
             }
             falls |= called;

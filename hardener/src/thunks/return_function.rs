@@ -169,7 +169,7 @@ pub fn emit(
 ) {
     let slots = needs.slots.returns.iter().enumerate();
     let used: BTreeSet<(Mode, u32)> = slots
-        .filter(|(index, _)| needs.analyses.leads_to_check(*index))
+        .filter(|(index, _)| needs.analyses.checks(*index))
         .map(|(index, slot)| {
             let mode = Mode::of(index, slot, needs.analyses);
             (mode, needs.sets.of_slot[index])

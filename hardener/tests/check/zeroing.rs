@@ -1,7 +1,8 @@
 //! `zero-regs`: proved on a real kernel, and clearing what lives is caught.
 
-use crate::scene::{Scene, branch, emitted, real, report, says, target};
+use crate::scene::{Scene, branch, emitted, next, real, report, says, target, vmlinuz};
 use hardener::check::{Rule, RuleReport};
+use hardener::recipe::Recipe;
 use iced_x86::{Mnemonic, Register};
 use penumbra_bundle::{Bundle, LinkVa, SlotKind, TextOff};
 use std::sync::OnceLock;
@@ -53,6 +54,26 @@ fn the_bundle_with_each_functions_own_check_is_proved() {
     let (checker, _) = real();
     let outcome = checker.check(&bundle, false).unwrap();
     assert!(outcome.clean, "{}", outcome.render());
+}
+
+/// What another pass edits is checked as well, whatever the scope; assembly that jumps anywhere may read it all.
+#[test]
+fn with_returns_that_are_left_out_for_their_frames_it_is_proved_on_both_releases() {
+    for (checker, vmlinuz) in [
+        (&real().0, vmlinuz()),
+        (&next().0, crate::common::cloud_backports().to_owned()),
+    ] {
+        for scope in ["frames", "changeable"] {
+            let recipe = format!(
+                "schema = 1\n[pass.return-cfi]\npolicy = \"function\"\nscope = \"{scope}\"\n\
+                 [pass.zero-regs]\n[pass.stack-clear]\n"
+            );
+            let recipe = Recipe::parse("recipe", recipe.as_bytes()).unwrap();
+            let bundle = hardener::emit::emit(&*vmlinuz, &recipe, &mut |_| {}).unwrap();
+            let outcome = checker.check(&bundle, false).unwrap();
+            assert!(outcome.clean, "{scope}: {}", outcome.render());
+        }
+    }
 }
 
 #[test]
