@@ -1,5 +1,6 @@
 //! The functions of the text: where each lies, its prototypes, and what it is given in registers.
 
+use super::alike::are_alike;
 use super::btf::{Btf, Type, VOID};
 use crate::image::{Image, Tables};
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -29,6 +30,15 @@ impl<'a> Places<'a> {
             }
         }
         Places { start, parts }
+    }
+
+    /// One section that starts at 0.
+    #[cfg(test)]
+    pub fn alone(bytes: &'a [u8]) -> Places<'a> {
+        Places {
+            start: 0,
+            parts: vec![(0, bytes)],
+        }
     }
 
     /// The offset of an address in code.
@@ -145,6 +155,21 @@ impl FunctionIndex {
         let ends: Vec<u32> = ends
             .map(|((at, _), next)| next.min(places.end(*at)))
             .collect();
+        // Names of which BTF has fewer prototypes than there are functions, and which mean different ones.
+        let mut doubtful: FxHashSet<&str> = FxHashSet::default();
+        for (name, all) in &sharing {
+            let range = |va: &u64| {
+                let at = places.offset(*va)?;
+                let number = entries.binary_search_by_key(&at, |entry| entry.0).ok()?;
+                Some((at, ends[number]))
+            };
+            let ranges: Option<Vec<(u32, u32)>> = all.iter().map(range).collect();
+            if all.len() > btf.functions[*name].len()
+                && !ranges.is_some_and(|ranges| are_alike(places, &ranges))
+            {
+                doubtful.insert(*name);
+            }
+        }
         let mut index = FunctionIndex::default();
         let mut cold: Vec<(&str, (u32, u32))> = Vec::new();
         let mut by_name: FxHashMap<&str, SmallVec<[u32; 2]>> = FxHashMap::default();
@@ -159,7 +184,7 @@ impl FunctionIndex {
                 // Only the clone whose parameters are as declared may have the name's prototype.
                 let known = btf.functions.get(*name).map_or(&[][..], Vec::as_slice);
                 declared.extend(known);
-                if sharing.get(name).is_some_and(|all| all.len() > known.len()) {
+                if doubtful.contains(name) {
                     doubt = Some(Doubt::Name);
                 }
                 by_name.entry(name).or_default().push(number);

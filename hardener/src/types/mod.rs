@@ -4,8 +4,9 @@
 //! | file | what |
 //! |---|---|
 //! | `btf.rs`, `prototypes.rs`, `layout.rs` | types; prototypes as classes; what stands where in a structure |
-//! | `functions.rs`, `blocks.rs`, `flow.rs`, `step.rs`, `values.rs` | functions; what their registers hold, as terms over what they were given |
-//! | `globals.rs`, `shapes.rs`, `facts.rs`, `hooks.rs` | what data is, by its initial values and by what functions do with it |
+//! | `around.rs` | into which structure a pointer points, by all its uses |
+//! | `alike.rs`, `functions.rs`, `blocks.rs`, `flow.rs`, `step.rs`, `values.rs` | functions; what their registers hold, as terms over what they were given |
+//! | `globals.rs`, `shapes.rs`, `facts.rs`, `hooks.rs`, `lists.rs` | what data is, by its initial values and by what functions do with it |
 //! | `votes.rs`, `resolve.rs` | the types of values |
 //! | `puts.rs` | where functions' addresses are put, for those of which BTF may have another one's prototype |
 //! | `patched.rs` | what calls may reach that the kernel makes direct ones |
@@ -15,6 +16,7 @@
 //! a pointer may be to anything (`void *` in a structure, in a union or in one of several structures that are possible), the
 //! branch is not typed.
 
+mod alike;
 mod analysis;
 mod around;
 mod blocks;

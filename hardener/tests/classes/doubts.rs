@@ -65,6 +65,43 @@ fn what_is_put_where_something_else_is_declared_is_in_both_classes() {
     }
 }
 
+/// `dst_output` is a header's, which several files take the address of: the same code, so that its prototype is known.
+#[test]
+fn functions_of_one_name_that_are_the_same_code_are_believed() {
+    let bundle = &real().1;
+    let at: Vec<TextOff> = bundle
+        .symbols
+        .0
+        .iter()
+        .filter(|symbol| symbol.name == "dst_output")
+        .map(|symbol| symbol.at)
+        .collect();
+    assert!(at.len() > 2, "{at:?}");
+    let claims = bundle.forward.as_ref().unwrap();
+    assert!(!claims.doubts.iter().any(|doubt| at.contains(&doubt.at)));
+    // Said to be doubtful for its name, one is not: they are one function.
+    let classes = claims.classes.iter();
+    let entries = classes.flat_map(|class| &class.entries);
+    let taken = entries.into_iter().find(|entry| at.contains(entry));
+    let (at, said) = (*taken.unwrap(), |by: &str| {
+        said(|bundle| {
+            let doubts = &mut bundle.forward.as_mut().unwrap().doubts;
+            let index = doubts.partition_point(|doubt| doubt.at < *taken.unwrap());
+            let doubt = ForwardDoubt {
+                at: *taken.unwrap(),
+                by: by.to_owned(),
+                told: true,
+            };
+            doubts.insert(index, doubt);
+        })
+    });
+    let said = said("name");
+    assert!(
+        said.contains("share its name with functions that BTF lacks, and does not"),
+        "{at:?}: {said}"
+    );
+}
+
 #[test]
 fn a_shared_name_that_is_not_claimed_is_caught() {
     let (index, _) = doubt(|doubt| doubt.by == "name");
