@@ -19,7 +19,7 @@ pub fn are_alike(places: &Places<'_>, ranges: &[(u32, u32)]) -> bool {
         let mut pairs = own.iter().zip(&other);
         own.len() == other.len() && pairs.all(|(one, other)| is_same((one, first), (other, range)))
     };
-    !own.is_empty() && others.iter().all(|range| same(range))
+    !own.is_empty() && others.iter().all(same)
 }
 
 fn instructions(places: &Places<'_>, (start, end): (u32, u32)) -> Vec<Instruction> {
@@ -103,11 +103,12 @@ mod tests {
     fn what_names_a_place_in_itself_is_alike() {
         let mut text = text();
         for start in [0, 16, 32] {
-            // lea 0(%rip),%rdi
-            text[start + 9..start + 16].copy_from_slice(&[0x48, 0x8d, 0x3d, 0, 0, 0, 0]);
+            // lea -16(%rip),%rdi: the function's start
+            let lea = [0x48, 0x8d, 0x3d, 0xf0, 0xff, 0xff, 0xff];
+            text[start + 9..start + 16].copy_from_slice(&lea);
         }
         assert!(alike(&text));
-        text[16 + 12] = 0x40;
+        text[16 + 12] = 0xf1;
         assert!(!alike(&text));
     }
 

@@ -9,13 +9,18 @@ use super::flow::Flow;
 use super::layout::{Containers, Layout, Ptr};
 use super::resolve::Pointers;
 use super::values::{Op, UNKNOWN, Value};
-use rustc_hash::{FxHashMap, FxHasher};
+use rustc_hash::{FxHashMap, FxHashSet, FxHasher};
 use smallvec::SmallVec;
 use std::hash::{Hash as _, Hasher as _};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// More structures that fit than this are as good as none.
 const MAX_FITTING: usize = 512;
+/// More structures around one than any kernel has, and more members of one, with those of its members.
+const MAX_AROUND: usize = 1 << 16;
+const MAX_PARTS: u32 = 1 << 17;
+/// More bytes than a structure has that is not an array.
+const MAX_SIZE: u32 = 1 << 20;
 /// A structure of which there is none: it names types that belong together (kernel/bpf/btf.c).
 const NO_OBJECT: &str = "bpf_ctx_convert";
 /// Structures in structures nest no deeper.
@@ -136,6 +141,9 @@ impl Words {
     }
 
     fn set(bits: &mut Vec<u64>, at: u32) {
+        if at >= MAX_SIZE {
+            return;
+        }
         let word = at / 8;
         let index = word as usize / 64;
         if bits.len() <= index {
@@ -290,23 +298,24 @@ impl<'a> Around<'a> {
             return &[];
         };
         let find = || {
-            let mut found = Vec::new();
+            let mut seen: FxHashSet<(u32, u32)> = FxHashSet::default();
             let mut open = vec![(ty, 0u32, MAX_DEPTH)];
             while let Some((inner, at, depth)) = open.pop() {
                 let Some(depth) = depth.checked_sub(1) else {
                     continue;
                 };
                 for (outer, inside) in self.containers.around(inner) {
-                    if self.btf.name(*outer) == NO_OBJECT {
-                        continue;
-                    }
                     let there = (*outer, at.saturating_add(*inside));
-                    found.push(there);
-                    open.push((there.0, there.1, depth));
+                    if self.btf.name(*outer) != NO_OBJECT
+                        && seen.len() < MAX_AROUND
+                        && seen.insert(there)
+                    {
+                        open.push((there.0, there.1, depth));
+                    }
                 }
             }
+            let mut found: Vec<(u32, u32)> = seen.into_iter().collect();
             found.sort_unstable();
-            found.dedup();
             found
         };
         known.get_or_init(find)
@@ -322,15 +331,17 @@ impl<'a> Around<'a> {
         };
         known.get_or_init(|| {
             let mut words = Words::default();
-            self.add(ty, 0, MAX_DEPTH, &mut words);
+            self.add(ty, 0, MAX_DEPTH, &mut words, &mut { MAX_PARTS });
             words
         })
     }
 
-    fn add(&self, ty: u32, at: u32, depth: u32, words: &mut Words) {
-        let Some(depth) = depth.checked_sub(1) else {
+    /// Adds the words of a thing of type `ty` at `at`, as long as there are some `left` to look at.
+    fn add(&self, ty: u32, at: u32, depth: u32, words: &mut Words, left: &mut u32) {
+        let (Some(depth), Some(fewer)) = (depth.checked_sub(1), left.checked_sub(1)) else {
             return;
         };
+        *left = fewer;
         match self.btf.at(ty) {
             Type::Pointer(to) => {
                 let to = self.btf.at(self.btf.plain(to));
@@ -352,27 +363,34 @@ impl<'a> Around<'a> {
             Type::Array(element, count) => {
                 let element = self.btf.plain(element);
                 let size = self.btf.size(element);
-                if size == 0 {
-                    return;
-                }
-                // A last array may have no length, and bytes may be anything.
-                for index in 0..count.max(1) {
-                    if size < 8 {
-                        break;
+                // A last array may have no length; bytes may be anything.
+                let (element, size, count) = match size {
+                    0 => return,
+                    1 => (None, 8, count / 8),
+                    _ => (Some(element), size, count.max(1)),
+                };
+                for index in 0..count {
+                    let Some(at) = index.checked_mul(size).and_then(|by| at.checked_add(by)) else {
+                        return;
+                    };
+                    match element {
+                        Some(element) => self.add(element, at, depth, words, left),
+                        None => {
+                            Words::set(&mut words.followed, at.next_multiple_of(8));
+                            Words::set(&mut words.called, at.next_multiple_of(8));
+                            *left = left.saturating_sub(1);
+                        }
                     }
-                    self.add(element, at + index * size, depth, words);
-                }
-                if size == 1 {
-                    for at in (at.next_multiple_of(8)..at + count).step_by(8) {
-                        Words::set(&mut words.followed, at);
-                        Words::set(&mut words.called, at);
+                    if *left == 0 {
+                        return;
                     }
                 }
             }
             Type::Composite { .. } => {
                 for member in self.btf.members_of(ty) {
                     if !member.bitfield && member.bit.is_multiple_of(8) {
-                        self.add(self.btf.plain(member.ty), at + member.bit / 8, depth, words);
+                        let at = at.saturating_add(member.bit / 8);
+                        self.add(self.btf.plain(member.ty), at, depth, words, left);
                     }
                 }
             }
