@@ -65,8 +65,8 @@ fn typed_branches_are_proved() {
         .sites
         .iter()
         .filter(|site| is_typed(&claims.classes[site.class as usize].by));
-    // More than the study of the same kernel typed (5,755 of 7,822).
-    assert!(typed.count() > 5755);
+    // The study of the same kernel typed 5,755 of 7,822; seen are 7,003 of 7,828.
+    assert!(typed.count() > 6800);
 }
 
 #[test]

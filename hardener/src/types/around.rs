@@ -141,9 +141,6 @@ impl Words {
     }
 
     fn set(bits: &mut Vec<u64>, at: u32) {
-        if at >= MAX_SIZE {
-            return;
-        }
         let word = at / 8;
         let index = word as usize / 64;
         if bits.len() <= index {
@@ -342,6 +339,9 @@ impl<'a> Around<'a> {
             return;
         };
         *left = fewer;
+        if at >= MAX_SIZE {
+            return;
+        }
         match self.btf.at(ty) {
             Type::Pointer(to) => {
                 let to = self.btf.at(self.btf.plain(to));
@@ -373,16 +373,15 @@ impl<'a> Around<'a> {
                     let Some(at) = index.checked_mul(size).and_then(|by| at.checked_add(by)) else {
                         return;
                     };
+                    if *left == 0 || at >= MAX_SIZE {
+                        return;
+                    }
                     match element {
                         Some(element) => self.add(element, at, depth, words, left),
                         None => {
                             Words::set(&mut words.followed, at.next_multiple_of(8));
                             Words::set(&mut words.called, at.next_multiple_of(8));
-                            *left = left.saturating_sub(1);
                         }
-                    }
-                    if *left == 0 {
-                        return;
                     }
                 }
             }

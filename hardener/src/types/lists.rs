@@ -122,7 +122,7 @@ impl Lists {
         let own = inner.ty == ty && [NEXT, PREV].contains(&inner.delta);
         let start = Ptr {
             ty: place.ty,
-            delta: place.delta - inner.delta,
+            delta: place.delta.wrapping_sub(inner.delta),
         };
         let head = layout.holder(start, ty).filter(|_| own)?;
         self.held_by(Head::Member(head))

@@ -165,13 +165,14 @@ impl Resolver<'_> {
                 pointers(found.unwrap_or(used))
             }
             Known::Pointers(all) => {
+                // What is declared has all that is used of it.
                 if let [only] = all[..]
                     && around.allows(only, value, uses)
                 {
                     return known;
                 }
                 let used = votes.about(value);
-                // What fits as it is declared is no part of something larger.
+                // Of several, as the members of a union are: what fits as it is declared is no part of something larger.
                 let plain = all.iter().filter(|ptr| {
                     (used.is_empty() || used.contains(*ptr))
                         && around.allows(**ptr, value, uses)
