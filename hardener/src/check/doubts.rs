@@ -10,7 +10,7 @@ use super::kernel::btf::Btf;
 use super::kernel::{Kernel, KernelError};
 use super::report::Findings;
 use super::sets::Legal;
-use iced_x86::{Decoder, DecoderOptions, OpKind};
+use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
 use penumbra_bundle::{ForwardSets, LinkVa, VaRange};
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeMap, BTreeSet};
@@ -136,15 +136,18 @@ enum Leads {
 /// The instructions of one function up to the filler behind it; none when they do not decode.
 fn shown(kernel: &Kernel, range: VaRange) -> Option<Vec<Shown>> {
     let code = kernel.bytes(range)?;
-    let end = code.iter().rposition(|byte| ![0x90, 0xcc].contains(byte))? + 1;
-    let mut decoder = Decoder::with_ip(64, &code[..end], range.start.0, DecoderOptions::NONE);
-    let mut all = Vec::new();
+    let mut decoder = Decoder::with_ip(64, code, range.start.0, DecoderOptions::NONE);
+    let (mut all, mut filler) = (Vec::new(), 0);
     while decoder.can_decode() {
         let at = decoder.position();
         let instruction = decoder.decode();
         if instruction.is_invalid() {
             return None;
         }
+        filler = match instruction.mnemonic() {
+            Mnemonic::Int3 | Mnemonic::Nop => filler + 1,
+            _ => 0,
+        };
         let offsets = decoder.get_constant_offsets(&instruction);
         let mut bytes = code[at..decoder.position()].to_vec();
         let mut blank = |from: usize, len: usize| bytes[from..from + len].fill(0);
@@ -163,5 +166,6 @@ fn shown(kernel: &Kernel, range: VaRange) -> Option<Vec<Shown>> {
         });
         all.push(Shown { bytes, leads });
     }
-    Some(all)
+    all.truncate(all.len() - filler);
+    (!all.is_empty()).then_some(all)
 }

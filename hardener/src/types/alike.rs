@@ -2,11 +2,7 @@
 //! a prototype is about, it is about all.
 
 use super::functions::Places;
-use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
-
-/// Filler behind functions.
-const INT3: u8 = 0xcc;
-const NOP: u8 = 0x90;
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 /// Whether the functions that take up these ranges of the text do the same by the same instructions.
 pub fn are_alike(places: &Places<'_>, ranges: &[(u32, u32)]) -> bool {
@@ -24,11 +20,14 @@ pub fn are_alike(places: &Places<'_>, ranges: &[(u32, u32)]) -> bool {
 
 fn instructions(places: &Places<'_>, (start, end): (u32, u32)) -> Vec<Instruction> {
     let code = places.bytes(start, end);
-    let filler = code.iter().rev();
-    let filler = filler.take_while(|byte| [INT3, NOP].contains(byte)).count();
-    let code = &code[..code.len() - filler];
     let decoder = Decoder::with_ip(64, code, u64::from(start), DecoderOptions::NONE);
-    decoder.into_iter().collect()
+    let mut all: Vec<Instruction> = decoder.into_iter().collect();
+    // Filler behind the function.
+    let filler = |last: &Instruction| matches!(last.mnemonic(), Mnemonic::Int3 | Mnemonic::Nop);
+    while all.last().is_some_and(filler) {
+        all.pop();
+    }
+    all
 }
 
 /// Whether two instructions are the same, but for what they name in their own functions, which must stand at the same place there.
