@@ -103,13 +103,10 @@ fn dropped<'a>(slots: &'a Slots, recipe: &'a Recipe) -> impl Iterator<Item = &'a
     calls.filter(move |call| drops(KNOWN[call.check].subject))
 }
 
-/// The functions of which this pass leaves out calls in the kernel's text, sorted.
+/// The functions of which this pass leaves out calls in the kernel's text, once for each call.
 pub fn left_out(text: &Text, recipe: &Recipe) -> Vec<TextOff> {
     let calls = dropped(&text.slots, recipe).filter(|call| call.left.is_none());
-    let mut functions: Vec<_> = calls.filter_map(|call| text.span.offset(call.to)).collect();
-    functions.sort_unstable();
-    functions.dedup();
-    functions
+    calls.filter_map(|call| text.span.offset(call.to)).collect()
 }
 
 /// The instruction of 5 bytes that stands for a call. RAX is where the result is, and nobody's before (System V psABI, 3.2.3).

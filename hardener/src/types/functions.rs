@@ -157,16 +157,17 @@ impl FunctionIndex {
             .collect();
         // Names of which BTF has fewer prototypes than there are functions, and which mean different ones.
         let mut doubtful: FxHashSet<&str> = FxHashSet::default();
-        for (name, all) in &sharing {
+        let short = sharing
+            .iter()
+            .filter(|(name, all)| all.len() > btf.functions[**name].len());
+        for (name, all) in short {
             let range = |va: &u64| {
                 let at = places.offset(*va)?;
                 let number = entries.binary_search_by_key(&at, |entry| entry.0).ok()?;
                 Some((at, ends[number]))
             };
             let ranges: Option<Vec<(u32, u32)>> = all.iter().map(range).collect();
-            if all.len() > btf.functions[*name].len()
-                && !ranges.is_some_and(|ranges| are_alike(places, &ranges))
-            {
+            if !ranges.is_some_and(|ranges| are_alike(places, &ranges)) {
                 doubtful.insert(*name);
             }
         }
