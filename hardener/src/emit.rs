@@ -7,6 +7,7 @@ use crate::recipe::{Recipe, RecipeError};
 use crate::text::callgraph::CallGraph;
 use crate::text::changeable::Changeable;
 use crate::text::exposed::Exposed;
+use crate::text::large_frames::LargeFrames;
 use crate::text::outside::Outside;
 use crate::text::probed::Probed;
 use crate::text::promotion::Promotion;
@@ -320,64 +321,80 @@ fn bundle(
     let (by_function, by_frame) = (asked(passes::is_per_function), asked(passes::is_by_frame));
     let by_change = asked(passes::is_by_change);
     let zeroing = asked(passes::is_zeroing);
-    let (profile, probes) = (
+    let (profile, probes, limits) = (
         passes::debloat_profile(recipe),
         passes::probed_functions(recipe),
+        passes::stack_limits(recipe),
     );
     // Prototypes, stack and callers need nothing of each other.
-    let ((forward, stack), (graph, (outside, probed), return_sets, (exposed, changeable, zeroing))) =
-        rayon::join(
-            || {
-                rayon::join(
-                    || {
-                        let btf = btf.as_ref();
-                        btf.map(|btf| types::analyse(image, btf, &tables, &text))
-                    },
-                    || asked(passes::is_clearing).then(|| StackUse::find(image, &tables, &text)),
-                )
-            },
-            || {
-                let wanted = by_function
-                    || by_frame
-                    || by_change
-                    || zeroing
-                    || profile.is_some()
-                    || probes.is_some();
-                let mut graph = wanted.then(|| CallGraph::build(image, &tables, &text));
-                let outside = profile
-                    .zip(graph.as_mut())
-                    .map(|((profile, widen), graph)| {
-                        let outside = Outside::find(image, &tables, &text, graph, &profile, widen)?;
-                        graph.redirect(&text, &outside.watched.functions);
-                        Ok::<Outside, Fault>(outside)
-                    });
-                let probed = probes.zip(graph.as_mut()).map(|(list, graph)| {
-                    let outside = outside.as_ref().and_then(|outside| outside.as_ref().ok());
-                    let probed = Probed::find(image, &tables, &text, &list, outside)?;
-                    graph.redirect(&text, &probed.watched.functions);
-                    Ok::<Probed, Fault>(probed)
+    let (
+        (forward, stack),
+        (graph, (outside, probed, large), return_sets, (exposed, changeable, zeroing)),
+    ) = rayon::join(
+        || {
+            rayon::join(
+                || {
+                    let btf = btf.as_ref();
+                    btf.map(|btf| types::analyse(image, btf, &tables, &text))
+                },
+                || asked(passes::is_clearing).then(|| StackUse::find(image, &tables, &text)),
+            )
+        },
+        || {
+            let wanted = by_function
+                || by_frame
+                || by_change
+                || zeroing
+                || profile.is_some()
+                || probes.is_some()
+                || limits.is_some();
+            let mut graph = wanted.then(|| CallGraph::build(image, &tables, &text));
+            let outside = profile
+                .zip(graph.as_mut())
+                .map(|((profile, widen), graph)| {
+                    let outside = Outside::find(image, &tables, &text, graph, &profile, widen)?;
+                    graph.redirect(&text, &outside.watched.functions);
+                    Ok::<Outside, Fault>(outside)
                 });
-                if let Some(graph) = &mut graph {
-                    graph.redirect(&text, &passes::left_out(&text, recipe));
-                }
-                let of = |wanted: bool| graph.as_ref().filter(|_| wanted);
-                let (return_sets, others) = rayon::join(
-                    || of(by_function).map(|graph| ReturnSets::find(image, &tables, &text, graph)),
-                    || {
-                        let (exposed, changeable) = (
-                            of(by_frame).map(|graph| Exposed::find(&text, graph)),
-                            of(by_change).map(|graph| Changeable::find(&tables, &text, graph)),
-                        );
-                        let zeroing =
-                            of(zeroing).map(|graph| Zeroing::find(image, &tables, &text, graph));
-                        (exposed, changeable, zeroing)
-                    },
-                );
-                (graph, (outside, probed), return_sets, others)
-            },
-        );
+            let probed = probes.zip(graph.as_mut()).map(|(list, graph)| {
+                let outside = outside.as_ref().and_then(|outside| outside.as_ref().ok());
+                let probed = Probed::find(image, &tables, &text, &list, outside)?;
+                graph.redirect(&text, &probed.watched.functions);
+                Ok::<Probed, Fault>(probed)
+            });
+            let large = limits.zip(graph.as_mut()).map(|(limits, graph)| {
+                let outside = outside.as_ref().and_then(|outside| outside.as_ref().ok());
+                let probed = probed.as_ref().and_then(|probed| probed.as_ref().ok());
+                let elsewhere = |at| {
+                    outside.is_some_and(|outside| outside.watched.contains(at))
+                        || probed.is_some_and(|probed| probed.watched.contains(at))
+                };
+                let large = LargeFrames::find(image, &tables, &text, limits, elsewhere)?;
+                graph.redirect(&text, &large.watched.functions);
+                Ok::<LargeFrames, Fault>(large)
+            });
+            if let Some(graph) = &mut graph {
+                graph.redirect(&text, &passes::left_out(&text, recipe));
+            }
+            let of = |wanted: bool| graph.as_ref().filter(|_| wanted);
+            let (return_sets, others) = rayon::join(
+                || of(by_function).map(|graph| ReturnSets::find(image, &tables, &text, graph)),
+                || {
+                    let (exposed, changeable) = (
+                        of(by_frame).map(|graph| Exposed::find(&text, graph)),
+                        of(by_change).map(|graph| Changeable::find(&tables, &text, graph)),
+                    );
+                    let zeroing =
+                        of(zeroing).map(|graph| Zeroing::find(image, &tables, &text, graph));
+                    (exposed, changeable, zeroing)
+                },
+            );
+            (graph, (outside, probed, large), return_sets, others)
+        },
+    );
     let mut forward = forward.transpose()?;
     let (outside, probed) = (outside.transpose()?, probed.transpose()?);
+    let large = large.transpose()?;
     let narrowed = outside.as_ref().filter(|_| passes::narrows_targets(recipe));
     if let Some(outside) = narrowed {
         text.entries.retain(|at| !outside.watched.contains(*at));
@@ -409,6 +426,7 @@ fn bundle(
         promotion: promotion.as_ref(),
         outside: outside.as_ref(),
         probed: probed.as_ref(),
+        large_frames: large.as_ref(),
     };
     let slots = modules.slots();
     let build = |choice: &Recipe| thunks::build(&text, &slots, &kernel, choice, for_choice(choice));
@@ -458,7 +476,7 @@ fn bundle(
     manifest.backward = backward.as_ref().map(|_| file_ref("backward.postcard"));
     let ends = recipe.on_violation(passes::DEBLOAT) == ViolationAction::Kill;
     let lacks_oops = ends && outside.as_ref().is_some_and(|outside| !outside.has_oops);
-    let watching = outside.is_some() || probed.is_some();
+    let watching = outside.is_some() || probed.is_some() || large.is_some();
     manifest.watched = watching.then(|| file_ref("watched.postcard"));
     manifest.modules = module_set(&modules);
     let symbols = symbols(image, &text);
@@ -475,6 +493,7 @@ fn bundle(
         watched: watching.then(|| Watched {
             outside: outside.map_or(Vec::new(), |outside| outside.watched.functions),
             probed: probed.map_or(Vec::new(), |probed| probed.watched.functions),
+            large: large.map_or(Vec::new(), |large| large.watched.functions),
         }),
         modules,
     };

@@ -28,6 +28,8 @@ mod scope;
 mod self_checks;
 #[path = "check/stack.rs"]
 mod stack;
+#[path = "check/stack_depth.rs"]
+mod stack_depth;
 #[path = "check/thunks.rs"]
 mod thunks;
 #[path = "check/violations.rs"]

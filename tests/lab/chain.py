@@ -44,16 +44,23 @@ def tool(name):
     return target_dir() / "release" / name
 
 
+def cargo_build(*wanted):
+    """Builds some targets of the workspace in release mode.
+
+    The example has them built with the same features of the same dependencies as the tests: otherwise cargo keeps two
+    builds of most crates.
+    """
+    run(["cargo", "build", "--release", "--locked", "--workspace", "--example", "fuzz-seeds", *wanted], cwd=ROOT)
+
+
 def build_tools():
-    """Builds the three tools in release mode."""
-    run(["cargo", "build", "--release", "--locked", "-p", "hardener", "-p", "signer", "-p", "installer"],
-        cwd=ROOT)
+    """Builds the three tools."""
+    cargo_build("--bin", "hardener", "--bin", "signer", "--bin", "installer")
 
 
 def build_lab_installer():
     """Builds the installer with what tests need besides (faults, `contract`); returns its path."""
-    run(["cargo", "build", "--release", "--locked", "-p", "installer", "--features", "lab",
-         "--bin", "installer-lab"], cwd=ROOT)
+    cargo_build("--bin", "installer-lab", "--features", "installer/lab")
     return tool("installer-lab")
 
 

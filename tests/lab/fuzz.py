@@ -47,8 +47,10 @@ def build():
     # cargo-fuzz would bring Cargo.lock up to date in silence.
     chain.run(["cargo", "fetch", "--locked", "--manifest-path", FOLDER / "Cargo.toml"], cwd=ROOT)
     env = os.environ | {"PATH": f"{tools / 'bin'}:{os.environ['PATH']}", "CARGO_TARGET_DIR": str(_built())}
-    chain.run(["cargo", "fuzz", "build", "--fuzz-dir", FOLDER, "--sanitizer", "none"], cwd=ROOT, env=env)
-    chain.run(["cargo", "build", "--release", "--locked", "-p", "hardener", "--example", "fuzz-seeds"], cwd=ROOT)
+    # By itself it has each crate compiled by one thread.
+    chain.run(["cargo", "fuzz", "build", "--fuzz-dir", FOLDER, "--sanitizer", "none", "--codegen-units", "16"],
+              cwd=ROOT, env=env)
+    chain.cargo_build()
     shutil.rmtree(SEEDS, ignore_errors=True)
     SEEDS.mkdir(parents=True)
     kernels = [kernel.cloud().vmlinuz, kernel.cloud_backports().vmlinuz]

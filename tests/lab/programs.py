@@ -22,6 +22,7 @@ PROGRAMS = {
     "spaces": ["spaces.c"],
     "bpf": ["bpf.c"],
     "bench": ["bench.c"],
+    "deep": ["deep.c"],
     "kexec": ["kexec.c"],
     "leave": ["leave.c"],
     "registers": ["registers.c"],

@@ -9,8 +9,8 @@ says what it proves.  Scenarios of a module run in the order in which they are w
 Unmarked names are helpers.  A scenario fails by an exception, `expect` is the usual one.
 """
 
-MODULES = ["lab_itself", "command_lines", "fuzzing", "stock_guest", "run_time_cost", "debloat", "differential", "branches",
-           "other_kernels", "live_guest", "address_spaces", "address_spaces_pti", "violations", "lifecycle",
+MODULES = ["lab_itself", "command_lines", "fuzzing", "stock_guest", "run_time_cost", "debloat", "stack_depth", "differential",
+           "branches", "other_kernels", "live_guest", "address_spaces", "address_spaces_pti", "violations", "lifecycle",
            "retpolines_off", "unpatched_xen", "xen_interface", "modules", "next_release", "next_release_modules",
            "whole_chain", "view_storm"]
 

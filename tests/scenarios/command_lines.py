@@ -58,7 +58,7 @@ def refused(argv, codes, *words):
 @scenario
 def other_verifiers_agree(w):
     """securesystemslib and in-toto's library judge every envelope of the testkit as signer does."""
-    done = subprocess.run([chain.ROOT / "signer" / "tests" / "interop" / "run"], stdin=subprocess.DEVNULL,
+    done = subprocess.run([chain.ROOT / "signer" / "tests" / "interop" / "run", SIGNER], stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, errors="replace")
     expect(done.returncode == 0 and " 0 failed" in done.stdout, done.stdout[-2000:], done.stderr[-2000:])
 

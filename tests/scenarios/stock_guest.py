@@ -41,7 +41,7 @@ def world():
 
 def _cargo_test(dump, bundle):
     """installer's own tests over a dump of running text; their output."""
-    argv = ["cargo", "test", "--release", "--locked", "-p", "installer", "--features", "dump",
+    argv = ["cargo", "test", "--release", "--locked", "--workspace", "--features", "installer/dump",
             "--test", "explain_dump"]
     env = os.environ | {"PENUMBRA_DUMP": str(dump), "PENUMBRA_BUNDLE": str(bundle)}
     done = subprocess.run(argv, cwd=chain.ROOT, env=env, stdin=subprocess.DEVNULL,

@@ -14,7 +14,7 @@
 //! | thunk-contract | `dead.rs` | what returns clear is read by nobody who is returned to |
 //! | thunk-contract | `stack.rs`, `stack/` | the stack is cleared before user mode as far down as it was used, and nothing else is |
 //! | thunk-contract | `promoted.rs` | branches that compare with hot targets go where the target says |
-//! | three of them | `watched.rs` | functions outside a profile are not entered, and probed ones are reported |
+//! | three of them | `watched.rs`, `large_frames.rs` | functions outside a profile are not entered, probed ones are reported, and large frames have room |
 //! | thunk-contract | `violations.rs` | what they stop is reported as the manifest says, with all that the slot had in place |
 //! | exact-sets | `tables.rs`, `sets.rs` | the tables hold exactly the legal addresses |
 //! | exact-sets | `returns.rs`, `callers.rs` | returns by function go back to that function's callers |
@@ -34,6 +34,7 @@ mod exposed;
 pub mod fuzzing;
 mod image;
 mod kernel;
+mod large_frames;
 mod module;
 mod owed;
 mod promoted;

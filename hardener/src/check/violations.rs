@@ -4,6 +4,7 @@ use super::Subject;
 use super::cave::CaveImage;
 use super::exec::exits::Report;
 use super::exec::machine::Contract;
+use super::large_frames::{FRAME, LEFT};
 use super::report::Findings;
 use super::{self_checks, watched};
 use penumbra_bundle::{LinkVa, Offending, PassSummary, Trap, VaRange, ViolationAction};
@@ -162,12 +163,14 @@ fn said(pass: &PassSummary, actions: &BTreeSet<ViolationAction>) -> Option<Strin
     let scoped = name == RETURN_CFI;
     let widened = name == watched::DEBLOAT;
     let probe = name == watched::PROBE;
+    let deep = name == watched::STACK_DEPTH;
     let proved = |key: &&String| {
         *key == ON_VIOLATION
             || cfi && *key == POLICY
             || scoped && *key == SCOPE
             || name == self_checks::PASS
             || widened && [watched::WIDEN, watched::TARGETS].contains(&key.as_str())
+            || deep && [FRAME, LEFT].contains(&key.as_str())
     };
     if let Some(other) = pass.parameters.keys().find(|key| !proved(key)) {
         return Some(format!("pass {name} says `{other}`, which no rule proves"));
@@ -177,7 +180,7 @@ fn said(pass: &PassSummary, actions: &BTreeSet<ViolationAction>) -> Option<Strin
     let said: Vec<&str> = said.map(String::as_str).into_iter().collect();
     // A probe always goes on, and there is nothing to say about it.
     let goes_on = probe && said.is_empty() && (found == ["log"] || pass.edited == 0);
-    let idle = goes_on || widened && pass.edited == 0 && found.is_empty();
+    let idle = goes_on || (widened || deep) && pass.edited == 0 && found.is_empty();
     (found != said && !idle).then(|| {
         let (said, found) = (said.join(", "), found.join(", "));
         format!("pass {name} says {ON_VIOLATION} `{said}`, its thunks do `{found}`")

@@ -10,6 +10,7 @@ mod probe;
 mod promote;
 mod return_cfi;
 mod stack_clear;
+mod stack_depth;
 mod zero_regs;
 
 pub use debloat::{NAME as DEBLOAT, narrows_targets, profile as debloat_profile};
@@ -22,11 +23,13 @@ pub use return_cfi::{
     thunk_name as return_check,
 };
 pub use stack_clear::is_wanted as is_clearing;
+pub use stack_depth::{NAME as STACK_DEPTH, limits as stack_limits};
 pub use zero_regs::is_wanted as is_zeroing;
 
 use crate::recipe::{Parameter, Recipe};
 use crate::text::changeable::Changeable;
 use crate::text::exposed::Exposed;
+use crate::text::large_frames::LargeFrames;
 use crate::text::outside::Outside;
 use crate::text::probed::Probed;
 use crate::text::promotion::Promotion;
@@ -76,6 +79,8 @@ pub struct Analyses<'a> {
     pub outside: Option<&'a Outside>,
     /// Which functions are probed.
     pub probed: Option<&'a Probed>,
+    /// Which functions take much of the stack, and how much must be left for them.
+    pub large_frames: Option<&'a LargeFrames>,
 }
 
 impl Analyses<'_> {
@@ -208,6 +213,7 @@ pub const VARIANTS: [(&str, &[&dyn Pass]); 3] = [
             &stack_clear::StackClear,
             &debloat::Debloat,
             &probe::Probe,
+            &stack_depth::StackDepth,
             &module_free::ModuleFree,
         ],
     ),

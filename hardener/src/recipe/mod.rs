@@ -11,7 +11,7 @@
 //! on-violation = "panic"
 //! policy = "typed"         # address-taken (the default) or typed
 //!
-//! [pass.zero-regs]         # runs only where it is named, as do stack-clear, promote and debloat
+//! [pass.zero-regs]         # runs only where it is named, as do stack-clear, stack-depth, promote, debloat and probe
 //! ```
 //!
 //! Of several policies the first is used for which the kernel has room.

@@ -10,6 +10,7 @@ mod error;
 pub mod exposed;
 mod frames;
 mod functions;
+pub mod large_frames;
 mod liveness;
 pub mod model;
 pub mod module;

@@ -17,7 +17,7 @@ mod tables;
 mod violation;
 pub mod watched;
 
-use crate::passes::{Analyses, DEBLOAT, FORWARD_CFI, PROBE, RETURN_CFI};
+use crate::passes::{Analyses, DEBLOAT, FORWARD_CFI, PROBE, RETURN_CFI, STACK_DEPTH};
 use crate::recipe::Recipe;
 use crate::text::{Indirect, PAGE, Slots, Text, TextError};
 use crate::types::{Forward, Reach};
@@ -147,6 +147,7 @@ fn build_with(
         promotion,
         outside,
         probed,
+        large_frames,
     } = analyses;
     let start = text.cave.pages.start;
     let dense_end = text.cave.run.start;
@@ -203,7 +204,8 @@ fn build_with(
         violation
     };
     let (on_return, on_call) = (violation(RETURN_CFI), violation(FORWARD_CFI));
-    let outside = outside.map(|outside| (&outside.watched, violation(DEBLOAT)));
+    let outside = outside.map(|outside| (&outside.watched, None, violation(DEBLOAT)));
+    let large = large_frames.map(|large| (&large.watched, Some(large), violation(STACK_DEPTH)));
     // A probe goes on, whatever happens.
     let probed = probed.map(|probed| {
         let on_entry = Violation {
@@ -212,7 +214,7 @@ fn build_with(
             panic: kernel.panic,
             message: start,
         };
-        (&probed.watched, on_entry)
+        (&probed.watched, None, on_entry)
     });
     let code_start = LinkVa(at.0.next_multiple_of(PAGE));
 
@@ -275,11 +277,11 @@ fn build_with(
         promote::emit(&mut code, promotion, &text.slots, &on_call);
     }
     let go_on = kernel.indirect.get(&watched::FUNCTION);
-    for (watched, on_entry) in outside.iter().chain(&probed) {
+    for (watched, large, on_entry) in outside.iter().chain(&probed).chain(&large) {
         let go_on = go_on.copied().ok_or(TextError::Missing {
             what: "__x86_indirect_thunk_r11",
         })?;
-        watched::emit(&mut code, text, watched, go_on, on_entry);
+        watched::emit(&mut code, text, watched, *large, go_on, on_entry);
     }
     let code_end = LinkVa(code_start.0 + code.bytes().len() as u64);
     let range = VaRange {

@@ -185,12 +185,7 @@ fn a_claim_without_its_pass_is_caught() {
         None,
         "for pass probe, which no variant has",
     );
-    broken(
-        &scene,
-        Rule::ExactSets,
-        None,
-        "is outside the profile and probed",
-    );
+    broken(&scene, Rule::ExactSets, None, "is watched by two passes");
 }
 
 #[test]

@@ -27,5 +27,7 @@ struct bug_access {
  */
 #define BUG_TIMER _IO('P', 4)
 #define BUG_NMI   _IO('P', 5)
+/* Looks up a path, /none/of/it, with so many bytes of the stack left. */
+#define BUG_DEEP  _IO('P', 6)
 
 #endif

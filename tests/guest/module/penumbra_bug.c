@@ -11,7 +11,8 @@
  *    further up the stack.
  *
  * A timer's and an NMI handler's function pointer, which __hrtimer_run_queues() and
- * nmi_handle() call, can be set as if they had been overwritten.
+ * nmi_handle() call, can be set as if they had been overwritten.  And a recursion that
+ * the caller says the depth of takes the stack away from what is called in it.
  *
  * The module's own text takes no part in what follows from either.
  */
@@ -20,6 +21,8 @@
 #include <linux/hrtimer.h>
 #include <linux/miscdevice.h>
 #include <linux/module.h>
+#include <linux/namei.h>
+#include <linux/sched/task_stack.h>
 #include <linux/uaccess.h>
 
 #include "bug.h"
@@ -69,6 +72,27 @@ static long bug_start_nmi(unsigned long function)
 			bug_nmi.handler = NULL;
 	}
 	mutex_unlock(&bug_nmi_lock);
+	return result;
+}
+
+/* Looks up a path of which nothing is there when no more than `left` bytes of the stack are left. */
+static noinline long bug_deep(unsigned long left)
+{
+	u64 room[32];
+	struct dentry *dentry;
+	struct path path;
+	long result;
+
+	asm volatile("" : : "r"(room) : "memory");
+	if (current_stack_pointer - (unsigned long)task_stack_page(current) > left) {
+		result = bug_deep(left);
+	} else {
+		dentry = kern_path_create(AT_FDCWD, "/none/of/it", &path, 0);
+		result = PTR_ERR_OR_ZERO(dentry);
+		if (!result)
+			done_path_create(&path, dentry);
+	}
+	asm volatile("" : : "r"(room) : "memory");
 	return result;
 }
 
@@ -129,6 +153,8 @@ static long bug_ioctl(struct file *file, unsigned int command, unsigned long arg
 		return 0;
 	case BUG_NMI:
 		return bug_start_nmi(argument);
+	case BUG_DEEP:
+		return bug_deep(argument);
 	}
 	if (copy_from_user(&access, (void __user *)argument, sizeof(access)))
 		return -EFAULT;
