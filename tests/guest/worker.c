@@ -2,7 +2,8 @@
 /*
  * The one program that runs as /usr/bin/payroll and as /usr/bin/guestbook.
  *
- *   worker work CPU [SECONDS]      checked work, a line a second; the echo partner on the other CPU
+ *   worker work CPU [SECONDS [N]]  checked work, a line a second; the echo partner on the other CPU.  Without
+ *                                  SECONDS, or with 0, it does not end; after each round it rests N times as long
  *   worker hand FIFO               writes what it is told to, as itself: lines `FILE TEXT`; each is answered
  *   worker prepare FILE            see attack.c
  *   worker attack KIND FILE GO     see attack.c
@@ -188,10 +189,15 @@ static void echo(int fd)
 	}
 }
 
-static int work(int cpu, long seconds)
+static long micros_between(const struct timespec *from, const struct timespec *to)
+{
+	return (to->tv_sec - from->tv_sec) * 1000000 + (to->tv_nsec - from->tv_nsec) / 1000;
+}
+
+static int work(int cpu, long seconds, long rest)
 {
 	int ends[2];
-	struct timespec start, now;
+	struct timespec start, begun, now;
 	long last = -1;
 	struct sigaction action = { .sa_handler = on_signal };
 
@@ -209,6 +215,7 @@ static int work(int cpu, long seconds)
 	pin(cpu);
 	clock_gettime(CLOCK_MONOTONIC, &start);
 	for (uint32_t round = 0;; round++) {
+		clock_gettime(CLOCK_MONOTONIC, &begun);
 		work_socket(ends[0], round);
 		work_pipe(round);
 		work_proc();
@@ -230,6 +237,8 @@ static int work(int cpu, long seconds)
 		}
 		if (seconds && last >= seconds)
 			break;
+		if (rest)
+			usleep((useconds_t)(rest * micros_between(&begun, &now)));
 	}
 	close(ends[0]);
 	int status = 0;
@@ -270,13 +279,13 @@ int main(int argc, char **argv)
 {
 	self = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
 	if (argc >= 3 && strcmp(argv[1], "work") == 0)
-		return work(atoi(argv[2]), argc > 3 ? atol(argv[3]) : 0);
+		return work(atoi(argv[2]), argc > 3 ? atol(argv[3]) : 0, argc > 4 ? atol(argv[4]) : 0);
 	if (argc == 3 && strcmp(argv[1], "hand") == 0)
 		return hand(argv[2]);
 	if (argc == 3 && strcmp(argv[1], "prepare") == 0)
 		return attack_prepare(argv[2]);
 	if (argc == 5 && strcmp(argv[1], "attack") == 0)
 		return attack(argv[2], argv[3], argv[4]);
-	fprintf(stderr, "usage: %s work CPU [SECONDS] | hand FIFO | prepare FILE | attack pointer|return|timer|nmi FILE GO\n", self);
+	fprintf(stderr, "usage: %s work CPU [SECONDS [N]] | hand FIFO | prepare FILE | attack pointer|return|timer|nmi FILE GO\n", self);
 	return 2;
 }

@@ -28,11 +28,21 @@ built is kept under `target/lab`, so a second run only boots.
     storm      live processes flipped between all views
 """
 
+import os
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "target" / "lab"
 
+# How much longer than on a machine of its own a lab is waited for: `tests/run` has several at a time.
+PATIENCE = float(os.environ.get("PENUMBRA_PATIENCE", "1"))
+
 
 class LabError(Exception):
     """The lab could not do what was asked; the message says what and where to look."""
+
+
+def until(seconds):
+    """The moment (of `time.monotonic`) until which to wait for what takes at most so long on a machine of its own."""
+    return time.monotonic() + seconds * PATIENCE

@@ -14,7 +14,7 @@ import time
 import zlib
 from typing import NamedTuple
 
-from . import LabError
+from . import PATIENCE, LabError, until
 
 _PART = re.compile(rb"~P (\w+) (\d+) ([0-9a-f]{8}) ([A-Za-z0-9+/=]*)")
 _END = re.compile(rb"~E ((\w+) (\d+) (\d+)) ([0-9a-f]{8})")
@@ -41,7 +41,7 @@ class Agent:
 
     def wait_ready(self, timeout):
         """Waits until the agent answers."""
-        deadline = time.monotonic() + timeout
+        deadline = until(timeout)
         seen = b""
         while time.monotonic() < deadline:
             number = next(self._ids)
@@ -56,9 +56,9 @@ class Agent:
     def run(self, command, timeout=120):
         """Runs `command` with /bin/sh; both outputs come back as one text."""
         number = next(self._ids)
-        request = f"RUN {number} {timeout} {base64.b64encode(command.encode()).decode()}\n"
+        request = f"RUN {number} {int(timeout * PATIENCE)} {base64.b64encode(command.encode()).decode()}\n"
         self.line.write(request.encode())
-        deadline = time.monotonic() + timeout + 30
+        deadline = until(timeout + 30)
         again = time.monotonic() + 20
         parts, end, rest = {}, None, b""
         while True:

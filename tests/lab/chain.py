@@ -13,7 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from . import ROOT, TARGET, LabError, kernel
+from . import ROOT, TARGET, LabError, kernel, until
 
 WORK = TARGET / "chain"
 GUEST = "guest"
@@ -222,7 +222,7 @@ class Installer:
         """Applies, and leaves the watcher running; returns the line `applied: ...`."""
         self.lab.dom0.run(f"{command} apply {self.apply_args} > {self.log} 2> {self.log}.err & "
                           "echo $! > /run/apply.pid")
-        deadline = time.monotonic() + timeout
+        deadline = until(timeout)
         while True:
             rc, out = self.lab.dom0.run(
                 f"for i in $(seq 50); do grep -m1 ^applied: {self.log} && exit 0; "
@@ -272,7 +272,7 @@ class Installer:
 
     def wait_view(self, pid, view, timeout=60):
         """Waits until the process has the view; returns its entry."""
-        deadline = time.monotonic() + timeout
+        deadline = until(timeout)
         while True:
             entry = self.processes().get(pid)
             if entry and entry["view"] == view:

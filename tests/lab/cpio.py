@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""Writes initramfs archives: cpio's "newc" format, gzip-compressed.
+"""Writes initramfs archives: cpio's "newc" format, not compressed: an emulated processor would unpack it.
 
 Format: Linux Documentation/driver-api/early-userspace/buffer-format.rst.  Written
 here because device nodes in an archive need no root this way, and because times
 and inode numbers are fixed: the same files give the same bytes.
 """
 
-import gzip
 import os
 import stat
 from pathlib import Path
@@ -51,7 +50,7 @@ class Archive:
     def write(self, target):
         """Writes the archive; the file appears only when it is complete."""
         part = target.with_suffix(".part")
-        with open(part, "wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as out:
+        with open(part, "wb") as out:
             # A parent sorts before what it holds.
             for number, path in enumerate(sorted(self.entries), 1):
                 mode, content, device = self.entries[path]

@@ -14,7 +14,7 @@ that was preempted in a thunk would be running then.
 import time
 from contextlib import contextmanager
 
-from . import TARGET, LabError, chain, initramfs, kernel
+from . import TARGET, LabError, chain, initramfs, kernel, until
 from .agent import Agent
 from .gdb import Gdb
 from .qemu import Machine
@@ -42,7 +42,7 @@ class Guest:
         self.kernel = which or kernel.cloud()
         self.folder = TARGET / "run" / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        initrd = initramfs.guest(self.folder / "guest.cpio.gz", extra, libraries)
+        initrd = initramfs.guest(self.folder / "guest.cpio", extra, libraries)
         self._gdb_path = self.folder / "gdb"
         self._gdb_path.unlink(missing_ok=True)
         self.machine = Machine(
@@ -107,7 +107,7 @@ class Guest:
 
     def _stop(self, idle, timeout=60):
         """Stops the machine; with `idle` at a moment when no processor has anything to do."""
-        deadline = time.monotonic() + timeout
+        deadline = until(timeout)
         while True:
             self.machine.qmp("stop")
             if not idle or "HLT=0" not in self.machine.monitor("info registers -a"):

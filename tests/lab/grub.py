@@ -20,10 +20,10 @@ def image(path, vmlinuz, initrd, command_line):
     modules = packages.unpacked("grub-xen-bin") / "usr/lib/grub" / PLATFORM
     config = path.with_suffix(".cfg")
     disk = path.with_suffix(".tar")
-    config.write_text(f"linux (memdisk)/vmlinuz {command_line}\ninitrd (memdisk)/initrd.gz\nboot\n")
+    config.write_text(f"linux (memdisk)/vmlinuz {command_line}\ninitrd (memdisk)/initrd\nboot\n")
     with tarfile.open(disk, "w", format=tarfile.USTAR_FORMAT) as tar:
         tar.add(vmlinuz, "vmlinuz")
-        tar.add(initrd, "initrd.gz")
+        tar.add(initrd, "initrd")
     argv = ["grub-mkimage", "-O", PLATFORM, "-d", modules, "-m", disk, "-c", config,
             "-p", "(memdisk)/", "-o", path, *_MODULES]
     done = subprocess.run(list(map(str, argv)), stdin=subprocess.DEVNULL, capture_output=True, text=True)

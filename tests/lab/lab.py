@@ -14,7 +14,7 @@ log of the console, which is also where the guest's oopses and panics are seen.
 import re
 import time
 
-from . import TARGET, LabError, grub, initramfs, kernel
+from . import TARGET, LabError, grub, initramfs, kernel, until
 from .agent import Agent
 from .qemu import Machine
 
@@ -56,7 +56,7 @@ def guest_config(vcpus, altp2m, direct=None, on_reboot="preserve"):
              f"vcpus = {vcpus}", f'cpus = "1-{vcpus}"', 'tsc_mode = "native"', 'on_crash = "preserve"',
              f'on_reboot = "{on_reboot}"']
     if direct is not None:
-        lines += ['ramdisk = "/guest/initrd.gz"', f'cmdline = "{direct}"']
+        lines += ['ramdisk = "/guest/initrd"', f'cmdline = "{direct}"']
     if altp2m:
         lines.append('altp2m = "external"')
     return "\n".join(lines) + "\n"
@@ -126,7 +126,7 @@ class Guest:
 
     def attach(self, timeout=300):
         """Waits until the agent of a guest that was just created answers."""
-        deadline = time.monotonic() + timeout
+        deadline = until(timeout)
         while True:
             rc, out = self.lab.dom0.run(f"xenstore-read /local/domain/$(xl domid {GUEST})/console/tty")
             if rc == 0 and out.strip().startswith("/dev/"):
@@ -198,7 +198,7 @@ class Lab:
         guest_kernel, dom0_kernel = guest_kernel or kernel.cloud(), kernel.amd64()
         work = TARGET / "run" / name
         work.mkdir(parents=True, exist_ok=True)
-        guest_initrd = initramfs.guest(work / "guest.cpio.gz", guest_extra, which=guest_kernel)
+        guest_initrd = initramfs.guest(work / "guest.cpio", guest_extra, which=guest_kernel)
         # No watchdogs: on a busy machine the emulator stops vCPUs for longer than they allow.
         command_line = ("console=hvc0 panic=-1 agent=hvc0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 "
                         + guest_append).strip()
@@ -208,11 +208,11 @@ class Lab:
                      ("guest/guest.cfg", guest_config(vcpus, altp2m, on_reboot=on_reboot), 0o644)]
         else:
             files = [("guest/kernel", guest_kernel.vmlinuz, 0o644),
-                     ("guest/initrd.gz", guest_initrd, 0o644),
+                     ("guest/initrd", guest_initrd, 0o644),
                      ("guest/guest.cfg", guest_config(vcpus, altp2m, command_line, on_reboot), 0o644)]
-        dom0_initrd = initramfs.dom0(work / "dom0.cpio.gz", [*files, *extra])
+        dom0_initrd = initramfs.dom0(work / "dom0.cpio", [*files, *extra])
         # QEMU takes commas in a module's arguments as the next module.
-        modules = f"{dom0_kernel.vmlinuz} console=hvc0 panic=-1,{dom0_initrd}"
+        modules = f"{dom0_kernel.vmlinux} console=hvc0 panic=-1,{dom0_initrd}"
         append = (f"console=com1 com1=115200,8n1 altp2m=1 loglvl=info guest_loglvl=info noreboot "
                   f"dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M dom0_max_vcpus=1 dom0_vcpus_pin")
         # A physical CPU for each of the guest's, and the first for dom0 (see guest_config).

@@ -15,13 +15,14 @@ import subprocess
 import time
 from pathlib import Path
 
-from . import LabError
+from . import PATIENCE, LabError, until
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent():
+def die_with_parent():
+    """For `preexec_fn`: the kernel ends the process when the thread that started it ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
@@ -78,10 +79,14 @@ class Machine:
     common part of the command line.
     """
 
+    # The consoles of all that this process has run.
+    consoles = []
+
     def __init__(self, args, console, memory=1024, cpus=2):
         self.console = Path(console)
         self.console.parent.mkdir(parents=True, exist_ok=True)
         self.console.write_bytes(b"")
+        Machine.consoles.append(self.console)
         com2, com2_far = socket.socketpair()
         qmp, qmp_far = socket.socketpair()
         for far in (com2_far, qmp_far):
@@ -96,7 +101,7 @@ class Machine:
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
-                pass_fds=(com2_far.fileno(), qmp_far.fileno()), preexec_fn=_die_with_parent,
+                pass_fds=(com2_far.fileno(), qmp_far.fileno()), preexec_fn=die_with_parent,
                 # Ctrl-C is for the script, which then ends QEMU.
                 start_new_session=True)
         com2_far.close()
@@ -136,7 +141,7 @@ class Machine:
 
     def wait_for(self, marker, timeout):
         """Waits until `marker` is in the console log."""
-        deadline = time.monotonic() + timeout
+        deadline = until(timeout)
         while marker not in self.log():
             if self.process.poll() is not None:
                 raise LabError(f"QEMU ended before `{marker}`; console: {self.console}")
@@ -147,7 +152,7 @@ class Machine:
     def wait_off(self, timeout):
         """Waits for the machine to switch itself off; True if it did."""
         try:
-            self.process.wait(timeout)
+            self.process.wait(timeout * PATIENCE)
             return True
         except subprocess.TimeoutExpired:
             return False

@@ -8,7 +8,7 @@ import re
 import time
 from dataclasses import dataclass
 
-from . import LabError
+from . import LabError, until
 
 _LINE = re.compile(r"^(\w+) pid (\d+) partner (\d+) rounds (\d+) checks (\d+) switches (\d+)", re.M)
 
@@ -25,6 +25,11 @@ class Progress:
     rounds: int
     checks: int
     switches: int
+
+
+# How many times as long as a round took workers rest after it, where only their being there matters: they share the
+# machine's processors with dom0, which is what is waited for.
+REST = 4
 
 
 class _Running:
@@ -53,7 +58,7 @@ class _Running:
 
     def wait_past(self, rounds, timeout=90):
         """Waits until it has done more than `rounds` rounds."""
-        deadline = time.monotonic() + timeout
+        deadline = until(timeout)
         while True:
             now = self.progress()
             if now and now.rounds > rounds:
@@ -69,10 +74,10 @@ class _Running:
 
 
 class Worker(_Running):
-    """One running copy of the worker."""
+    """One running copy of the worker; after a round it rests so many times as long as it took."""
 
-    def __init__(self, guest, program, cpu, tag=""):
-        super().__init__(guest, program, f"/usr/bin/{program} work {cpu}", f"/tmp/{program}{tag}.log")
+    def __init__(self, guest, program, cpu, tag="", rest=0):
+        super().__init__(guest, program, f"/usr/bin/{program} work {cpu} 0 {rest}", f"/tmp/{program}{tag}.log")
 
 
 class Load(_Running):
@@ -151,7 +156,7 @@ def attack(guest, program, kind, before=lambda pid: None, during=None, timeout=6
 
 
 def _wait(guest, log, pattern, timeout):
-    deadline = time.monotonic() + timeout
+    deadline = until(timeout)
     while True:
         out = guest.run(f"cat {log}").out
         if match := re.search(pattern, out):

@@ -10,12 +10,15 @@ Unmarked names are helpers.  A scenario fails by an exception, `expect` is the u
 """
 
 MODULES = ["lab_itself", "command_lines", "fuzzing", "stock_guest", "run_time_cost", "debloat", "stack_depth", "differential",
-           "branches", "other_kernels", "live_guest", "address_spaces", "address_spaces_pti", "violations", "lifecycle",
-           "retpolines_off", "unpatched_xen", "xen_interface", "modules", "next_release", "next_release_modules",
-           "whole_chain", "view_storm"]
+           "branches", "other_kernels", "live_guest", "violations", "whole_chain", "lifecycle", "next_release",
+           "next_release_modules", "modules", "address_spaces", "address_spaces_pti", "xen_interface", "unpatched_xen",
+           "retpolines_off", "view_storm"]
 
 # Run only by name (`tests/run --only text_writers`).
 ON_REQUEST = ["failure", "text_writers", "every_kernel", "every_branch"]
+
+# Worlds with more work than two processors can do beside another's.
+ALONE = {"view_storm"}
 
 # Worlds that need no emulator.
 WITHOUT_QEMU = {"lab_itself", "command_lines", "fuzzing"}

@@ -4,7 +4,7 @@
 import time
 from contextlib import contextmanager
 
-from lab import LabError, chain, kernel, programs, victim
+from lab import LabError, chain, kernel, programs, until, victim
 from lab.lab import Lab
 
 from . import expect, scenario
@@ -27,12 +27,12 @@ class World:
 
     def start_payroll(self):
         """A process that the policy trusts."""
-        self.payroll = victim.Worker(self.guest, "payroll", 0)
+        self.payroll = victim.Worker(self.guest, "payroll", 0, rest=victim.REST)
         self.installer.wait_view(self.payroll.pid, "fast")
 
     def said(self, words, timeout=120):
         """Waits until the watcher has said `words`, and returns all that it said."""
-        deadline = time.monotonic() + timeout
+        deadline = until(timeout)
         while True:
             out = self.lab.dom0.run(f"cat {self.installer.log} {self.installer.log}.err").out
             if words in out:
@@ -46,7 +46,7 @@ class World:
 
     def wait_for_guest_memory(self, enough, timeout=180):
         """Waits until it is as wanted."""
-        deadline = time.monotonic() + timeout
+        deadline = until(timeout)
         while not enough(now := self.guest_memory()):
             expect(time.monotonic() < deadline, f"the guest has {now} KiB:", self.lab.dom0.run("xl list").out)
             time.sleep(1)

@@ -6,7 +6,7 @@ import shutil
 import time
 from contextlib import contextmanager
 
-from lab import chain, kernel, victim
+from lab import chain, kernel, until, victim
 from lab.lab import Lab
 
 from . import expect, scenario
@@ -95,7 +95,7 @@ def booted(xen, files, name, which=None, append=""):
         lab.guest.start()
         w = World(lab)
         victim.prepare_attacks(lab.guest)
-        w.workers = {name: victim.Worker(lab.guest, name, cpu)
+        w.workers = {name: victim.Worker(lab.guest, name, cpu, rest=victim.REST)
                      for cpu, name in enumerate(("payroll", "guestbook"))}
         # See tests/demo: ftrace's first use changes static calls for good.
         victim.Pokes(lab.guest).stop()
@@ -215,7 +215,7 @@ def new_processes_are_bound(w):
     expect(late.lives())
     bindings = w.installer.status()["bindings"]
     w.guest.run(f"kill {late.pid}")
-    deadline = time.monotonic() + 60
+    deadline = until(60)
     while w.installer.status()["bindings"] >= bindings:
         expect(time.monotonic() < deadline, "the binding of an ended process stays")
         time.sleep(0.5)

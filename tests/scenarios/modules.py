@@ -8,7 +8,7 @@ runs whenever a file on a mount of its kind is used.
 import time
 from contextlib import contextmanager
 
-from lab import chain, kernel, victim
+from lab import chain, kernel, until, victim
 from lab.lab import Lab
 
 from . import expect, scenario
@@ -55,7 +55,7 @@ class World:
 
     def wait(self, kind, count):
         """Waits until there are so many records of a kind."""
-        deadline = time.monotonic() + 60
+        deadline = until(60)
         while len(self.events(kind)) < count:
             expect(time.monotonic() < deadline, f"{count} records `{kind}`, found", self.events(kind))
             time.sleep(0.3)

@@ -5,7 +5,7 @@ proves of this release's, as far as it depends on the kernel."""
 import time
 from contextlib import contextmanager
 
-from lab import chain, kernel, victim
+from lab import chain, kernel, until, victim
 
 from . import expect, live_guest, scenario
 # In this order, and what is defined here last: each finds what the one before it left.
@@ -31,7 +31,7 @@ def world():
 def pokes_reach_every_view(w):
     """Jump labels, ftrace and an ordinary probe, set from hardened text: hit there, and every byte is explained afterwards."""
     pokes = victim.Pokes(w.guest)
-    deadline = time.monotonic() + 120
+    deadline = until(120)
     while pokes.rounds() < 2:
         expect(time.monotonic() < deadline, "no two rounds of pokes in two minutes")
         time.sleep(1)

@@ -29,7 +29,7 @@ class PlainGuest:
 def world():
     """One boot of the guest's kernel."""
     (TARGET / "run").mkdir(parents=True, exist_ok=True)
-    initrd = initramfs.guest(TARGET / "run" / "plain.cpio.gz")
+    initrd = initramfs.guest(TARGET / "run" / "plain.cpio")
     args = ["-cpu", "max", "-kernel", kernel.cloud().vmlinuz, "-initrd", initrd,
             "-append", "console=ttyS0 panic=-1 agent=ttyS1"]
     with Machine(args, TARGET / "run" / "plain.log", memory=512) as machine:

@@ -9,7 +9,7 @@ import re
 import time
 from contextlib import contextmanager
 
-from lab import chain, programs, slots, victim
+from lab import chain, programs, slots, until, victim
 from lab.lab import Lab
 
 from . import expect, scenario
@@ -296,7 +296,7 @@ def _two_writers(w):
 
 
 def _wait_for_rounds(w, pokes, rounds, timeout=300):
-    deadline = time.monotonic() + timeout
+    deadline = until(timeout)
     while pokes.rounds() < rounds or int(w.sh("wc -l < /tmp/second.count")) < rounds:
         expect(time.monotonic() < deadline, "the writers make no progress", w.sh("cat /tmp/second.err"))
         time.sleep(0.5)

@@ -4,7 +4,7 @@
 import time
 from contextlib import contextmanager
 
-from lab import LabError, chain, programs, recorder, victim
+from lab import LabError, chain, programs, recorder, until, victim
 from lab.lab import Lab
 
 from . import expect, scenario
@@ -69,7 +69,7 @@ class World:
 
     def records(self, before, timeout=60):
         """The violations behind the first `before`; at least one."""
-        deadline = time.monotonic() + timeout
+        deadline = until(timeout)
         while len(records := self.installer.events("violation")) <= before:
             expect(time.monotonic() < deadline, "no violation in the audit log")
             time.sleep(0.3)
@@ -183,7 +183,7 @@ def probes_are_counted(w):
     for _ in range(3):
         rc, out = w.guest.run("uptime")
         expect(rc == 0, out)
-    deadline = time.monotonic() + 60
+    deadline = until(60)
     while len(entered := w.installer.events("entered")) < 3:
         expect(time.monotonic() < deadline, entered)
         time.sleep(0.3)
@@ -206,7 +206,7 @@ def _ends_the_guest(w, action, attack):
     records = w.records(before)
     expect(records[0]["action"] == action and records[0]["pass"] == "forward-cfi", records)
     expect(len(records) < 5, "it recursed:", records)
-    deadline = time.monotonic() + 120
+    deadline = until(120)
     while "Kernel panic" not in w.guest.console():
         expect(time.monotonic() < deadline, "no panic:", w.guest.console()[-1500:])
         time.sleep(1)
