@@ -29,7 +29,7 @@ class Progress:
 
 # How many times as long as a round took workers rest after it, where only their being there matters: they share the
 # machine's processors with dom0, which is what is waited for.
-REST = 4
+REST = 20
 
 
 class _Running:

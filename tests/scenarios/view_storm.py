@@ -9,7 +9,7 @@ from lab.storm import Storm
 
 from . import expect, scenario
 
-FLIPS = 1000
+FLIPS = 400
 
 
 @contextmanager

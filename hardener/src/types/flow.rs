@@ -33,8 +33,6 @@ pub struct Site {
     pub arguments: [Value; 6],
     /// Those that were set since the last call on some way: bit 0 is rdi.
     pub set: u8,
-    /// What may be its arguments on the stack, where that may be code: by number, from 0.
-    pub pushed: Vec<(u8, Value)>,
 }
 
 /// A direct call or tail call.
@@ -46,8 +44,6 @@ pub struct Call {
     pub arguments: [Value; 6],
     /// Those that were set since the last call on some way: bit 0 is rdi.
     pub set: u8,
-    /// What may be its arguments on the stack, where that may be code: by number, from 0.
-    pub pushed: Vec<(u8, Value)>,
 }
 
 /// A store of 8 bytes, not to the function's own stack.
@@ -75,8 +71,6 @@ pub struct Flow {
     pub kept: Vec<(i32, Value)>,
     /// Addresses in code that it puts where nothing is followed.
     pub lost: Vec<u64>,
-    /// It puts an address on its own stack where nothing is followed.
-    pub stack_lost: bool,
     /// What it returns.
     pub returns: Vec<Value>,
     /// It is traced, so compiled with `-pg`, so without `-fipa-ra`: it knows of no callee which registers that leaves alone.
@@ -123,32 +117,6 @@ pub struct State {
     pub defined: u8,
     /// The same, on any way.
     pub set: u8,
-}
-
-/// So many arguments on the stack are looked at.
-pub const MOST_PUSHED: i32 = 16;
-
-impl Flow {
-    /// Whether what lies on its stack may be got at by others, or by itself other than through its slots.
-    pub fn shows_stack(&self) -> bool {
-        let is_stack = |value: &Value| matches!(self.values.op(*value), Op::Stack(_));
-        let passes = |arguments: &[Value; 6], set: u8| {
-            let mut set = (0..6).filter(|number| set >> number & 1 == 1);
-            set.any(|number| is_stack(&arguments[number]))
-        };
-        self.stack_lost
-            || self.stores.iter().any(|store| is_stack(&store.value))
-            || self.returns.iter().any(is_stack)
-            || self
-                .calls
-                .iter()
-                .any(|call| passes(&call.arguments, call.set))
-            || self
-                .sites
-                .iter()
-                .any(|site| passes(&site.arguments, site.set))
-            || self.values.is_stack_mixed()
-    }
 }
 
 impl State {
@@ -235,7 +203,6 @@ pub fn follow(code: &Code64<'_>, ranges: &[(u32, u32)], parameters: u8, room: &m
             stores: Vec::new(),
             kept: Vec::new(),
             lost: Vec::new(),
-            stack_lost: false,
             returns: Vec::new(),
             traced: false,
         },
@@ -305,7 +272,6 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             stores,
             kept,
             lost,
-            stack_lost,
             returns,
             traced,
         } = &mut self.flow;
@@ -315,7 +281,6 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
         stores.clear();
         kept.clear();
         lost.clear();
-        *stack_lost = false;
         returns.clear();
         *traced = false;
         self.made.clear();
@@ -440,12 +405,6 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
 
     /// A value goes where nothing is followed.
     pub(super) fn lose(&mut self, value: Value) {
-        self.flow.stack_lost |= matches!(self.flow.values.op(value), Op::Stack(_));
-        self.lose_code(value);
-    }
-
-    /// The same; if it is an address on the stack, what becomes of that is followed.
-    pub(super) fn lose_code(&mut self, value: Value) {
         match self.flow.values.op(value) {
             Op::Phi(_) => self.phis_lost.push(value),
             Op::Const(_) => self.flow.lost.extend(self.code_address(value)),

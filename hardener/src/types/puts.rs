@@ -16,9 +16,6 @@ use crate::image::Image;
 use rustc_hash::{FxHashMap, FxHashSet};
 use smallvec::smallvec;
 
-/// So many arguments are in registers (System V psABI, 3.2.3).
-const IN_REGISTERS: usize = 6;
-
 /// Prototypes of one function: with more of them nothing is gained.
 const MAX_FITTING: usize = 256;
 
@@ -121,17 +118,9 @@ impl Follower<'_> {
             }
         }
         let objects = votes.stack_objects(flow);
-        let mut shown = None;
         for (at, value) in &flow.kept {
             for to in self.functions(flow, *value) {
-                let declared = self.kept(&objects, *at);
-                // What only this function reads, and knows, it puts nowhere, unless as an argument.
-                if declared.is_some()
-                    || flow.values.reads_stack(*at)
-                    || *shown.get_or_insert_with(|| flow.shows_stack())
-                {
-                    puts.add(to, declared);
-                }
+                puts.add(to, self.kept(&objects, *at));
             }
         }
         for call in &flow.calls {
@@ -142,13 +131,11 @@ impl Follower<'_> {
             }
             let types = callee.map_or(&[][..], |callee| &callee.prototypes);
             self.passed(flow, types, &call.arguments, call.set, puts);
-            self.pushed(flow, types, &call.pushed, puts);
         }
         for site in &flow.sites {
             let types = self.resolver.prototypes(flow, known, site.target);
             let types = types.unwrap_or_default();
             self.passed(flow, &types, &site.arguments, site.set, puts);
-            self.pushed(flow, &types, &site.pushed, puts);
         }
         for value in &flow.returns {
             for to in self.functions(flow, *value) {
@@ -342,55 +329,14 @@ impl Follower<'_> {
         }
     }
 
-    /// The same for what lies where arguments on the stack do.
-    fn pushed(&self, flow: &Flow, types: &[u32], pushed: &[(u8, Value)], puts: &mut Puts) {
-        for (number, value) in pushed {
-            for to in self.functions(flow, *value) {
-                if types.is_empty() {
-                    puts.lose(to);
-                }
-                for ty in types {
-                    match self.parameter_on_stack(*ty, *number) {
-                        Parameter::Absent => {}
-                        Parameter::Function(class) => puts.add(to, Some(vec![class])),
-                        Parameter::Other => puts.lose(to),
-                    }
-                }
-            }
-        }
-    }
-
     fn parameter(&self, prototype: u32, number: u8) -> Parameter {
         let btf = self.resolver.btf;
-        match registers(btf, prototype)[usize::from(number)] {
-            None if number >= arity(btf, prototype) => Parameter::Absent,
-            ty => self.declared_as(ty),
-        }
-    }
-
-    /// The same of the arguments on the stack.
-    fn parameter_on_stack(&self, prototype: u32, number: u8) -> Parameter {
-        let btf = self.resolver.btf;
-        let Some((_, parameters, more)) = btf.prototype(prototype) else {
-            return Parameter::Other;
-        };
-        let plain = |ty: &u32| btf.plain(*ty);
-        let composite = |ty: &u32| matches!(btf.at(plain(ty)), Type::Composite { .. });
-        match parameters.get(IN_REGISTERS + usize::from(number)) {
-            // Those lie in several words, or in registers behind others that do not.
-            _ if parameters.iter().any(composite) => Parameter::Other,
-            None if !more => Parameter::Absent,
-            ty => self.declared_as(ty.map(plain)),
-        }
-    }
-
-    fn declared_as(&self, ty: Option<u32>) -> Parameter {
-        let btf = self.resolver.btf;
-        match ty.map(|ty| btf.at(ty)) {
+        match registers(btf, prototype)[usize::from(number)].map(|ty| btf.at(ty)) {
             Some(Type::Pointer(to)) => match self.prototypes.class(btf.plain(to)) {
                 Some(class) => Parameter::Function(class),
                 None => Parameter::Other,
             },
+            None if number >= arity(btf, prototype) => Parameter::Absent,
             _ => Parameter::Other,
         }
     }

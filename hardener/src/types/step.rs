@@ -1,8 +1,6 @@
 //! What each instruction does to registers and stack slots.
 
-use super::flow::{
-    ARGUMENTS, Call, MOST_PUSHED, Site, State, Store, UNKNOWN_REACH, Walk, branch_target,
-};
+use super::flow::{ARGUMENTS, Call, Site, State, Store, UNKNOWN_REACH, Walk, branch_target};
 use super::values::{Op, UNKNOWN, Value};
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
@@ -157,22 +155,6 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
         }
     }
 
-    /// What lies where a callee looks for arguments on the stack, `above` bytes from RSP, if it may be code.
-    fn pushed(&self, state: &State, above: i32) -> Vec<(u8, Value)> {
-        let Op::Stack(rsp) = self.flow.values.op(state.registers[RSP]) else {
-            return Vec::new();
-        };
-        let first = rsp.saturating_add(above);
-        let slots = state.slots.iter().filter_map(|(at, value)| {
-            let number = at.checked_sub(first)?;
-            let is = (0..8 * MOST_PUSHED).contains(&number) && number % 8 == 0;
-            let code = matches!(self.flow.values.op(*value), Op::Phi(_))
-                || self.code_address(*value).is_some();
-            (is && code).then_some(((number / 8) as u8, *value))
-        });
-        slots.collect()
-    }
-
     fn arguments(&self, state: &State) -> [Value; 6] {
         ARGUMENTS.map(|register| state.registers[register])
     }
@@ -199,13 +181,10 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
     /// A call or a jump out of the function.
     fn leave(&mut self, state: &mut State, to: u64, at: u32, call: bool) {
         let arguments = self.arguments(state);
-        // A jump leaves its own return address there.
-        let pushed = |walk: &Self| walk.pushed(state, if call { 0 } else { 8 });
         let mut result = UNKNOWN;
         let mut keeps = false;
         if let Some(register) = self.code.retpolines.get(&to) {
             let target = state.registers[usize::from(*register)];
-            let pushed = pushed(self);
             self.flow.sites.push(Site {
                 at,
                 target,
@@ -213,7 +192,6 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 most: state.set.trailing_ones().min(6) as u8,
                 arguments,
                 set: state.set,
-                pushed,
             });
             result = self.flow.values.intern(Op::IndirectResult(target));
             self.expose(state, &arguments, None);
@@ -226,12 +204,10 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 return;
             }
             keeps = self.code.keeping.contains(&offset);
-            let pushed = pushed(self);
             self.flow.calls.push(Call {
                 to: offset,
                 arguments,
                 set: state.set,
-                pushed,
             });
             result = self.flow.values.intern(Op::Result(offset));
             if !keeps {
@@ -275,7 +251,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
             M::Lea => {
                 for register in [instruction.memory_base(), instruction.memory_index()] {
                     if register.is_gpr64() {
-                        self.lose_code(state.registers[register.number()]);
+                        self.lose(state.registers[register.number()]);
                     }
                 }
                 let value = match instruction.op0_register().is_gpr64() {
@@ -290,8 +266,8 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                     self.register(state, register),
                     self.operand(state, instruction, 1),
                 );
-                self.lose_code(left);
-                self.lose_code(right);
+                self.lose(left);
+                self.lose(right);
                 let minus = instruction.mnemonic() == M::Sub;
                 let value = match (self.flow.values.as_constant(right), minus) {
                     _ if !register.is_gpr64() => UNKNOWN,
@@ -305,8 +281,7 @@ impl<F: Fn(u64) -> Option<u32>> Walk<'_, F> {
                 if instruction.op0_kind() == OpKind::Register
                     && instruction.op0_register() == Register::RSP =>
             {
-                // Stack slots below are counted from here on, and may be got at from above.
-                self.flow.stack_lost = true;
+                // Stack slots below are counted from here on.
                 state.slots.clear();
                 state.registers[RSP] = self.flow.values.intern(Op::Stack(-0x10_0000));
             }

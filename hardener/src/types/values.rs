@@ -117,31 +117,6 @@ impl Values {
         })
     }
 
-    /// Whether an address on the stack is one of several, or one that an index is added to.
-    pub fn is_stack_mixed(&self) -> bool {
-        let is_stack = |value: &Value| matches!(self.op(*value), Op::Stack(_));
-        let sums = self.ops.iter().filter_map(|op| match op {
-            Op::Sum(a, b) => Some([*a, *b]),
-            _ => None,
-        });
-        let phis = (0..self.phis.len()).flat_map(|index| self.operands(index as u32));
-        sums.flatten().any(|value| is_stack(&value)) || phis.into_iter().any(is_stack)
-    }
-
-    /// Whether a word on the stack is read of which nothing is known.
-    pub fn reads_stack(&self, at: i32) -> bool {
-        self.ops.iter().any(|op| match op {
-            Op::Load(base, offset, bytes) => match self.op(*base) {
-                Op::Stack(start) => {
-                    let start = i64::from(start) + i64::from(*offset);
-                    start < i64::from(at) + 8 && i64::from(at) < start + i64::from(*bytes)
-                }
-                _ => false,
-            },
-            _ => false,
-        })
-    }
-
     /// How many there are.
     pub fn count(&self) -> usize {
         self.ops.len()
