@@ -50,7 +50,7 @@ const INTERRUPT: u64 = 0xff_0100;
 /// `PF_KTHREAD` (include/linux/sched.h): which byte of a task's flags, and which bit of it.
 const KTHREAD: (u64, u64) = (2, 0x20);
 
-/// Where the functions start that the bundle says are watched, and by which pass. One in several lists is the last's that has it here.
+/// Where the functions start that the bundle says are watched, and by which pass. One in several lists counts for the last of them here.
 pub fn claimed(bundle: &Bundle) -> BTreeMap<LinkVa, &'static str> {
     let text = bundle.manifest.text.start.0;
     let Some(watched) = &bundle.watched else {
