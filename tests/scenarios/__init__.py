@@ -17,8 +17,8 @@ MODULES = ["lab_itself", "command_lines", "fuzzing", "stock_guest", "run_time_co
 # Run only by name (`tests/run --only text_writers`).
 ON_REQUEST = ["failure", "text_writers", "every_kernel", "every_branch"]
 
-# Worlds with more work than two processors can do beside another's.
-ALONE = {"view_storm"}
+# Worlds whose processes never rest: beside another's they take three times as long.
+ALONE = {"whole_chain", "view_storm"}
 
 # Worlds that need no emulator.
 WITHOUT_QEMU = {"lab_itself", "command_lines", "fuzzing"}
