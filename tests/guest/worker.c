@@ -3,7 +3,8 @@
  * The one program that runs as /usr/bin/payroll and as /usr/bin/guestbook.
  *
  *   worker work CPU [SECONDS [N]]  checked work, a line a second; the echo partner on the other CPU.  Without
- *                                  SECONDS, or with 0, it does not end; after each round it rests N times as long
+ *                                  SECONDS, or with 0, it does not end; after each round it rests N times as long,
+ *                                  at most half a second
  *   worker hand FIFO               writes what it is told to, as itself: lines `FILE TEXT`; each is answered
  *   worker prepare FILE            see attack.c
  *   worker attack KIND FILE GO     see attack.c
@@ -189,6 +190,9 @@ static void echo(int fd)
 	}
 }
 
+/* Microseconds: whoever waits for progress sees some. */
+#define MAX_REST 500000
+
 static long micros_between(const struct timespec *from, const struct timespec *to)
 {
 	return (to->tv_sec - from->tv_sec) * 1000000 + (to->tv_nsec - from->tv_nsec) / 1000;
@@ -237,8 +241,11 @@ static int work(int cpu, long seconds, long rest)
 		}
 		if (seconds && last >= seconds)
 			break;
-		if (rest)
-			usleep((useconds_t)(rest * micros_between(&begun, &now)));
+		if (rest) {
+			long pause = rest * micros_between(&begun, &now);
+
+			usleep((useconds_t)(pause < MAX_REST ? pause : MAX_REST));
+		}
 	}
 	close(ends[0]);
 	int status = 0;
