@@ -31,15 +31,17 @@ class Kernel:
         """The executable that an xz-packed `vmlinuz` unpacks (Linux Documentation/x86/boot.rst): whoever boots it without
         hardware virtualisation need not wait for that."""
         plain = TARGET / "guest" / self.release / "vmlinux"
-        if not plain.exists():
-            packed = self.vmlinuz.read_bytes()
-            start, length = struct.unpack_from("<II", packed, 0x248)
-            start += (packed[0x1f1] + 1) * 512
-            plain.parent.mkdir(parents=True, exist_ok=True)
-            part = plain.with_suffix(".part")
-            # The length of what is unpacked stands behind it.
-            part.write_bytes(lzma.LZMADecompressor().decompress(packed[start:start + length]))
-            part.rename(plain)
+        # Labs that boot at the same time want the same one.
+        with packages.locked("vmlinux"):
+            if not plain.exists():
+                packed = self.vmlinuz.read_bytes()
+                start, length = struct.unpack_from("<II", packed, 0x248)
+                start += (packed[0x1f1] + 1) * 512
+                plain.parent.mkdir(parents=True, exist_ok=True)
+                part = plain.with_suffix(".part")
+                # The length of what is unpacked stands behind it.
+                part.write_bytes(lzma.LZMADecompressor().decompress(packed[start:start + length]))
+                part.rename(plain)
         return plain
 
     @property
