@@ -42,7 +42,8 @@ def booted(name, append="", vcpus=2):
     """A guest with the programs and their policy applied."""
     chain.build_tools()
     xen = chain.build_xen()
-    work = chain.WORK / "spaces"
+    # Both worlds of this kind may be made at the same time.
+    work = chain.WORK / name
     bundle, _, secret, public = chain.signed_chain(work)
     policy = spaces.policy(work, secret)
     with Lab.boot(xen, extra=chain.dom0_files(bundle, [policy], [public]), guest_extra=spaces.files(),
