@@ -50,8 +50,10 @@ const LAYOUT: &[(&str, &[&str])] = &[
             "signal",
             "exit_state",
             "__state",
+            "thread",
         ],
     ),
+    ("thread_struct", &["sp"]),
     ("signal_struct", &["thread_head"]),
     (
         "mm_struct",
@@ -77,10 +79,7 @@ const LAYOUT: &[(&str, &[&str])] = &[
 ];
 /// Members that not every kernel has.
 const LAYOUT_OPTIONAL: &[(&str, &[&str])] = &[
-    (
-        "task_struct",
-        &["thread_group", "thread_info", "thread", "on_cpu"],
-    ),
+    ("task_struct", &["thread_group", "thread_info", "on_cpu"]),
     // A module's memory: two layouts to Linux 6.3, one array of regions from then on. Its notes, sections and symbols depend
     // on the configuration.
     (
@@ -134,6 +133,9 @@ const DATA_OPTIONAL: &[&str] = &[
     "_end",
     "__start_rodata",
     "hypercall_page",
+    "__start_orc_unwind_ip",
+    "__stop_orc_unwind_ip",
+    "__start_orc_unwind",
 ];
 
 /// The kernel's numbers for the memories of a module, from Linux 6.4 on.
@@ -635,6 +637,12 @@ fn layout(image: &Image, lacks: &mut Lacks) -> Result<BTreeMap<String, u32>, Fau
         if let Some(size) = image.btf.size_of(structure) {
             layout.insert(format!("sizeof.{structure}"), size);
         }
+    }
+    // `struct orc_entry` by which the kernel unwinds its stacks: its type took in, with Linux 6.4, what `end` had said.
+    if image.btf.size_of("orc_entry").is_some() {
+        let end = image.btf.member("orc_entry", "end");
+        let bits = if end.is_some() { 2 } else { 3 };
+        layout.insert("const.ORC_TYPE_BITS".to_owned(), bits);
     }
     let numbers = image.btf.enumeration(MEMORIES).unwrap_or_default();
     for name in Memory::ALL.into_iter().filter_map(Memory::kernel_name) {

@@ -247,6 +247,15 @@ class Installer:
         seen = self.json(f"digest {GUEST} --bundle {self.bundle} --explain")
         return seen["sha256"], seen["changed_bytes"], seen["cave_in_use"]
 
+    def cave(self):
+        """Where the cave is in the guest."""
+        slide = int(self.json(f"digest {GUEST} --bundle {self.bundle}")["slide"], 0)
+        rc, text = self.lab.dom0.run(f"cat {self.bundle}/manifest.json")
+        if rc:
+            raise ToolFailed(text)
+        place = json.loads(text)["cave"]["range"]
+        return range(*((int(place[end], 0) + slide) % 2 ** 64 for end in ("start", "end")))
+
     def own_text(self, before, when):
         """`host_text` once more: all that is not as `before` must be what the guest has switched itself."""
         now = self.host_text()

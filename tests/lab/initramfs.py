@@ -83,6 +83,7 @@ def guest(path, extra=(), libraries=(), which=None):
     for name in ("payroll", "guestbook"):
         archive.file(f"usr/bin/{name}", programs.program("worker"), 0o755)
     archive.file("usr/bin/load", programs.program("load"), 0o755)
+    archive.file("usr/bin/hold", programs.program("hold"), 0o755)
     archive.file("lib/modules/penumbra_bug.ko", programs.module(which=which))
     binaries = []
     for name, content, mode in extra:

@@ -23,6 +23,7 @@ PROGRAMS = {
     "bpf": ["bpf.c"],
     "bench": ["bench.c"],
     "deep": ["deep.c"],
+    "hold": ["hold.c"],
     "kexec": ["kexec.c"],
     "leave": ["leave.c"],
     "registers": ["registers.c"],

@@ -114,6 +114,13 @@ def prepare_attacks(guest):
             raise LabError(f"`{command}` in the guest: {out}")
 
 
+def hold(guest, address):
+    """A process that sleeps with this word on its kernel stack; its pid."""
+    log = f"/tmp/hold.{address:x}"
+    guest.run(f"/usr/bin/hold {address:#x} > {log} 2>&1 &")
+    return int(_wait(guest, log, r"holds \w+, pid (\d+)", 60)[1])
+
+
 @dataclass
 class Attack:
     """How an attack ended."""

@@ -55,7 +55,7 @@ pub fn report_cave(cave: &CaveFate) {
     }
     if let CaveFate::Left(why) = cave {
         eprintln!(
-            "installer: the hook code stays in the guest's cave, where nothing jumps to it any more: {why}; it is harmless, and the next `apply` of this bundle finds it"
+            "installer: the hook code stays in the guest's cave, where nothing jumps to it any more: {why}; it is harmless; `installer remove` looks again, and so does the next `apply`"
         );
     }
 }

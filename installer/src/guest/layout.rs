@@ -18,8 +18,8 @@ macro_rules! layout {
         #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
         pub struct Layout {
             $($(#[$doc])* pub $field: u64,)*
-            /// `task_struct.thread` plus `thread_struct.sp`: where a sleeping task's stack pointer is, if known.
-            pub task_saved_sp: Option<u64>,
+            /// `task_struct.thread` plus `thread_struct.sp`: where a sleeping task's stack pointer is.
+            pub task_saved_sp: u64,
         }
 
         impl Layout {
@@ -32,9 +32,7 @@ macro_rules! layout {
                         .map(|offset| u64::from(*offset))
                         .ok_or_else(|| MissingName(key.to_owned()))
                 };
-                let task_saved_sp = get("task_struct.thread")
-                    .and_then(|thread| Ok(thread + get("thread_struct.sp")?))
-                    .ok();
+                let task_saved_sp = get("task_struct.thread")? + get("thread_struct.sp")?;
                 Ok(Layout { $($field: get($key)?,)* task_saved_sp })
             }
         }

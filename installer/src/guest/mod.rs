@@ -11,6 +11,7 @@ pub mod kernel;
 pub mod layout;
 pub mod memory;
 pub mod modules;
+pub mod orc;
 pub mod path;
 pub mod processes;
 pub mod stacks;

@@ -3,7 +3,7 @@
 use super::kernel::{Kernel, Slide};
 use super::layout::{self, Layout, MissingName};
 use super::memory::{GuestMemory, ReadError};
-use super::path;
+use super::{orc, path};
 use crate::xen::{GuestVa, Root};
 use penumbra_bundle::Manifest;
 use serde::{Deserialize, Serialize};
@@ -86,6 +86,7 @@ pub struct Reader {
     layout: Layout,
     init_task: GuestVa,
     kernel: Kernel,
+    orc: Option<orc::Place>,
 }
 
 /// A path, if it was walked in the mount tree in which paths mean what they say.
@@ -101,6 +102,7 @@ impl Reader {
         Ok(Reader {
             layout: Layout::new(manifest)?,
             init_task: layout::data(manifest, kernel.slide, "init_task")?,
+            orc: orc::Place::new(manifest, &kernel)?,
             kernel,
         })
     }
@@ -118,6 +120,11 @@ impl Reader {
     /// The head of the list.
     pub fn init_task(&self) -> GuestVa {
         self.init_task
+    }
+
+    /// Where the table for unwinding is, if the kernel has one.
+    pub fn orc(&self) -> Option<orc::Place> {
+        self.orc
     }
 
     /// The slide.

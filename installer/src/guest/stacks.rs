@@ -2,11 +2,16 @@
 //!
 //! Call it only when nothing jumps into the range any more: then what is in there only gets less, and a clean answer
 //! twice in a row stays true.
+//!
+//! A word that points into the range may lie on a stack for nothing (see `orc`): where there is one, the thread's frames
+//! are followed as far as they are known, and only what is above counts for what it may be.
 
 use super::kernel::vcpus;
 use super::memory::{GuestMemory, ReadError};
+use super::orc::{Orc, Words};
 use super::processes::Reader;
 use crate::xen::{GuestVa, Hypervisor, XenError};
+use std::cell::OnceCell;
 use std::collections::HashSet;
 use std::ops::Range;
 use thiserror::Error;
@@ -36,31 +41,88 @@ pub enum Occupied {
     Endless,
 }
 
-/// Looks at every vCPU and every thread's kernel stack for an address in `range` (guest addresses).
-pub fn check_free(
-    hypervisor: &dyn Hypervisor,
-    reader: &Reader,
-    range: &Range<u64>,
-) -> Result<(), Occupied> {
-    let memory = reader.kernel().memory(hypervisor);
-    let size = reader.layout().thread_size;
-    check_vcpus(hypervisor, &memory, size, range)?;
-    for task in threads(&memory, reader)? {
-        let stack = memory.pointer(task.offset(reader.layout().task_stack))?;
+/// Looks at the kernel stacks of one guest.
+pub struct Stacks<'a> {
+    hypervisor: &'a dyn Hypervisor,
+    reader: &'a Reader,
+    /// Read when it is first needed.
+    orc: OnceCell<Option<Orc>>,
+}
+
+impl<'a> Stacks<'a> {
+    /// Nothing is read yet.
+    pub fn new(hypervisor: &'a dyn Hypervisor, reader: &'a Reader) -> Self {
+        Stacks {
+            hypervisor,
+            reader,
+            orc: OnceCell::new(),
+        }
+    }
+
+    /// Looks at every vCPU and every thread's kernel stack for an address in `range` (guest addresses).
+    pub fn check_free(&self, range: &Range<u64>) -> Result<(), Occupied> {
+        let memory = self.reader.kernel().memory(self.hypervisor);
+        let size = self.reader.layout().thread_size;
+        check_vcpus(self.hypervisor, &memory, size, range)?;
+        for task in threads(&memory, self.reader)? {
+            self.check_thread(&memory, task, range)?;
+        }
+        // A thread that was asleep in the first look may run now.
+        check_vcpus(self.hypervisor, &memory, size, range)
+    }
+
+    fn check_thread(
+        &self,
+        memory: &GuestMemory<'_>,
+        task: GuestVa,
+        range: &Range<u64>,
+    ) -> Result<(), Occupied> {
+        let layout = self.reader.layout();
+        let stack = memory.pointer(task.offset(layout.task_stack))?;
         if stack == GuestVa(0) {
             // A dead thread's stack is gone.
-            continue;
+            return Ok(());
         }
-        let end = stack.offset(size);
-        // A sleeping thread's stack is live from its saved pointer on; without one, all of it counts.
-        let from = match reader.layout().task_saved_sp {
-            Some(offset) => memory.pointer(task.offset(offset))?.clamp(stack, end),
-            None => stack,
+        // A sleeping thread's stack is in use from its saved pointer on.
+        let saved = task.offset(layout.task_saved_sp);
+        let end = stack.offset(layout.thread_size);
+        let read = || -> Result<(GuestVa, Vec<u8>), ReadError> {
+            let from = GuestVa(memory.pointer(saved)?.0 & !7).clamp(stack, end);
+            Ok((from, memory.bytes(from, (end.0 - from.0) as usize)?))
         };
-        scan(&memory, from, end, range)?;
+        let (from, bytes) = read()?;
+        let words = Words {
+            from,
+            bytes: &bytes,
+        };
+        let found = search(words, range);
+        if found.is_ok() {
+            return Ok(());
+        }
+        let Some(orc) = self.orc(memory) else {
+            return found;
+        };
+        let (frames, known) = orc.follow(words);
+        // Frames of a thread that ran meanwhile are not those of any moment.
+        let still = read()? == (from, bytes.clone());
+        if !still || frames.iter().any(|ip| range.contains(&ip.0)) {
+            return found;
+        }
+        search(words.above(known), range)
     }
-    // A thread that was asleep in the first look may run now.
-    check_vcpus(hypervisor, &memory, size, range)
+
+    fn orc(&self, memory: &GuestMemory<'_>) -> Option<&Orc> {
+        let read = || Orc::read(memory, self.reader.orc()?).ok();
+        self.orc.get_or_init(read).as_ref()
+    }
+}
+
+/// An error if a word points into `range`.
+fn search(words: Words<'_>, range: &Range<u64>) -> Result<(), Occupied> {
+    match words.iter().find(|(_, word)| range.contains(word)) {
+        Some((at, _)) => Err(Occupied::Stack(at)),
+        None => Ok(()),
+    }
 }
 
 fn check_vcpus(
@@ -91,7 +153,7 @@ fn check_vcpus(
                 Err(Occupied::Unread(_)) if !seen.is_empty() && from.0 != vcpu.rsp & !7 => continue,
                 words => words?,
             };
-            for (_, word) in words {
+            for word in words {
                 let near_stack = word.0 % 8 == 0
                     && (word.0 ^ vcpu.rsp) >> 36 == 0
                     && (word.0 | (size - 1)).wrapping_add(1) != end.0;
@@ -110,25 +172,15 @@ fn scan(
     from: GuestVa,
     end: GuestVa,
     range: &Range<u64>,
-) -> Result<Vec<(GuestVa, GuestVa)>, Occupied> {
+) -> Result<Vec<GuestVa>, Occupied> {
     let len = usize::try_from(end.0.saturating_sub(from.0)).unwrap_or(0) & !7;
     let bytes = memory.bytes(from, len)?;
-    let words: Vec<(GuestVa, GuestVa)> = bytes
-        .chunks_exact(8)
-        .enumerate()
-        .map(|(index, word)| {
-            let mut value = [0; 8];
-            value.copy_from_slice(word);
-            (
-                from.offset(index as u64 * 8),
-                GuestVa(u64::from_le_bytes(value)),
-            )
-        })
-        .collect();
-    match words.iter().find(|(_, word)| range.contains(&word.0)) {
-        Some((at, _)) => Err(Occupied::Stack(*at)),
-        None => Ok(words),
-    }
+    let words = Words {
+        from,
+        bytes: &bytes,
+    };
+    search(words, range)?;
+    Ok(words.iter().map(|(_, word)| GuestVa(word)).collect())
 }
 
 /// Every thread of every process, kernel threads too.

@@ -78,6 +78,10 @@ pub fn apply(
     state.release.clone_from(&manifest.kernel.release);
     state.build_id.clone_from(&manifest.kernel.build_id);
     state.default.clone_from(&request.default);
+    // What a `remove` had to leave is not forgotten if this fails.
+    let left = journal.load().ok().flatten();
+    let left = left.filter(|left| left.uuid == state.uuid);
+    state.cave = left.and_then(|left| left.cave);
     journal.save(&state)?;
     match steps(hypervisor, journal, request, &domain, &mut state, &expected) {
         Ok((changed_bytes, fills, looks)) => Ok(Applied {

@@ -16,7 +16,7 @@ use thiserror::Error;
 /// Where journals are, unless `PENUMBRA_RUN` says otherwise.
 const RUN: &str = "/run/penumbra";
 /// The only schema that this version reads and writes.
-const SCHEMA: &str = "penumbra.state/v2";
+const SCHEMA: &str = "penumbra.state/v3";
 /// The verified policy's copy beside the journal, for `ps`.
 pub const POLICY_COPY: &str = "policy.toml";
 
@@ -410,7 +410,7 @@ mod tests {
         assert!(reader.load().unwrap().is_none());
         fs::create_dir(reader.dir()).unwrap();
         let path = reader.dir().join("state.json");
-        for text in ["", "{", "{\"schema\":\"penumbra.state/v2\"}"] {
+        for text in ["", "{", "{\"schema\":\"penumbra.state/v3\"}"] {
             fs::write(&path, text).unwrap();
             let error = reader.load().unwrap_err();
             assert!(error.to_string().contains("state.json"), "{error}");
@@ -422,7 +422,7 @@ mod tests {
             .unwrap()
             .state;
         let text = serde_json::to_string(&state).unwrap();
-        fs::write(&path, text.replace("state/v2", "state/v9")).unwrap();
+        fs::write(&path, text.replace("state/v3", "state/v9")).unwrap();
         assert!(
             reader
                 .load()

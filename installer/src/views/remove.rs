@@ -4,7 +4,7 @@ use super::cave;
 use super::journal::{CaveState, Journal, JournalError, State, Step};
 use crate::exit::{Exit, Exits};
 use crate::guest::processes::Reader;
-use crate::guest::stacks;
+use crate::guest::stacks::Stacks;
 use crate::xen::{Action, Binding, Errno, Hypervisor, XenError};
 use std::thread::sleep;
 use std::time::Duration;
@@ -44,7 +44,8 @@ pub enum CaveFate {
     Untouched,
     /// The filler is back.
     Restored,
-    /// The thunks stay: something may still run there. Nothing jumps to them.
+    /// The thunks stay: something may still run there. Nothing jumps to them, and the journal keeps where they are: the next
+    /// `remove` or `apply` looks again.
     Left(String),
     /// The guest runs another kernel, whose memory is not touched.
     OtherKernel,
@@ -63,7 +64,7 @@ pub struct Removed {
     pub cave: CaveFate,
 }
 
-/// Removes what `state` and Xen know of, and drops the journal.
+/// Removes what `state` and Xen know of, and drops the journal when nothing is left.
 pub fn remove(
     hypervisor: &dyn Hypervisor,
     journal: &Journal,
@@ -110,7 +111,19 @@ pub fn remove(
             CaveFate::OtherKernel
         };
     }
-    journal.erase()?;
+    match (&removed.cave, state) {
+        (CaveFate::Left(_), Some(state)) => {
+            // All else is done: only the cave is left to be looked at again.
+            let mut left = state.clone();
+            left.step = Step::Remove;
+            left.watcher = 0;
+            left.views.clear();
+            left.modules.clear();
+            (left.copies, left.spare) = (None, None);
+            journal.save(&left)?;
+        }
+        _ => journal.erase()?,
+    }
     Ok(removed)
 }
 
@@ -148,11 +161,12 @@ fn absent(error: &XenError) -> bool {
 /// Puts the filler back once nothing can be in the cave; nothing jumps there any more.
 fn restore_cave(hypervisor: &dyn Hypervisor, reader: &Reader, cave: CaveState) -> CaveFate {
     let range = cave.start.0..cave.start.0.saturating_add(cave.len);
+    let stacks = Stacks::new(hypervisor, reader);
     let mut clean = 0;
     let mut last = String::new();
     for _ in 0..LOOKS {
         hypervisor.refresh();
-        match stacks::check_free(hypervisor, reader, &range) {
+        match stacks.check_free(&range) {
             Ok(()) => clean += 1,
             Err(occupied) => {
                 clean = 0;

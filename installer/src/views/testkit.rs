@@ -105,7 +105,7 @@ fn elf(address: u64, data: &[u8]) -> Vec<u8> {
     elf
 }
 
-const LAYOUT: [(&str, u32); 29] = [
+const LAYOUT: [(&str, u32); 30] = [
     ("task_struct.tasks", 0x00),
     ("task_struct.mm", 0x10),
     ("task_struct.pid", 0x18),
@@ -135,6 +135,7 @@ const LAYOUT: [(&str, u32); 29] = [
     ("cred.uid", 0x04),
     ("cred.euid", 0x08),
     ("const.THREAD_SIZE", 0x1000),
+    ("const.ORC_TYPE_BITS", 3),
 ];
 
 /// The bundle.
@@ -212,6 +213,9 @@ fn make_bundle() -> Bundle {
         ("init_task", 0x1_0000),
         ("poking_mm", 0x1_1000),
         ("poking_addr", 0x1_1008),
+        ("__start_orc_unwind_ip", 0x1_3000),
+        ("__stop_orc_unwind_ip", 0x1_3008),
+        ("__start_orc_unwind", 0x1_3100),
     ]);
     let mut bundle = Bundle {
         manifest: Manifest {
@@ -341,6 +345,13 @@ pub fn guest(bundle: &Bundle) -> Fake {
     fake.poke(
         GuestPa(DATA + 0x1100),
         b"\x04\0\0\0\x02\0\0\0\x03\0\0\0GNU\0\xab\xcd\0\0",
+    );
+    // In the first two pages of the text a frame has 0x20 bytes and a return address at its end; of others nothing is known.
+    let ips = [-0x1_3000_i32, 0x2000 - 0x1_3004];
+    fake.poke(GuestPa(DATA + 0x3000), &ips.map(i32::to_le_bytes).concat());
+    fake.poke(
+        GuestPa(DATA + 0x3100),
+        &[0x20, 0, 0, 0, 5, 2, 0, 0, 0, 0, 0, 0],
     );
     processes(&fake);
     *fake.vcpus.borrow_mut() = vec![Vcpu {

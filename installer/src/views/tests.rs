@@ -123,7 +123,14 @@ fn the_cave_stays_while_something_may_run_in_it() {
     let inside = testkit::LINK + testkit::SLIDE + 0x2012;
     let stack_word = testkit::stack(3) + 0xf80;
     let below_sp = testkit::stack(3) + 0x80;
-    for (what, left) in [("rip", true), ("stack", true), ("below", false)] {
+    let cases = [
+        ("rip", true),
+        ("stack", true),
+        ("below", false),
+        ("hole", false),
+        ("return address", true),
+    ];
+    for (what, left) in cases {
         let fake = testkit::guest(&bundle);
         let dir = tempfile::tempdir().unwrap();
         let journal = testkit::journal(&dir);
@@ -141,6 +148,13 @@ fn the_cave_stays_while_something_may_run_in_it() {
                 };
             }
             "stack" => fake.poke(GuestPa(stack_word), &inside.to_le_bytes()),
+            // A frame of the text's: what lies in it, and where it returns.
+            "hole" | "return address" => {
+                let text = testkit::LINK + testkit::SLIDE + 0x300;
+                fake.poke(GuestPa(testkit::stack(3) + 0xf30), &text.to_le_bytes());
+                let at = if what == "hole" { 0xf40 } else { 0xf50 };
+                fake.poke(GuestPa(testkit::stack(3) + at), &inside.to_le_bytes());
+            }
             // What lies below a sleeping thread's stack pointer is dead.
             _ => fake.poke(GuestPa(below_sp), &inside.to_le_bytes()),
         }
@@ -153,6 +167,9 @@ fn the_cave_stays_while_something_may_run_in_it() {
         );
         if left {
             assert!(!fake.on.get() && fake.views.borrow().is_empty());
+            let kept = journal.load().unwrap().unwrap();
+            assert_eq!((kept.step, kept.cave), (Step::Remove, state.cave), "{what}");
+            assert!(kept.views.is_empty() && kept.copies.is_none());
             // The next apply of the same bundle finds its own thunks and takes them for what they are.
             let again = apply(&fake, &journal, &testkit::request(&bundle)).unwrap();
             assert!(
@@ -160,6 +177,23 @@ fn the_cave_stays_while_something_may_run_in_it() {
                     .unwrap()
                     .explained
             );
+            // Once nothing is in there any more, `remove` ends it.
+            remove(&fake, &journal, Some(&again.state)).unwrap();
+            let vcpu = fake.vcpus.borrow()[0];
+            fake.vcpus.borrow_mut()[0] = Vcpu {
+                user: true,
+                rip: 0x40_1000,
+                ..vcpu
+            };
+            for at in (0xf00..0x1000).step_by(8) {
+                fake.poke(GuestPa(testkit::stack(3) + at), &[0; 8]);
+            }
+            let kept = journal.load().unwrap();
+            let removed = remove(&fake, &journal, kept.as_ref()).unwrap();
+            assert_eq!(removed.cave, CaveFate::Restored, "{what}");
+            assert!(journal.load().unwrap().is_none());
+            // What the test itself wrote is not the guest's.
+            assert!(testkit::text_of(&fake, ViewId::HOST) == testkit::running(&bundle));
         } else {
             assert_nothing(&fake, &before, what);
         }
