@@ -200,6 +200,16 @@ fn model(subject: &Subject<'_>, findings: &mut Findings<'_>) {
     }
 }
 
+/// Bits of the type in `struct orc_entry`: since Linux 6.4 three, and no `end` beside it (arch/x86/include/asm/orc_types.h).
+fn orc_type_bits(btf: &Btf) -> Option<u32> {
+    btf.size("orc_entry")?;
+    Some(if btf.has_member("orc_entry", "end") {
+        2
+    } else {
+        3
+    })
+}
+
 /// Structure offsets and data symbols.
 fn layout(subject: &Subject<'_>, findings: &mut Findings<'_>) {
     let (kernel, manifest) = (subject.kernel, &subject.bundle.manifest);
@@ -210,6 +220,7 @@ fn layout(subject: &Subject<'_>, findings: &mut Findings<'_>) {
         let found = match key.split_once('.') {
             Some(("sizeof", structure)) => btf.size(structure),
             Some(("const", "THREAD_SIZE")) => Some(THREAD_SIZE),
+            Some(("const", "ORC_TYPE_BITS")) => orc_type_bits(&btf),
             Some((of, name)) => btf.offset(of, name).or_else(|| btf.enumerator(of, name)),
             None => None,
         };

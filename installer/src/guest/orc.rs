@@ -205,7 +205,7 @@ impl Orc {
         };
         let mut frame = Frame {
             ip,
-            sp: start + inactive::SIZE,
+            sp: start.wrapping_add(inactive::SIZE),
             bp,
             interrupted: false,
         };

@@ -85,7 +85,7 @@ impl<'a> Stacks<'a> {
         }
         // A sleeping thread's stack is in use from its saved pointer on.
         let saved = task.offset(layout.task_saved_sp);
-        let end = stack.offset(layout.thread_size);
+        let end = GuestVa(stack.0.saturating_add(layout.thread_size));
         let read = || -> Result<(GuestVa, Vec<u8>), ReadError> {
             let from = GuestVa(memory.pointer(saved)?.0 & !7).clamp(stack, end);
             Ok((from, memory.bytes(from, (end.0 - from.0) as usize)?))

@@ -123,12 +123,14 @@ fn the_cave_stays_while_something_may_run_in_it() {
     let inside = testkit::LINK + testkit::SLIDE + 0x2012;
     let stack_word = testkit::stack(3) + 0xf80;
     let below_sp = testkit::stack(3) + 0x80;
+    let stack_pointer = GuestPa(testkit::task(3) + 0x40);
     let cases = [
         ("rip", true),
         ("stack", true),
         ("below", false),
         ("hole", false),
         ("return address", true),
+        ("no stack", true),
     ];
     for (what, left) in cases {
         let fake = testkit::guest(&bundle);
@@ -148,6 +150,7 @@ fn the_cave_stays_while_something_may_run_in_it() {
                 };
             }
             "stack" => fake.poke(GuestPa(stack_word), &inside.to_le_bytes()),
+            "no stack" => fake.poke(stack_pointer, &(u64::MAX << 12).to_le_bytes()),
             // A frame of the text's: what lies in it, and where it returns.
             "hole" | "return address" => {
                 let text = testkit::LINK + testkit::SLIDE + 0x300;
@@ -185,6 +188,8 @@ fn the_cave_stays_while_something_may_run_in_it() {
                 rip: 0x40_1000,
                 ..vcpu
             };
+            let stack = 0xffff_8880_0000_0000_u64 + testkit::stack(3);
+            fake.poke(stack_pointer, &stack.to_le_bytes());
             for at in (0xf00..0x1000).step_by(8) {
                 fake.poke(GuestPa(testkit::stack(3) + at), &[0; 8]);
             }

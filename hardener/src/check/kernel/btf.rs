@@ -188,6 +188,12 @@ impl<'a> Btf<'a> {
         bits.is_multiple_of(8).then_some(bits / 8)
     }
 
+    /// Whether `struct name` has a member of this name, bit-fields too.
+    pub fn has_member(&self, name: &str, member: &str) -> bool {
+        let at = self.named.get(name.as_bytes());
+        at.is_some_and(|at| self.member(*at, member.as_bytes(), 0).is_some())
+    }
+
     /// The value called `name` of the enumeration `of`.
     pub fn enumerator(&self, of: &str, name: &str) -> Option<u32> {
         let mut records = self.types.iter().filter(|at| **at != usize::MAX);
