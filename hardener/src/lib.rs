@@ -12,6 +12,7 @@ pub mod exit;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod image;
+mod layout;
 pub mod modules;
 pub mod passes;
 pub mod presets;

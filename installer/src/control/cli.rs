@@ -58,6 +58,10 @@ interval after it started that is normal, later it is not."
         after_help = "Stops the `apply` that watches the guest, puts every vCPU on the stock text, removes views and \
 copies, and puts the cave's filler back once nothing can be running there. May be repeated; succeeds when nothing is there.
 
+The hook code in the cave stays (`cave left`) if some thread may still go on in it: frames of sleeping threads are followed
+by the kernel's own ORC table, what these do not reach counts if it looks like an address of the cave. Nothing jumps there
+any more, and the journal keeps it: the next `remove`, or `apply`, looks again.
+
 Refused while a probe of the guest's (kprobe, perf, BPF) stands on a return or call that a view has edited: taken away \
 after the views are gone, it could leave the view's bytes in the guest's text."
     )]

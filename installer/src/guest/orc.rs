@@ -410,4 +410,42 @@ mod tests {
         };
         assert_eq!(orc.follow(words), (Vec::new(), GuestVa(STACK)));
     }
+    #[test]
+    fn any_table_and_any_stack_end_it() {
+        // Numerical Recipes' linear congruential generator: the same numbers in every run.
+        let mut seed = 1_u64;
+        let mut next = move || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            seed >> 16
+        };
+        let mut known = 0;
+        for _ in 0..20_000 {
+            let entries: Vec<(u64, i16, u8, i16, u8)> = (0..16)
+                .map(|at| {
+                    let offset = ((next() % 64) * 8) as i16 - 64;
+                    let registers = [5, 4, 8, 9, 0x15, 0x45][next() as usize % 6];
+                    let kind = (next() % 4) as u8;
+                    (at * 0x100, offset, registers, -16, kind)
+                })
+                .collect();
+            let orc = orc(&entries);
+            let mut bytes = vec![0; (next() % 0x400) as usize];
+            for word in bytes.chunks_exact_mut(8) {
+                let value = match next() % 4 {
+                    0 | 3 => TEXT + next() % 0x1000,
+                    1 => STACK + (next() % 0x80) * 8,
+                    _ => next(),
+                };
+                word.copy_from_slice(&value.to_le_bytes());
+            }
+            let words = Words {
+                from: GuestVa(STACK),
+                bytes: &bytes,
+            };
+            let (found, end) = orc.follow(words);
+            assert!(found.len() <= bytes.len() + 1 && end >= words.from);
+            known += found.len();
+        }
+        assert!(known > 10_000, "frames were followed: {known}");
+    }
 }
