@@ -53,6 +53,8 @@ class Guest:
         self._bundle = self._variant = None
         # What stands in the text now beyond what the kernel put there: the bytes' difference.
         self._difference = None
+        # Lines of trouble that somebody was told of.
+        self._told = 0
 
     def __enter__(self):
         try:
@@ -170,6 +172,17 @@ class Guest:
     def trouble(self):
         """Lines of the kernel's log that a healthy kernel does not print."""
         return self.run(f"dmesg | grep -E '{_TROUBLE}'").out.splitlines()
+
+    def new_trouble(self):
+        """Those that nobody was told of yet."""
+        lines = self.trouble()
+        new, self._told = lines[self._told:], len(lines)
+        return new
+
+    def try_out(self, command):
+        """What a command said, and the kernel's new trouble then."""
+        said = self.run(command).out.strip()
+        return said, self.new_trouble()
 
 
 def _xor(a, b):

@@ -108,7 +108,7 @@ impl Target {
         let journal = Journal::reader(&journal::run_dir(), domain.id);
         let state = journal
             .load()?
-            .filter(|state| state.uuid == domain.uuid)
+            .filter(|state| state.uuid == domain.uuid && !state.is_cave_only())
             .ok_or(JournalError::NotApplied)?;
         Ok(Target {
             xen: xen::open(domain.id)?,

@@ -4,7 +4,7 @@ use super::resume::report_cave;
 use super::{CliError, cli, print, print_json, table};
 use crate::audit::{Audit, Body, log_dir};
 use crate::exit::Exit;
-use crate::views::journal::{self, Journal, JournalError};
+use crate::views::journal::{self, Journal, JournalError, State};
 use crate::views::{self, CaveFate};
 use crate::xen::{self, Domain, Hypervisor};
 use serde_json::{Value, json};
@@ -70,9 +70,15 @@ fn row(domain: &Domain, name: &str) -> Result<Value, CliError> {
     let state = Journal::reader(&journal::run_dir(), domain.id)
         .load()?
         .filter(|state| state.uuid == domain.uuid);
-    let Some(state) = state else {
+    let cave_only = state.as_ref().is_some_and(State::is_cave_only);
+    let Some(state) = state.filter(|_| !cave_only) else {
+        let step = if cave_only {
+            "hook code left"
+        } else {
+            "not applied"
+        };
         return Ok(json!({
-            "domain": domain.id, "name": name, "applied": false, "step": "not applied",
+            "domain": domain.id, "name": name, "applied": false, "step": step,
         }));
     };
     // A Xen without the interface has no counters; what the journal says is shown all the same.

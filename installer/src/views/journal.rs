@@ -210,6 +210,11 @@ impl State {
         }
     }
 
+    /// Whether all is out of the guest but the hook code, which something may still run in.
+    pub fn is_cave_only(&self) -> bool {
+        self.step == Step::Remove && self.views.is_empty() && self.cave.is_some()
+    }
+
     /// Xen's number of the view called `name`.
     pub fn view(&self, name: &str) -> Option<ViewId> {
         let view = self.views.iter().find(|view| view.name == name)?;
