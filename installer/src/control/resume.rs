@@ -19,7 +19,11 @@ pub fn resume(
         && state.step == Step::Applied
         && state.reader.kernel().still_runs(xen, &state.build_id)?;
     if !whole || !xen.altp2m_on()? || !xen.stats()?.enabled {
-        eprintln!("installer: an earlier apply did not finish; cleaning up after it");
+        if state.is_cave_only() {
+            eprintln!("installer: an earlier remove had to leave the hook code; looking again");
+        } else {
+            eprintln!("installer: an earlier apply did not finish; cleaning up after it");
+        }
         report_cave(&remove(xen, journal, Some(&state))?.cave);
         return Ok(None);
     }

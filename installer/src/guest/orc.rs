@@ -54,9 +54,10 @@ pub struct Place {
 }
 
 impl Place {
-    /// From a manifest; `None` for a kernel without ORC.
+    /// From a manifest; `None` for a kernel without ORC, or with another one.
     pub fn new(manifest: &Manifest, kernel: &Kernel) -> Result<Option<Place>, MissingName> {
-        let Some(type_bits) = manifest.layout.get("const.ORC_TYPE_BITS") else {
+        let type_bits = manifest.layout.get("const.ORC_TYPE_BITS");
+        let Some(type_bits) = type_bits.filter(|bits| matches!(bits, 2 | 3)) else {
             return Ok(None);
         };
         let at = |name| layout::data(manifest, kernel.slide, name);

@@ -104,7 +104,8 @@ impl<'a> Stacks<'a> {
         };
         let (frames, known) = orc.follow(words);
         // Frames of a thread that ran meanwhile are not those of any moment.
-        let still = read()? == (from, bytes.clone());
+        let (from_now, bytes_now) = read()?;
+        let still = from_now == from && bytes_now == bytes;
         if !still || frames.iter().any(|ip| range.contains(&ip.0)) {
             return found;
         }

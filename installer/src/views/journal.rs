@@ -330,22 +330,28 @@ impl Journal {
 
     /// Drops it with all that lies beside it. The lock's file stays: two holders of one name must hold one file.
     pub fn erase(&self) -> Result<(), JournalError> {
+        // The journal itself last: what is half erased is still known.
+        self.erase_beside()?;
+        self.drop_file("state.json")
+    }
+
+    /// Drops what only those need who watch.
+    pub fn erase_beside(&self) -> Result<(), JournalError> {
         match fs::remove_dir_all(self.dir.join("pins")) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(self.io("pins", error));
             }
             _ => {}
         }
-        // The journal itself last: what is half erased is still known.
-        for name in ["stop", POLICY_COPY, "state.json"] {
-            match fs::remove_file(self.dir.join(name)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(self.io(name, error));
-                }
-                _ => {}
-            }
+        self.drop_file("stop")?;
+        self.drop_file(POLICY_COPY)
+    }
+
+    fn drop_file(&self, name: &str) -> Result<(), JournalError> {
+        match fs::remove_file(self.dir.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.io(name, error)),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Asks the watcher to stop.
@@ -360,10 +366,7 @@ impl Journal {
 
     /// Forgets that somebody asked: by the one who obeyed or came after.
     pub fn clear_stop(&self) -> Result<(), JournalError> {
-        match fs::remove_file(self.dir.join("stop")) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.io("stop", error)),
-            _ => Ok(()),
-        }
+        self.drop_file("stop")
     }
 }
 

@@ -120,7 +120,9 @@ pub fn remove(
             left.views.clear();
             left.modules.clear();
             (left.copies, left.spare) = (None, None);
-            journal.save(&left)?;
+            // On a full disk the journal stays as it was: doing all of it again does nothing more.
+            let _ = journal.save(&left);
+            journal.erase_beside()?;
         }
         _ => journal.erase()?,
     }
