@@ -198,6 +198,7 @@ impl Orc {
     pub fn follow(&self, words: Words<'_>) -> (Vec<GuestVa>, GuestVa) {
         let mut found = Vec::new();
         let start = words.from.0;
+        let end = start.saturating_add(words.bytes.len() as u64);
         let Some((bp, ip)) = words
             .at(start.wrapping_add(inactive::BP))
             .zip(words.at(start.wrapping_add(inactive::RETURN)))
@@ -213,8 +214,10 @@ impl Orc {
         loop {
             found.push(GuestVa(frame.ip));
             match self.above(words, frame) {
-                // Each frame is above the one before: this ends.
-                Some(Above::Frame(above)) if above.sp > frame.sp => frame = above,
+                // Each frame is above the one before: this ends. One on another stack says nothing about the rest of this one.
+                Some(Above::Frame(above)) if above.sp > frame.sp && above.sp <= end => {
+                    frame = above;
+                }
                 Some(Above::User(end)) if end > frame.sp => return (found, GuestVa(end)),
                 _ => return (found, GuestVa(frame.sp)),
             }
@@ -375,6 +378,9 @@ mod tests {
             follow(&orc, &whole),
             (vec![first, second, entry, TEXT + 0x200, 0x1234], 0x140)
         );
+        // Where it was on another stack, the rest of this one is not known.
+        whole[0x78 + 152..][..8].copy_from_slice(&at(0x4000).to_le_bytes());
+        assert_eq!(follow(&orc, &whole), (vec![first, second, entry], 0x78));
     }
 
     #[test]
